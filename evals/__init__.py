@@ -1,0 +1,1 @@
+"""Tasks and measurements. Nothing in nanokv or kernels imports this package."""

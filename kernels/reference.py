@@ -1,0 +1,108 @@
+"""Attention over compressed caches in plain torch: the oracle of every kernel, and the eager backend.
+
+Written to be read and to be right: scores and softmax in fp32, nothing clever. Shapes: q (B,H,T,D); k, v (B,Hkv,S,D); the G = H/Hkv
+query heads of one KV head lie next to each other, so `q.view(B, Hkv, G, T, D)` pairs them with their keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def prefill(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: int | None) -> tuple[Tensor, Tensor]:
+    """Causal attention of the tokens start … start+T−1 over the tokens 0 … S−1 of the same text.
+
+    q (B,H,T,D), k and v (B,Hkv,S,D), S = start+T → out (B,H,T,D) in q's dtype, lse (B,H,T) fp32. sliding_window W: token i sees
+    i−W+1 … i. Works in blocks of queries, so no T×S matrix of a long text exists at once.
+    """
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    for rows, keys, seen in blocks(q.shape[2], start, sliding_window, q.device):
+        score = _scores(q[:, :, rows], k[:, :, keys]).masked_fill(~seen, -torch.inf)  # (B,Hkv,G,t,s)
+        lse[:, :, rows] = score.logsumexp(-1).flatten(1, 2)
+        out[:, :, rows] = _values(score.softmax(-1), v[:, :, keys]).to(q.dtype)
+    return out, lse
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    length: Tensor | None,
+    kpos: Tensor,
+    now: Tensor,
+    sliding_window: int | None,
+    group: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Attention of new tokens over everything stored before them; every stored token that the model may see is seen.
+
+    q (B,H,T,D), k and v (B,Hkv,S,D), length (B,Hkv): how many slots of each head are valid, or None if all S are; kpos (B,Hkv,S) and
+    now (B,T): absolute positions, only read under a sliding window W (visible: kpos > now − W).
+    group mean | max: also return the votes, the attention each slot received from the query heads of its KV head.
+    → out (B,H,T,D) in q's dtype, lse (B,H,T) fp32 natural log of the summed exponentials (−inf and out 0 where
+    nothing is visible), votes (B,Hkv,S) fp32 summed over T, or None.
+    """
+    score = _scores(q, k)  # (B,Hkv,G,T,S)
+    seen = mask(length, kpos, now, sliding_window, k.shape[2])
+    if seen is not None:
+        score = score.masked_fill(~seen[:, :, None], -torch.inf)
+    lse = score.logsumexp(-1)
+    weight = (score - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
+    votes = None if group is None else _group(weight.sum(3), group)
+    return _values(weight, v).to(q.dtype), lse.flatten(1, 2), votes
+
+
+def mass(q: Tensor, k: Tensor, start: int, sliding_window: int | None, group: str) -> Tensor:
+    """Attention that each key receives from a run of queries: softmax over the keys each query sees, summed over queries.
+
+    q (B,H,w,D): the queries of tokens start … start+w−1; k (B,Hkv,S,D): keys of tokens 0 … S−1 → votes (B,Hkv,S) fp32, reduced over the G
+    query heads of a KV head by group mean | max. The [H,w,S] weights exist for a block of queries at a time only.
+    """
+    votes = q.new_zeros(q.shape[0], q.shape[1], k.shape[2], dtype=torch.float32)  # per query head
+    for rows, keys, seen in blocks(q.shape[2], start, sliding_window, q.device):
+        score = _scores(q[:, :, rows], k[:, :, keys]).masked_fill(~seen, -torch.inf)
+        votes[:, :, keys] += score.softmax(-1).sum(3).flatten(1, 2)
+    return _group(votes.unflatten(1, (k.shape[1], -1)), group)
+
+
+BLOCK = 128  # queries whose scores exist at once: 128 × 32,768 keys × 32 heads in fp32 are 0.5 GiB
+
+
+def blocks(
+    n: int, start: int, sliding_window: int | None, device: torch.device, block: int = BLOCK
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Cut n queries, tokens start …, into blocks: (query rows, the keys any of them sees, bool (t,s) who sees what)."""
+    for a in range(start, start + n, block):
+        b = min(a + block, start + n)
+        lo = 0 if sliding_window is None else max(0, a - sliding_window + 1)
+        age = torch.arange(a, b, device=device)[:, None] - torch.arange(lo, b, device=device)
+        seen = age >= 0 if sliding_window is None else (age >= 0) & (age < sliding_window)
+        yield slice(a - start, b - start), slice(lo, b), seen
+
+
+def mask(length: Tensor | None, kpos: Tensor, now: Tensor, sliding_window: int | None, n: int) -> Tensor | None:
+    """bool (B,Hkv,1|T,S): the slots a decode query sees; None if it sees all."""
+    seen = None
+    if length is not None:
+        seen = (torch.arange(n, device=length.device) < length[..., None])[:, :, None]
+    if sliding_window is not None:
+        near = kpos[:, :, None] > now[:, None, :, None] - sliding_window
+        seen = near if seen is None else seen & near
+    return seen
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """(B,Hkv,G,T,S) fp32, scaled."""
+    q = q.unflatten(1, (k.shape[1], -1)).float() * q.shape[-1] ** -0.5
+    return q @ k[:, :, None].float().transpose(-1, -2)
+
+
+def _values(weight: Tensor, v: Tensor) -> Tensor:
+    """(B,Hkv,G,T,S) × (B,Hkv,S,D) → (B,H,T,D) fp32."""
+    return (weight @ v[:, :, None].float()).flatten(1, 2)
+
+
+def _group(x: Tensor, group: str) -> Tensor:
+    return x.mean(2) if group == "mean" else x.amax(2)

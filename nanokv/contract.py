@@ -1,0 +1,359 @@
+"""The one page to read: what a model sees of a cache, what a policy sees of a prompt, what a store must do.
+
+A compressed cache is keep × store × share: which tokens stay (`Policy`), how they lie in memory and are read (`StoreSpec`,
+`Store`), which layers own storage (a map in `plan.py`). Between prefill and decode passes a plain value, `Kept`.
+This module knows no method by name and imports nothing from nanokv. Shapes follow the legend at the top of `model.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+# ---- what the model sees -------------------------------------------------------------------------------------------
+
+
+class Layer(Protocol):
+    """One layer's side of a cache."""
+
+    owns: bool  # False: the layer reads another one's keys and values; the model then skips k_proj, v_proj, their RoPE
+
+    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, pos: Tensor) -> Tensor:
+        """q (B,H,T,D), k and v (B,Hkv,T,D) rotated to pos (B,T) → (B,H,T,D). k and v are None where `owns` is False."""
+
+
+class Cache(Protocol):
+    layers: Sequence[Layer]  # zipped with the model's layers; no layer index enters the model
+
+
+# ---- what a policy asks for, sees and returns ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Attention statistics a policy wants, as data; `ops.mass` serves them all.
+
+    rows: how many of the last prompt queries vote; 0 nobody, None all. group: how the G query heads of a KV head vote
+    together: mean | max.
+    """
+
+    rows: int | None = 0
+    group: str = "mean"
+
+
+@dataclass
+class Prompt:
+    """One layer of one prompt, after its prefill attention. What a policy looks at; it never sees a batch."""
+
+    layer: int
+    n_layers: int
+    ids: Tensor  # (T,) token ids
+    k: Tensor  # (1,Hkv,T,D) rotated
+    v: Tensor  # (1,Hkv,T,D)
+    pos: Tensor  # (1,Hkv,T) int32 absolute
+    votes: Tensor | None  # (readers,Hkv,T) fp32 attention mass received, one plane per layer that reads these keys
+    n_votes: int  # from how many queries
+
+    def __len__(self) -> int:
+        return self.k.shape[2]
+
+    def first(self, n: int) -> Tensor:
+        """bool (1,Hkv,T): the n first tokens of the text (the sinks), as far as they are still here."""
+        return self.pos < n
+
+    def last(self, n: int) -> Tensor:
+        """bool (1,Hkv,T): the n most recent tokens."""
+        return self.pos > self.pos[..., -1:] - n
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What survives of one row in one layer: a value that can be saved, packed twice or trimmed again."""
+
+    k: Tensor  # (1,Hkv,N,D)
+    v: Tensor  # (1,Hkv,N,D)
+    pos: Tensor  # (1,Hkv,N) int32, ascending, padded with −1 behind `length`
+    length: Tensor  # (1,Hkv) int32: how many are real (heads may differ)
+    limit: Tensor  # (1,Hkv) int32: slots a head may ever use; −1: grows with decode
+    sink: Tensor  # (1,Hkv) int32: first slots that the default rule never overwrites
+    votes: Tensor | None = None  # (1,Hkv,N) fp32, for policies that go on counting while decoding
+    score: float = 0.0  # of the whole layer, for rules across layers
+
+    @classmethod
+    def all(cls, p: Prompt, limit: int = -1, sink: int = 0, score: float = 0.0) -> Kept:
+        """Every token of the prompt."""
+        heads = p.pos.new_ones(1, p.k.shape[1])
+        return cls(_own(p.k), _own(p.v), _own(p.pos), heads * len(p), heads * limit, heads * sink, score=score)
+
+    @classmethod
+    def top(cls, p: Prompt, score: Tensor, n: int | Tensor, limit: int = -1, sink: int = 0) -> Kept:
+        """The n best tokens of each head in temporal order; equal scores: the earlier token wins.
+
+        score (1,Hkv,T), +inf for what must stay; n: one number, or (1,Hkv) where heads have budgets of their own.
+        """
+        n = torch.as_tensor(n, dtype=torch.int32, device=score.device).expand(score.shape[:2]).clamp(max=len(p))
+        rank = score.argsort(dim=-1, descending=True, stable=True)[..., : int(n.max())]
+        real = torch.arange(rank.shape[-1], device=n.device) < n[..., None]
+        at = rank.masked_fill(~real, len(p)).sort(dim=-1).values
+        real, at = at < len(p), at.clamp(max=len(p) - 1)
+        row = at[..., None].expand(-1, -1, -1, p.k.shape[-1])
+        k, v, pos = p.k.gather(2, row), p.v.gather(2, row), p.pos.gather(2, at).masked_fill(~real, -1)
+        heads = torch.ones_like(n)
+        return cls(k, v, pos, n.clone(), heads * limit, heads * sink)
+
+    def edges(self, sink: int, recent: int, roll: bool, score: float = 0.0) -> Kept:
+        """The text's first `sink` and last `recent` tokens, of a row whose heads hold the same ones.
+
+        roll: new tokens overwrite the oldest recent one, so the head stays at sink + recent; else it grows.
+        Sinks that the model's sliding window has passed are not there to be kept.
+        """
+        sink = max(0, sink - int(self.pos[0, 0, 0]))
+        k, v, pos, n = self.k, self.v, self.pos, self.k.shape[2]
+        if n > sink + recent:
+            k, v, pos = (torch.cat((x[:, :, :sink], x[:, :, n - recent :]), 2) for x in (k, v, pos))
+        heads = torch.ones_like(self.length)
+        limit, protected = (sink + recent, sink) if roll else (-1, 0)
+        return Kept(k, v, pos, heads * k.shape[2], heads * limit, heads * protected, score=score)
+
+
+def _own(x: Tensor) -> Tensor:
+    """x in storage of its own: a view would keep the whole layer's projections alive behind a few kept tokens."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
+
+
+class Slots:
+    """The bookkeeping of every store: static slots per (row, KV head), valid ones always the prefix [0, length).
+
+    Slot order means nothing; `pos` says when. Everything that differs between rows, heads or steps is a tensor here;
+    `bound` and `even` are what the host knows, so that the eager path may slice instead of mask.
+    """
+
+    def __init__(self, rows: Sequence[Kept], room: int, sliding_window: int | None):
+        length = torch.cat([r.length for r in rows])  # (B,Hkv)
+        self.wanted = torch.cat([r.limit for r in rows])  # as the policy gave it: −1 grows
+        self.sink = torch.cat([r.sink for r in rows])
+        self.limit = torch.where(self.wanted < 0, length + room, self.wanted)
+        if sliding_window is not None:  # a slot behind the sinks is out of the window by the time its turn comes
+            self.limit = torch.minimum(self.limit, self.sink + sliding_window)
+        self.cursor = length.clone()  # tokens ever written
+        self.capacity = int(self.limit.max())
+        heads = torch.arange(length.numel(), device=length.device)  # int64, as torch wants an index
+        self.first = (heads * self.capacity).view(*length.shape, 1)  # (B,Hkv,1): row of each head's slot 0 in `flat`
+        self.pos = length.new_full((*length.shape, self.capacity), -1)  # (B,Hkv,S)
+        for b, r in enumerate(rows):
+            self.pos[b, :, : r.pos.shape[2]] = r.pos[0]
+        self.votes: Tensor | None = None  # (B,Hkv,S) fp32, only under a policy that keeps votes
+        if rows[0].votes is not None:
+            self.votes = self.pos.new_zeros(self.pos.shape, dtype=torch.float32)
+            for b, r in enumerate(rows):
+                self.votes[b, :, : r.votes.shape[2]] = r.votes[0]
+        self.span = int((self.limit - self.sink).min())  # tokens that surely land in distinct slots
+        self.bound = int(length.max())
+        self.even = all(bool((x == x[0, 0]).all()) for x in (length, self.limit))
+
+    @property
+    def length(self) -> Tensor:
+        """(B,Hkv) int32: how many slots are valid."""
+        return torch.minimum(self.cursor, self.limit)
+
+    def ring(self, n: int) -> Tensor:
+        """(B,Hkv,n): the default rule. Fill up to the limit, then overwrite the oldest behind the sinks."""
+        at = self.cursor[..., None] + torch.arange(n, dtype=torch.int32, device=self.cursor.device)
+        sink, limit = self.sink[..., None], self.limit[..., None]
+        # the `where` matters: with fewer tokens than sinks, the bare modulo would write to a wrong slot
+        return torch.where(at < limit, at, sink + (at - sink) % (limit - sink))
+
+    def flat(self, at: Tensor) -> Tensor:
+        """Slots (B,Hkv,T) as rows of a store seen as (B·Hkv·S, ·): int64 (B·Hkv·T,)."""
+        return (at + self.first).flatten()
+
+    def place(self, row: Tensor, pos: Tensor) -> None:
+        """Note that the slots `row`, as `flat` gives them, now hold the tokens at pos (B,T)."""
+        B, T = pos.shape
+        when = pos[:, None].expand(B, self.pos.shape[1], T)
+        self.pos.view(-1).index_copy_(0, row, when.flatten().to(torch.int32))
+        if self.votes is not None:
+            self.votes.view(-1).index_fill_(0, row, 0.0)
+        self.cursor += T
+        self.bound = min(self.bound + T, self.capacity)
+
+    def freeze(self) -> None:
+        """From now on the host promises nothing: shapes stay at capacity, as a compiled or captured step needs."""
+        self.bound, self.even = self.capacity, False
+
+    def tensors(self) -> list[Tensor]:
+        kept = [self.cursor, self.limit, self.wanted, self.sink, self.first, self.pos]
+        return kept if self.votes is None else [*kept, self.votes]
+
+
+# ---- axis 1: keep (policies/*) -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a plan meets: enough to turn percents, bytes and family thresholds into plain numbers."""
+
+    family: str  # llama2 | llama3 | mistral | qwen2 | smollm2 | "" (not known)
+    owners: int  # layers that own storage
+    prompt_len: int
+    room: int  # tokens that will be generated or fed later
+    rows: int  # rows that share a budget in bytes
+    token_bytes: float  # one token in one owning layer, all KV heads, as the store lays it out
+    fixed_bytes: int  # per row and owning layer, whatever its length
+
+    def tokens(self, budget: int | str, least: int) -> int:
+        """A budget as a number of kept prompt tokens per KV head.
+
+        "25%" is of this prompt, never under `least`; "64MiB" is of the whole cache, generated tokens included.
+        """
+        if isinstance(budget, int):
+            return budget
+        if budget.endswith("%"):
+            return max(least, int(self.prompt_len * float(budget[:-1]) / 100))
+        share = size(budget) / self.rows / self.owners - self.fixed_bytes
+        n = int(share / self.token_bytes) - self.room
+        if n < least:
+            need = (least + self.room) * self.token_bytes + self.fixed_bytes
+            raise ValueError(
+                f"a budget of {budget} leaves {max(n, 0)} prompt tokens per head beside {self.room} new ones; this policy "
+                f"keeps at least {least}: give {int(need * self.owners * self.rows / 2**20) + 1}MiB or more, or generate less"
+            )
+        return n
+
+
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def size(text: str) -> int:
+    """'256MiB' → bytes."""
+    for unit, scale in UNITS.items():
+        if text.endswith(unit):
+            return int(float(text[: -len(unit)]) * scale)
+    raise ValueError(f"{text!r} is no size; a number with one of {', '.join(UNITS)}, such as 256MiB")
+
+
+def check_budget(budget: int | str, least: int, why: str) -> None:
+    """Raise ValueError unless budget is tokens ≥ least, a percent in (0, 100], or a size."""
+    try:
+        ok = budget >= least if isinstance(budget, int) else _positive(budget)
+    except ValueError:
+        raise ValueError(f"budget={budget} is no budget; give tokens (512), percent (25%) or bytes (256MiB)") from None
+    if not ok:
+        raise ValueError(
+            f"budget={budget} is too small or out of range: {why}; give at least {least} tokens, or 1% … 100%"
+        )
+
+
+def _positive(budget: str) -> bool:
+    if budget.endswith("%"):
+        return 0 < float(budget[:-1]) <= 100
+    return size(budget) > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(ABC):
+    """Which tokens of a layer stay. Holds hyper-parameters only, never tensors; one instance serves every layer.
+
+    Class attributes (not fields): `ask`, the prompt statistics wanted; `watches`, the statistics wanted of each decode
+    step; `wait`, how many tokens after the prompt still belong to the dense prompt before `keep` is asked.
+    """
+
+    ask = Ask()
+    watches = None  # un-annotated on purpose: annotated, it would become a field of every policy
+    wait = 0
+
+    def fit(self, case: Case) -> Policy:
+        """This policy with percents, bytes and family thresholds turned into numbers. ValueError if it cannot."""
+        return self
+
+    def with_budget(self, budget: int | str) -> Policy:
+        """This policy under a kept budget (`--kv-budget`)."""
+        raise ValueError(f"{type(self).__name__} takes no budget; use a policy with budget= (see --list-policies)")
+
+    def holds(self, n: int) -> int:
+        """At most how many tokens of a prompt of n a KV head keeps, once fitted: for size estimates before the run."""
+        return n
+
+    @abstractmethod
+    def keep(self, p: Prompt) -> Kept:
+        """What stays of one layer of one prompt."""
+
+    def settle(self, kept: dict[int, Kept]) -> dict[int, Kept]:
+        """Called after each owner with what all owners so far kept; identity but for rules across layers."""
+        return kept
+
+    def slot(self, s: Slots, pos: Tensor) -> Tensor:
+        """(B,Hkv,T): where the tokens at pos (B,T) go."""
+        return s.ring(pos.shape[1])
+
+    def watch(self, s: Slots, votes: Tensor, pos: Tensor) -> None:  # noqa: B027 a policy that does not watch has none
+        """What the step at pos (B,1) paid to the first n slots: votes (B,Hkv,n). Only called if the policy `watches`."""
+
+
+# ---- axis 2: store (stores/*) --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a store is built with: the model's shape, the backend, where and in which type its tensors live."""
+
+    config: Any  # ModelConfig; a store reads head counts, head_dim and sliding_window of it
+    ops: Any  # nanokv.ops.Ops
+    device: torch.device
+    dtype: torch.dtype
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+
+class Store(Protocol):
+    """One layer's kept tokens and every one that follows, for B rows."""
+
+    slots: Slots
+
+    def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
+        """k, v (B,Hkv,1,D), pos (B,1): in place, static shapes, no host sync. The captured path."""
+
+    def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
+        """k, v (B,Hkv,T,D), pos (B,T), T > 1: host-level, after these tokens have attended."""
+
+    def read(self, q: Tensor, pos: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """q (B,H,T,D) → out, lse (B,H,T) and the step's votes if the policy watches, over all that is stored."""
+
+    def maintain(self, written: int) -> None:
+        """Host-scheduled upkeep between steps; `written` counts tokens."""
+
+    def unpack(self) -> list[Kept]:
+        """What is held, a value per row, in temporal order."""
+
+    def tensors(self) -> list[Tensor]:
+        """Everything it holds on the device, for the receipt."""
+
+    def live_bytes(self) -> int:
+        """Bytes of the slots in use and of the bookkeeping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSpec(ABC):
+    """A store's options as they stand in a plan; `pack` builds the store of one layer."""
+
+    granule = 1  # tokens that can only leave together
+    reports_votes = True  # whether `read` can tell a watching policy what each slot received
+    capturable = True  # whether a step over it may be compiled or captured in a graph
+
+    @abstractmethod
+    def bits(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Bits per element of K and of V, scales included."""
+
+    @abstractmethod
+    def cost(self, config: Any, dtype: torch.dtype) -> tuple[float, int]:
+        """Bytes per token and fixed bytes, of one row in one layer."""
+
+    @abstractmethod
+    def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> Store:
+        """The store of one layer, with slots for `room` more tokens in every head that grows."""

@@ -1,0 +1,155 @@
+"""The two loops: prefill a prompt through a `PromptCache`, then decode on a `KVCache`. Deals in token ids only; knows no text,
+no method and no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanokv.cache import KVCache, Report
+from nanokv.contract import Context
+from nanokv.model import Llama
+from nanokv.ops import Ops
+from nanokv.plan import Plan
+from nanokv.prompt import PromptCache
+
+
+@dataclass(frozen=True)
+class Models:
+    """One set of weights in the type that suits prompts and in the one that suits single tokens; often the same object."""
+
+    prefill: Llama
+    decode: Llama
+    ops: Ops
+
+    @property
+    def context(self) -> Context:
+        weight = self.decode.embed_tokens.weight
+        return Context(self.decode.config, self.ops, weight.device, weight.dtype)
+
+
+def prefill(
+    model: Llama, plan: Plan, ids: Tensor, ops: Ops, chunk: int | None = None, tick: Callable[[int], None] | None = None
+) -> tuple[Tensor, PromptCache]:
+    """One prompt (T,), whole or in chunks → logits of its last token (1,vocab), and the cache whose `kept` holds what stays.
+
+    Under a policy that waits, `kept` is complete only after that many more tokens went through the same cache. `tick(n)` is told
+    of every n tokens done.
+    """
+    cache = PromptCache(plan, model.config, ids, ops)
+    step = chunk or len(ids)
+    for a in range(0, len(ids), step):
+        tokens = ids[None, a : a + step]
+        pos = torch.arange(a, a + tokens.shape[1], device=ids.device)[None]
+        hidden = model.hidden(tokens, pos, cache)
+        if tick:
+            tick(tokens.shape[1])
+    return model.logits(hidden[:, -1]), cache
+
+
+class Session:
+    """Texts in progress, one per row, on one compressed cache that later turns continue."""
+
+    def __init__(self, models: Models, plan: Plan, room: int, chunk: int | None = None):
+        self.models, self.plan, self.room, self.chunk = models, plan, room, chunk
+        self.context = models.context
+        self.open: list[PromptCache] = []  # prompts whose policy still waits
+        self.cache: KVCache | None = None
+        self.pos: Tensor | None = None  # (B,1): where the next token of each row goes
+        self.seen: list[int] = []  # the same on the host
+        self.plans: list[Plan] = []  # the plan as fitted to each row's prompt
+
+    @torch.inference_mode()
+    def start(
+        self, prompts: Sequence[Sequence[int]], copies: int = 1, tick: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Prefill one prompt after the other → logits (B,vocab), B = prompts × copies. Copies share one prefill."""
+        config, device = self.models.prefill.config, self.context.device
+        n = len(prompts) * copies
+        logits, caches = [], []
+        for ids in prompts:
+            plan = self.plan.fit(config, self.context.dtype, len(ids), self.room, n)
+            again = copies if plan.keep.wait else 1  # a waiting prompt goes on differently for each copy
+            for _ in range(again):
+                out, cache = prefill(
+                    self.models.prefill, plan, torch.tensor(ids, device=device), self.models.ops, self.chunk, tick
+                )
+                logits += [out] * (copies // again)
+                caches += [cache] * (copies // again)
+            self.plans += [plan] * copies
+            self.seen += [len(ids)] * copies
+        self.pos = torch.tensor(self.seen, device=device)[:, None]
+        if self.plans[0].keep.wait:
+            self.open = caches
+        else:
+            self._pack(caches)
+        return torch.cat(logits)
+
+    def _pack(self, caches: list[PromptCache]) -> None:
+        rows = [dict(c.kept) for c in caches]
+        for c in caches:
+            c.kept = {}  # the rows own the survivors now, and pack takes them out of there
+        self.cache = KVCache.pack(self.plans[0], rows, self.room, self.context)
+
+    @torch.inference_mode()
+    def feed(self, tokens: Tensor) -> Tensor:
+        """(B,T) new tokens → logits after the last of them (B,vocab)."""
+        if self.open:
+            tokens, logits = self._feed_open(tokens)
+            if not tokens.shape[1]:
+                return logits
+        T = tokens.shape[1]
+        self.cache.spend(T)
+        pos = self.pos if T == 1 else self.pos + torch.arange(T, device=self.pos.device)
+        model = self.models.decode if T == 1 else self.models.prefill
+        logits = model(tokens, pos, self.cache)
+        self._advance(T)
+        self.cache.maintain(T)
+        return logits
+
+    def _feed_open(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens that a waiting policy still counts to the prompt; returns those left over."""
+        logits, n = None, min(self.plans[0].keep.wait, tokens.shape[1])
+        for i in range(n):
+            pos, column = self.pos.clone(), tokens[:, i : i + 1]
+            out = []
+            for b, cache in enumerate(self.open):
+                cache.ids = torch.cat((cache.ids, column[b]))
+                out.append(self.models.prefill(column[b : b + 1], pos[b : b + 1], cache))
+            logits = torch.cat(out)
+            self._advance(1)
+        if all(c.length == c_seen for c, c_seen in zip(self.open, self.seen, strict=True)):
+            caches, self.open = self.open, []
+            self._pack(caches)
+            self.cache.spend(n)
+        return tokens[:, n:], logits
+
+    def _advance(self, n: int) -> None:
+        self.pos += n
+        self.seen = [s + n for s in self.seen]
+
+    def reserve(self, room: int) -> None:
+        """Slots for `room` more tokens from here on."""
+        if self.cache is None:
+            self.room = max(self.room, room)
+        else:
+            self.cache.reserve(room)
+
+    def report(self) -> Report | None:
+        """The receipt; None while a policy still waits for its first token."""
+        return None if self.cache is None else self.cache.report(self.seen)
+
+
+def generate(session: Session, logits: Tensor, n: int, sampler: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """Up to n columns (B,) of tokens, sampled from `logits` and then from what follows. The caller stops when it has enough;
+    the last column is not fed to the cache until a later turn does.
+    """
+    for i in range(n):
+        tokens = sampler(logits)
+        yield tokens
+        if i + 1 < n:
+            logits = session.feed(tokens[:, None])

@@ -1,0 +1,393 @@
+"""Text in, text out: a model with its tokenizer, plan and devices, and one answer at a time with its timings.
+
+`load` finds and reads a model; `LLM.stream` is the short way, `LLM.turn` the one with rows, questions and continuations.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from nanokv import loader, tokenizer
+from nanokv.cache import Report, mib
+from nanokv.config import PRESETS, ModelConfig
+from nanokv.engine import Models, Session, generate
+from nanokv.ops import BACKENDS, linear, row_linear
+from nanokv.plan import Plan, nearest, parse
+from nanokv.sampler import Sampling, sample
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def load(
+    model: str = "smollm2-135m",
+    plan: str | Plan = "full",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str = "auto",
+    random_weights: bool = False,
+    bar: bool = False,
+) -> LLM:
+    """A model by directory, .gguf file, name or hub id. dtype: auto, one type, or prefill/decode as in bfloat16/float16.
+
+    Raises ValueError for whatever the user can mend: unknown names, damaged files, too little memory.
+    """
+    from weights.fetch import locate
+    from weights.registry import MODELS
+
+    t0 = time.perf_counter()
+    plan = parse(plan) if isinstance(plan, str) else plan
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"unknown backend {backend!r}{nearest(backend, BACKENDS)}; backends are auto, {', '.join(BACKENDS)}"
+        )
+    ops, where = BACKENDS["sdpa" if backend == "auto" else backend], _device(device)
+    if random_weights:
+        shape = MODELS[model].shape if model in MODELS else model
+        if shape not in PRESETS:
+            raise ValueError(
+                f"no known shape {model!r}{nearest(model, MODELS)}; --random-weights builds one of {', '.join(MODELS)}"
+            )
+        config, words, read = PRESETS[shape], tokenizer.byte_level(), lambda m, bar: loader.randomise(m)
+    else:
+        config, words, read = _source(locate(model, bar))
+    use = _precision(config, where, dtype)
+    _check_weights(model, config, where, use.prefill)
+    ops = replace(ops, linear=use.linear)
+    main = loader.empty(config, ops, where, use.prefill)
+    read(main, bar)
+    models = Models(main, loader.copy(main, ops, use.decode) if use.decode != use.prefill else main, ops)
+    return LLM(model, models, words, plan, use.why, time.perf_counter() - t0)
+
+
+def _source(path: Path) -> tuple[ModelConfig, tokenizer.Tokenizer, Callable]:
+    """A directory or a .gguf file as (config, tokenizer, how to fill a model)."""
+    if path.is_dir():
+        config, files = ModelConfig.from_dir(path), loader.find_shards(path)
+        return (
+            config,
+            tokenizer.from_dir(path, config),
+            lambda m, bar: loader.fill(m, loader.read(files), str(path), bar),
+        )
+    from weights.from_gguf import GGUF
+
+    file = GGUF(path)
+    with tempfile.TemporaryDirectory() as tmp:
+        file.write_texts(Path(tmp))
+        config = ModelConfig.from_dir(Path(tmp))
+        words = tokenizer.from_dir(Path(tmp), config)
+    return config, words, lambda m, bar: loader.fill(m, file.tensors(), str(path), bar)
+
+
+class LLM:
+    def __init__(
+        self, name: str, models: Models, words: tokenizer.Tokenizer, plan: Plan, why_dtype: str, load_s: float
+    ):
+        self.name, self.models, self.tokenizer, self.plan = name, models, words, plan
+        self.config, self.why_dtype, self.load_s = models.decode.config, why_dtype, load_s
+        self.device = models.context.device
+        self.last: Session | None = None
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        both = {"prefill": self.models.prefill, "decode": self.models.decode}
+        return {phase: str(m.embed_tokens.weight.dtype).removeprefix("torch.") for phase, m in both.items()}
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        chunk: int | None = None,
+    ) -> Iterator[str]:
+        """The continuation of a prompt, piece by piece, under this model's plan."""
+        session = self.session(max_new_tokens, chunk)
+        ids = self.tokenizer.encode(prompt)
+        for _, piece in self.turn(session, [ids], limit=max_new_tokens, sampling=sampling, seed=seed, stop=stop):
+            yield piece
+
+    def session(self, room: int, chunk: int | None = None, plan: Plan | None = None) -> Session:
+        """A new text; room: tokens that will follow its prompt."""
+        self.last = Session(self.models, plan or self.plan, room, chunk)
+        return self.last
+
+    def report(self) -> Report | None:
+        """The receipt of the last text."""
+        return None if self.last is None else self.last.report()
+
+    def turn(
+        self,
+        session: Session,
+        prompts: Sequence[Sequence[int]],
+        *,
+        then: Sequence[int] = (),
+        copies: int = 1,
+        limit: int = 256,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        overflow: bool = False,
+        tick: Callable[[int], None] | None = None,
+    ) -> Turn:
+        """Start a session with `prompts` (none: it goes on) and answer; `then` follows on the compressed cache."""
+        longest = max([len(p) for p in prompts] or session.seen) + len(then)
+        top = self.config.max_position_embeddings
+        if prompts and not all(prompts):
+            raise ValueError("the prompt is empty; give a text with -p, --prompt-file or on standard input (-p -)")
+        if limit < 1:
+            raise ValueError(f"max-new-tokens is {limit}; give at least 1")
+        if longest + limit > top and not overflow:
+            raise ValueError(
+                f"{longest} tokens of prompt and {limit} new ones are more than the {top} of this model's context; "
+                "shorten one of them, or go on regardless with --allow-overflow"
+            )
+        if prompts:
+            self._check_cache(session, prompts, len(then) + limit, copies)
+        dice = torch.Generator(self.device).manual_seed(seed)
+        turn = Turn(session, self.tokenizer, limit, sampling or Sampling(), dice, tuple(stop), ignore_eos)
+        turn.begin(prompts, then, copies, tick)
+        return turn
+
+    def _check_cache(self, session: Session, prompts: Sequence[Sequence[int]], room: int, copies: int) -> None:
+        """Raise before the work if the cache cannot fit: kept tokens of all layers and one layer's whole prompt."""
+        context, plan = self.models.context, session.plan
+        per_token, fixed = plan.store.cost(self.config, context.dtype)
+        layers, need, n = self.config.num_hidden_layers, 0.0, len(prompts) * copies
+        for p in prompts:
+            keep = plan.fit(self.config, context.dtype, len(p), room, n).keep
+            whole = layers if session.chunk or keep.wait else 1
+            need += copies * layers * ((keep.holds(len(p)) + room) * per_token + fixed) + whole * len(p) * per_token
+        free = free_bytes(self.device)
+        if need > free:
+            fits = max(0, int(free / (layers * per_token * n)) - room)
+            raise ValueError(
+                f"the cache of this prompt needs {mib(int(need))} and {mib(free)} are free; about {fits} tokens of prompt would fit "
+                f"as they are, or give a policy with a smaller budget"
+            )
+
+
+@dataclass
+class Turn:
+    """One answer in the making: iterate for (row, piece of text); afterwards the fields tell what happened."""
+
+    session: Session
+    tokenizer: tokenizer.Tokenizer
+    limit: int
+    sampling: Sampling
+    dice: torch.Generator
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    prompt_tokens: int = 0
+    ids: list[list[int]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    reasons: list[str | None] = field(default_factory=list)
+    prefill_s: float = 0.0
+    decode_s: float = 0.0  # of the steps after the first, which is the warm-up
+    steps: int = 0  # steps in decode_s
+    unfed: int | None = None  # row 0's last token, where the next turn must feed it first
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], then: Sequence[int], copies: int, tick: Callable[[int], None] | None
+    ) -> None:
+        t0, session = time.perf_counter(), self.session
+        if prompts:
+            self.logits = session.start(prompts, copies, tick)
+        if then:
+            session.reserve(len(then) + self.limit)
+            rows = torch.tensor([list(then)], device=session.pos.device).expand(len(session.seen), -1)
+            self.logits = session.feed(rows)
+        _wait(session.pos.device)
+        self.prefill_s = time.perf_counter() - t0
+        self.prompt_tokens = sum(len(p) for p in prompts) + len(then)
+        n = len(session.seen)
+        self.ids, self.texts, self.reasons = [[] for _ in range(n)], [""] * n, [None] * n
+        before = list(then) or (list(prompts[0]) if prompts else [])
+        self.streams = [Stopper(tokenizer.Stream(self.tokenizer, before), self.stop) for _ in range(n)]
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        clock = None
+        for i, column in enumerate(generate(self.session, self.logits, self.limit, self._pick)):
+            tokens = column.tolist()
+            now = time.perf_counter()
+            if clock is not None and i > 1:
+                self.decode_s, self.steps = self.decode_s + now - clock, self.steps + 1
+            for row, token in enumerate(tokens):
+                yield from self._take(row, token, last=i + 1 == self.limit)
+            self.unfed = None if self.reasons[0] == "eos" else tokens[0]
+            if all(self.reasons):
+                break
+            clock = time.perf_counter()
+
+    def interrupt(self) -> Iterator[tuple[int, str]]:
+        """End here; gives out what was held back."""
+        for row, reason in enumerate(self.reasons):
+            if reason is None:
+                self.reasons[row] = "interrupted"
+                yield from self._emit(row, self.streams[row].end())
+
+    def _pick(self, logits: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return sample(logits, self.sampling, self.dice)
+
+    def _take(self, row: int, token: int, last: bool) -> Iterator[tuple[int, str]]:
+        if self.reasons[row]:
+            return  # an ended row decodes into its own slots until all have ended
+        if token in self.tokenizer.eos and not self.ignore_eos:
+            self.reasons[row] = "eos"
+            yield from self._emit(row, self.streams[row].end())
+            return
+        self.ids[row].append(token)
+        yield from self._emit(row, self.streams[row].push(token))
+        if self.streams[row].stopped:
+            self.reasons[row] = "stop"
+        elif last:
+            self.reasons[row] = "length"
+            yield from self._emit(row, self.streams[row].end())
+
+    def _emit(self, row: int, piece: str) -> Iterator[tuple[int, str]]:
+        if piece:
+            self.texts[row] += piece
+            yield row, piece
+
+
+class Stopper:
+    """A text stream that ends before the first stop string, and holds back what could be the beginning of one."""
+
+    def __init__(self, stream: tokenizer.Stream, stop: tuple[str, ...]):
+        self.stream, self.stop, self.held, self.stopped = stream, stop, "", False
+
+    def push(self, token: int) -> str:
+        return self._pass(self.stream.push(token), final=False)
+
+    def end(self) -> str:
+        return "" if self.stopped else self._pass(self.stream.end(), final=True)
+
+    def _pass(self, piece: str, final: bool) -> str:
+        text = self.held + piece
+        found = [at for at in (text.find(s) for s in self.stop) if at >= 0]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[: min(found)]
+        keep = 0 if final else max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device {name!r} cannot be used here ({str(e).splitlines()[0]}); use --device cpu") from None
+    return device
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Which type prompts and single tokens are computed in, by which linear, and why."""
+
+    prefill: torch.dtype
+    decode: torch.dtype
+    linear: Callable
+    why: str
+
+
+def _precision(config: ModelConfig, device: torch.device, asked: str) -> Precision:
+    names = [ALIASES.get(n, n) for n in asked.split("/")]
+    if asked != "auto" and (len(names) > 2 or any(n not in DTYPES for n in names)):
+        raise ValueError(
+            f"unknown dtype {asked!r}; give auto, {', '.join(DTYPES)}, or prefill/decode as in bfloat16/float16"
+        )
+    if device.type != "cpu":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        both = [DTYPES[n] for n in names] if asked != "auto" else [torch.bfloat16 if native else torch.float16]
+        return Precision(both[0], both[-1], linear, "asked for" if asked != "auto" else "the device's own")
+    # neither type nor routine is best on every CPU, nor for both phases: measure, and let a switch pay clearly, as timings waver
+    if asked != "auto":
+        first, second = DTYPES[names[0]], DTYPES[names[-1]]
+        row, plain = (_probe(config, 1, product, [second])[second] for product in (row_linear, linear))
+        return Precision(first, second, row_linear if row * 1.1 < plain else linear, "asked for")
+    types = list(DTYPES.values())
+    many = _probe(config, 256, linear, types)
+    row, plain = _probe(config, 1, row_linear, types), _probe(config, 1, linear, types)
+    one = {t: min(row[t] * 1.1, plain[t]) for t in types}
+    first = min(types, key=lambda t: many[t] * (1.0 if t == torch.bfloat16 else 1.3))
+    second = min(types, key=lambda t: one[t] * (1.0 if t == first else 1.3))
+    why = f"probed: {many[torch.float32] / many[first]:.1f}x float32 on prompts, {one[torch.float32] / one[second]:.1f}x on single tokens"
+    size = config.parameters()
+    if second != first and size * second.itemsize > (free_bytes(device) - size * first.itemsize) / 4:
+        second, why = (
+            first,
+            f"{why}; a second copy in {str(second).removeprefix('torch.')} for single tokens would not fit",
+        )
+    return Precision(first, second, row_linear if row[second] * 1.1 < plain[second] else linear, why)
+
+
+def _probe(config: ModelConfig, rows: int, product: Callable, types: list[torch.dtype]) -> dict[torch.dtype, float]:
+    """Seconds per pass of `rows` tokens over MLP-shaped weights too large for the nearer caches, per type; the best of three."""
+    shape = (config.intermediate_size, config.hidden_size)
+    count = max(1, (32 if rows == 1 else 2) * 2**20 // (shape[0] * shape[1]))
+    best = {}
+    with torch.inference_mode():
+        for dtype in types:
+            weights, x = [torch.ones(shape, dtype=dtype) for _ in range(count)], torch.ones(rows, shape[1], dtype=dtype)
+            times = []
+            for _ in range(4):
+                t0 = time.perf_counter()
+                for w in weights:
+                    product(x, w, None)
+                times.append(time.perf_counter() - t0)
+            best[dtype] = min(times[1:])
+    return best
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had on the device; a container's limit counts."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+        group = Path("/sys/fs/cgroup")
+        if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+        return free
+    except (OSError, KeyError, ValueError):
+        return sys.maxsize  # no way to tell on this system
+
+
+def _check_weights(name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    need, free = config.parameters() * dtype.itemsize, free_bytes(device)
+    if need > free:
+        fits = [n for n, c in PRESETS.items() if c.parameters() * dtype.itemsize < free * 0.9]
+        raise ValueError(
+            f"{name} needs {mib(need)} in {str(dtype).removeprefix('torch.')} and {mib(free)} are free on {device}; "
+            + (f"these would fit: {', '.join(fits)}" if fits else "no known model would fit")
+        )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has held on the device: of the CPU, resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

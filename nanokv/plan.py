@@ -1,0 +1,120 @@
+"""A plan is keep × store × share: `snapkv:budget=1024,window=32+dense`. Parsing, printing, and fitting it to a prompt."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+from nanokv.config import ModelConfig
+from nanokv.contract import Case, Policy, StoreSpec
+from nanokv.policies import POLICIES
+from nanokv.stores import STORES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which tokens stay, how they lie in memory, which layers own storage (reader → owner; a layer not named owns its own)."""
+
+    keep: Policy = POLICIES["full"]
+    store: StoreSpec = STORES["dense"]
+    share: Mapping[int, int] = field(default_factory=dict)
+    names: tuple[str, str] = ("full", "dense")
+
+    def owner(self, layer: int) -> int:
+        return self.share.get(layer, layer)
+
+    def last_reader(self, owner: int) -> int:
+        return max([owner, *(i for i, o in self.share.items() if o == owner)])
+
+    def fit(self, config: ModelConfig, dtype: torch.dtype, prompt_len: int, room: int, rows: int = 1) -> Plan:
+        """This plan for one prompt: percents, bytes and thresholds as numbers."""
+        token_bytes, fixed = self.store.cost(config, dtype)
+        owners = config.num_hidden_layers - len(self.share)
+        return replace(
+            self, keep=self.keep.fit(Case(config.family, owners, prompt_len, room, rows, token_bytes, fixed))
+        )
+
+    def with_budget(self, text: str) -> Plan:
+        """This plan under a kept budget given as text: tokens, percent or bytes."""
+        return replace(self, keep=self.keep.with_budget(int(text) if text.lstrip("-").isdigit() else text))
+
+    def __str__(self) -> str:
+        return "+".join(canonical(name, part) for name, part in zip(self.names, (self.keep, self.store), strict=True))
+
+
+AXES = {"decide which tokens stay": POLICIES, "decide how they are stored": STORES}
+
+
+def parse(text: str) -> Plan:
+    """`name:key=value,key=value+name`, at most one part per axis. ValueError says what is allowed."""
+    chosen: dict[str, tuple[str, Any]] = {}
+    for piece in text.split("+"):
+        name, _, rest = piece.strip().partition(":")
+        axis = next((a for a, parts in AXES.items() if name in parts), None)
+        if axis is None:
+            names = [n for parts in AXES.values() for n in parts]
+            lists = "; ".join((f"policies: {', '.join(POLICIES)}", f"stores: {', '.join(STORES)}"))
+            raise ValueError(f"unknown policy {name!r}{nearest(name, names)}; {lists}")
+        if axis in chosen:
+            raise ValueError(f"{chosen[axis][0]} and {name} both {axis}; choose one")
+        chosen[axis] = name, configure(name, AXES[axis][name], _pairs(name, rest))
+    keep, store = (chosen.get(a, (n, AXES[a][n])) for a, n in zip(AXES, ("full", "dense"), strict=True))
+    if keep[1].watches and not store[1].reports_votes:
+        raise ValueError(f"{keep[0]} watches decode attention, which store {store[0]} does not report; use store dense")
+    return Plan(keep[1], store[1], names=(keep[0], store[0]))
+
+
+def _pairs(name: str, text: str) -> dict[str, str]:
+    pairs = {}
+    for item in filter(None, text.split(",")):
+        key, eq, value = item.partition("=")
+        if not eq or not value:
+            raise ValueError(f"{name}:{item} is no key=value pair; write {name}:key=value,key=value")
+        if key.strip() in pairs:
+            raise ValueError(f"{name}: {key.strip()} is given twice; give it once")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def canonical(name: str, part: Any) -> str:
+    """`name:key=value,…` with every field filled in."""
+    values = ",".join(f"{f.name}={str(getattr(part, f.name)).lower()}" for f in fields(part))
+    return f"{name}:{values}" if values else name
+
+
+def configure(name: str, part: Any, given: Mapping[str, str]) -> Any:
+    """`part` with the given texts set, each read as the type its field is annotated with."""
+    kinds = {f.name: [k.strip() for k in str(f.type).split("|")] for f in fields(part)}
+    for key in given:
+        if key not in kinds:
+            allowed = f"its keys are {', '.join(kinds)}" if kinds else "it takes none"
+            raise ValueError(f"{name} has no key {key!r}{nearest(key, kinds)}; {allowed}")
+    return replace(part, **{key: _read(f"{name}:{key}", text, kinds[key]) for key, text in given.items()})
+
+
+def _read(where: str, text: str, kinds: Sequence[str]) -> int | float | bool | str | None:
+    low = text.lower()
+    if "None" in kinds and low == "none":
+        return None
+    if "bool" in kinds and low in ("true", "false"):
+        return low == "true"
+    for kind, read in (("int", int), ("float", float)):
+        if kind in kinds:
+            try:
+                return read(text)
+            except ValueError:
+                pass
+    if "str" in kinds:
+        return text
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "None": "none"}
+    raise ValueError(f"{where}={text} cannot be read; it takes {' or '.join(words[k] for k in kinds)}")
+
+
+def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """' (did you mean …?)' or nothing."""
+    close = difflib.get_close_matches(name, list(known), 3, 0.5)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

@@ -1,0 +1,110 @@
+"""The prefill side of a cache: one prompt, dense and growing; each layer is compressed as soon as its last reader has attended.
+
+It knows when a prompt is complete because it is told its length at the start; whole or in chunks is the same code. It knows
+policies only through `keep`. Between layers, only `kept` of the finished ones and the runs still open are alive.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nanokv.config import ModelConfig
+from nanokv.contract import Kept, Prompt
+from nanokv.ops import Ops
+from nanokv.plan import Plan
+
+
+class PromptCache:
+    """`kept` (owner → survivors) is complete once `length` tokens went through. `wait` tokens beyond the prompt may be part of it."""
+
+    def __init__(self, plan: Plan, config: ModelConfig, ids: Tensor, ops: Ops):
+        self.plan, self.config, self.ops = plan, config, ops
+        self.ids = ids  # (T,)
+        self.length = len(ids) + plan.keep.wait
+        self.kept: dict[int, Kept] = {}
+        self.runs: dict[int, Run] = {}
+        self.layers = [PromptLayer(self, i) for i in range(config.num_hidden_layers)]
+
+    def run_of(self, owner: int) -> Run:
+        if owner not in self.runs:
+            self.runs[owner] = Run(self.length)
+        return self.runs[owner]
+
+    def finish(self, owner: int) -> None:
+        """Ask the policy what stays of this owner's run, and let go of the rest."""
+        prompt = self.runs.pop(owner).close(owner, self.ids, self.config)
+        self.kept[owner] = self.plan.keep.keep(prompt)
+        self.kept = self.plan.keep.settle(self.kept)
+
+
+class PromptLayer:
+    def __init__(self, cache: PromptCache, index: int):
+        self.cache, self.index = cache, index
+        self.owner = cache.plan.owner(index)
+        self.owns = self.owner == index
+        self.last = cache.plan.last_reader(self.owner) == index
+
+    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, pos: Tensor) -> Tensor:
+        cache, run = self.cache, self.cache.run_of(self.owner)
+        if self.owns:
+            run.extend(k, v)
+        start = run.filled - q.shape[2]
+        window = cache.config.sliding_window
+        out = cache.ops.prefill(q, run.k[:, :, : run.filled], run.v[:, :, : run.filled], start, window)
+        run.listen(self.index, q, start, cache)
+        if self.last and run.filled == run.length:
+            cache.finish(self.owner)
+        return out
+
+
+class Run:
+    """One owner's dense keys and values, and what its readers' queries say about them."""
+
+    def __init__(self, length: int):
+        self.length, self.filled = length, 0
+        self.k: Tensor | None = None  # (1,Hkv,length,D); a whole prompt's own tensors, not a copy
+        self.v: Tensor | None = None
+        self.tail: dict[int, Tensor] = {}  # reader → its last queries so far (1,H,w,D)
+        self.votes: dict[int, Tensor] = {}  # reader → (1,Hkv,T)
+        self.n_votes = 0
+
+    def extend(self, k: Tensor, v: Tensor) -> None:
+        n = k.shape[2]
+        if n == self.length:
+            self.k, self.v = k, v
+        else:
+            if self.k is None:
+                shape = (1, k.shape[1], self.length, k.shape[3])
+                self.k, self.v = k.new_empty(shape), v.new_empty(shape)
+            self.k[:, :, self.filled : self.filled + n] = k
+            self.v[:, :, self.filled : self.filled + n] = v
+        self.filled += n
+
+    def listen(self, reader: int, q: Tensor, start: int, cache: PromptCache) -> None:
+        """Let queries vote: all of them as they come, or the last w once the prompt is complete."""
+        ask, window, mass = cache.plan.keep.ask, cache.config.sliding_window, cache.ops.mass
+        if ask.rows == 0:
+            return
+        if ask.rows is None:
+            votes = mass(q, self.k[:, :, : self.filled], start, window, ask.group)
+            if reader in self.votes:
+                votes[:, :, :start] += self.votes[reader]
+            self.votes[reader], self.n_votes = votes, self.filled
+            return
+        before = self.tail.get(reader)
+        tail = q[:, :, -ask.rows :] if before is None else torch.cat((before, q), 2)[:, :, -ask.rows :]
+        if self.filled < self.length:
+            self.tail[reader] = tail.clone() if before is None else tail
+            return
+        self.n_votes = tail.shape[2]
+        self.votes[reader] = mass(tail, self.k, self.length - self.n_votes, window, ask.group)
+
+    def close(self, layer: int, ids: Tensor, config: ModelConfig) -> Prompt:
+        """The run as a policy sees it: without what the model's sliding window will never show again."""
+        lo = 0 if config.sliding_window is None else max(0, self.length - config.sliding_window + 1)
+        heads = self.k.shape[1]
+        pos = torch.arange(lo, self.length, dtype=torch.int32, device=self.k.device).expand(1, heads, -1)
+        votes = torch.cat([self.votes[r][:, :, lo:] for r in sorted(self.votes)]) if self.votes else None
+        k, v = self.k[:, :, lo:], self.v[:, :, lo:]
+        return Prompt(layer, config.num_hidden_layers, ids[lo:], k, v, pos, votes, self.n_votes)

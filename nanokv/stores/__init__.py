@@ -1,0 +1,6 @@
+"""The store axis: name → its spec with default options. One line per store."""
+
+from nanokv.contract import StoreSpec
+from nanokv.stores.dense import Dense
+
+STORES: dict[str, StoreSpec] = {"dense": Dense()}

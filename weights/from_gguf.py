@@ -1,0 +1,266 @@
+"""GGUF files of llama architecture → hub names, hub layout: weights dequantised, llama.cpp's Q/K permutation undone, the
+tokenizer rebuilt from the metadata. Reads with the `gguf` library; knows nothing of nanokv.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # hub name, shape, how to read it
+
+NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ENDS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+# llama.cpp's names of pre-tokenizers → how text is cut before byte-level BPE; the patterns are facts of the tokenizers
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+PRE: dict[str, str | None] = {
+    "smollm": "digits",
+    "default": None,
+    "gpt-2": None,
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+}
+
+
+class GGUF:
+    """One file, opened and checked. ValueError if it cannot be read or is no llama."""
+
+    def __init__(self, file: Path):
+        from gguf import GGUFReader
+
+        self.file = file
+        try:
+            self.reader = GGUFReader(file)
+            self.meta = {k: f.contents() for k, f in self.reader.fields.items()}
+        except Exception as e:  # a damaged header fails in numpy, struct or the reader, each with its own type
+            raise ValueError(
+                f"{file} is no whole GGUF file ({(str(e) or type(e).__name__).splitlines()[0]}); fetch it again"
+            ) from None
+        arch = self.meta.get("general.architecture")
+        if arch != "llama":
+            raise ValueError(f"{file}: architecture {arch!r} is not supported in GGUF; supported is llama")
+        if self.meta.get("split.count", 1) > 1:
+            raise ValueError(f"{file} is one part of a split model; join the parts with llama.cpp's gguf-split first")
+        self.tensors_by_name = {t.name: t for t in self.reader.tensors}
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        value = self.meta.get(f"llama.{key}", default)
+        if value is None:
+            raise ValueError(
+                f"{self.file}: the metadata lacks llama.{key}; convert the model again with a current llama.cpp"
+            )
+        return value
+
+    def config(self) -> dict[str, Any]:
+        """config.json of the model."""
+        heads, hidden = self._get("attention.head_count"), self._get("embedding_length")
+        raw = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "vocab_size": len(self.meta["tokenizer.ggml.tokens"]),
+            "hidden_size": hidden,
+            "intermediate_size": self._get("feed_forward_length"),
+            "num_hidden_layers": self._get("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._get("attention.head_count_kv", heads),
+            "head_dim": self._get("attention.key_length", hidden // heads),
+            "max_position_embeddings": self._get("context_length"),
+            "rms_norm_eps": round(self._get("attention.layer_norm_rms_epsilon"), 9),  # stored as fp32: 9.9999997e-06
+            "rope_theta": self._get("rope.freq_base", 10000.0),
+            "tie_word_embeddings": "output.weight" not in self.tensors_by_name,
+            "bos_token_id": self.meta.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._stops(),
+        }
+        raw["rope_scaling"] = self._scaling(raw)
+        return raw
+
+    def _stops(self) -> list[int]:
+        """Every id that ends a text: of the metadata, and the markers that chat models end a turn with."""
+        keys = ("eos_token_id", "eot_token_id", "eom_token_id")
+        ids = [self.meta[f"tokenizer.ggml.{k}"] for k in keys if f"tokenizer.ggml.{k}" in self.meta]
+        tokens = self.meta["tokenizer.ggml.tokens"]
+        ids += [tokens.index(t) for t in ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>") if t in tokens]
+        return list(dict.fromkeys(ids))
+
+    def _scaling(self, raw: dict[str, Any]) -> dict[str, Any] | None:
+        kind = self.meta.get("llama.rope.scaling.type", "none")
+        if kind == "linear":
+            return {"rope_type": "linear", "factor": float(self.meta["llama.rope.scaling.factor"])}
+        if kind not in ("none", ""):
+            raise ValueError(f"{self.file}: rope scaling {kind!r} is not supported; supported are none, linear, llama3")
+        if "rope_freqs.weight" not in self.tensors_by_name:
+            return None
+        # Llama 3.1 and later: the scaling is stored as divisors per frequency; find its factor and make sure it is that rule
+        found = np.asarray(self.tensors_by_name["rope_freqs.weight"].data, dtype=np.float32)
+        rule = {
+            "factor": float(found.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        inv = raw["rope_theta"] ** (-np.arange(0, raw["head_dim"], 2) / raw["head_dim"])
+        ramp = ((rule["original_max_position_embeddings"] * inv / (2 * math.pi) - 1.0) / 3.0).clip(0, 1)
+        expected = 1 / ((1 - ramp) / rule["factor"] + ramp)
+        if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-2):
+            raise ValueError(
+                f"{self.file}: its rope_freqs follow no rule that is supported (llama3); use the safetensors version"
+            )
+        return {"rope_type": "llama3", **rule}
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every weight under its hub name, read when asked."""
+        heads = self._get("attention.head_count")
+        permuted = {"attn_q": heads, "attn_k": self._get("attention.head_count_kv", heads)}
+        for name, tensor in self.tensors_by_name.items():
+            if name == "rope_freqs.weight":
+                continue
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            if name in ENDS:
+                yield ENDS[name], shape, lambda t=tensor, s=shape: self._values(t, s)
+                continue
+            blk, _, rest = name.partition(".")
+            layer, _, rest = rest.partition(".")
+            part, _, kind = rest.rpartition(".")
+            if blk != "blk" or part not in NAMES:
+                raise ValueError(f"{self.file} holds {name}, which a llama has no place for")
+            n = permuted.get(part)
+            yield (
+                f"model.layers.{layer}.{NAMES[part]}.{kind}",
+                shape,
+                lambda t=tensor, s=shape, n=n: unpermute(self._values(t, s), n),
+            )
+
+    def _values(self, tensor: Any, shape: tuple[int, ...]) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        return dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+
+    def tokenizer_json(self) -> str:
+        """The tokenizer, in the format of the tokenizers library."""
+        kind = self.meta.get("tokenizer.ggml.model")
+        if kind == "gpt2":
+            return self._byte_level()
+        if kind == "llama":
+            return self._sentencepiece()
+        raise ValueError(
+            f"{self.file}: tokenizer {kind!r} is not supported; supported are gpt2 (byte-level BPE) and llama (sentencepiece)"
+        )
+
+    def _byte_level(self) -> str:
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+        pre = self.meta.get("tokenizer.ggml.pre", "default")
+        if pre not in PRE:
+            raise ValueError(f"{self.file}: pre-tokenizer {pre!r} is not supported; supported are {', '.join(PRE)}")
+        vocab = {t: i for i, t in enumerate(self.meta["tokenizer.ggml.tokens"])}
+        merges = [tuple(m.split(" ", 1)) for m in self.meta["tokenizer.ggml.merges"]]
+        tok = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.startswith("llama")))
+        rule = PRE[pre]
+        first = (
+            {
+                None: [],
+                "digits": [pre_tokenizers.Digits(individual_digits=True)],
+            }.get(rule)
+            if rule in (None, "digits")
+            else [pre_tokenizers.Split(Regex(rule), "isolated")]
+        )
+        gpt2 = rule in (None, "digits")
+        tok.pre_tokenizer = pre_tokenizers.Sequence(
+            [*first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2)]
+        )
+        tok.decoder = decoders.ByteLevel()
+        return self._finish(tok)
+
+    def _sentencepiece(self) -> str:
+        from tokenizers import Tokenizer, decoders, models, normalizers
+
+        tokens, scores = self.meta["tokenizer.ggml.tokens"], self.meta["tokenizer.ggml.scores"]
+        vocab = {t: i for i, t in enumerate(tokens)}
+        pairs = []  # sentencepiece joins the pair whose result scores best: as merges, in that order
+        for piece, i in vocab.items():
+            for cut in range(1, len(piece)):
+                if piece[:cut] in vocab and piece[cut:] in vocab:
+                    pairs.append((-scores[i], vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:]))
+        merges = [(a, b) for *_, a, b in sorted(pairs)]
+        unk = tokens[self.meta.get("tokenizer.ggml.unknown_token_id", 0)]
+        tok = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
+        prefix = [normalizers.Prepend("▁")] if self.meta.get("tokenizer.ggml.add_space_prefix", True) else []
+        tok.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+        strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+        tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+        return self._finish(tok)
+
+    def _finish(self, tok: Any) -> str:
+        """Control tokens are special: matched in the text as they stand, not shown when decoding."""
+        from tokenizers import AddedToken
+
+        tokens, types = self.meta["tokenizer.ggml.tokens"], self.meta["tokenizer.ggml.token_type"]
+        special = [t for t, kind in zip(tokens, types, strict=True) if kind in (2, 3)]  # unknown, control
+        tok.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+        users = [t for t, kind in zip(tokens, types, strict=True) if kind == 4]
+        tok.add_tokens([AddedToken(t, normalized=False) for t in users])
+        return tok.to_str()
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        meta, tokens = self.meta, self.meta["tokenizer.ggml.tokens"]
+        named = {k: meta.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos")}
+        raw = {f"{k}_token": tokens[i] for k, i in named.items() if i is not None}
+        default = meta.get("tokenizer.ggml.model") == "llama"
+        raw["tokenizer_class"] = "PreTrainedTokenizerFast"  # nobody's own reading of tokenizer.json
+        raw["add_bos_token"] = bool(meta.get("tokenizer.ggml.add_bos_token", default))
+        if "tokenizer.chat_template" in meta:
+            raw["chat_template"] = meta["tokenizer.chat_template"]
+        return raw
+
+    def write_texts(self, path: Path) -> None:
+        """config.json, tokenizer.json and tokenizer_config.json."""
+        (path / "config.json").write_text(json.dumps(self.config(), indent=1), encoding="utf-8")
+        (path / "tokenizer.json").write_text(self.tokenizer_json(), encoding="utf-8")
+        (path / "tokenizer_config.json").write_text(json.dumps(self.tokenizer_config(), indent=1), encoding="utf-8")
+
+
+def unpermute(x: np.ndarray, heads: int | None) -> np.ndarray:
+    """Undo llama.cpp's reordering of the rows of q and k (pairs next to each other → two halves); None: x as it is."""
+    if heads is None:
+        return x
+    return x.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def convert(file: Path, path: Path, bar: bool = False) -> None:
+    """Write the model in `file` as a directory: model.safetensors (matrices fp16, vectors fp32) and the texts."""
+    from safetensors.numpy import save_file
+    from tqdm import tqdm
+
+    model = GGUF(file)
+    path.mkdir(parents=True, exist_ok=True)
+    model.write_texts(path)
+    out = {}
+    for name, shape, read in tqdm(list(model.tensors()), desc="unpack", unit="tensor", leave=False, disable=not bar):
+        value = read()
+        fits = len(shape) > 1 and np.abs(value).max() < 65504
+        out[name] = np.ascontiguousarray(value, dtype=np.float16 if fits else np.float32)
+    save_file(out, path / "model.safetensors", metadata={"format": "pt"})
