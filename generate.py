@@ -339,7 +339,9 @@ def write_json(file: str, llm, session, turn) -> None:
 def commit() -> str | None:
     """The project's commit, if it runs from a checkout."""
     try:
-        done = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "rev-parse", "--verify", "-q", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
     except OSError:
         return None
     return done.stdout.strip() or None

@@ -1,6 +1,6 @@
 """Synthetic long-context tasks from prose that every CPython carries, with a fixed answer each: no download, no judge.
 
-    python -m evals.tasks --tokens 3000 --seed 1        prints one prompt, as `make demo` uses it
+python -m evals.tasks --tokens 3000 --seed 1        prints one prompt, as `make demo` uses it
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ class Task:
 
     context: str
     question: str
+    opening: str  # how an answer begins: ends the prompt of a model that only continues texts
     answer: str
 
     @property
     def prompt(self) -> str:
         return f"{self.context}\n\n{self.question}"
+
+    @property
+    def unfinished(self) -> str:
+        return f"{self.context}\n\n{self.opening}"
 
     def solved(self, text: str) -> bool:
         return self.answer in text
@@ -39,7 +44,11 @@ def prose() -> list[str]:
             if any(line.startswith((" ", "*", "+", "|", "=", "-", "~", ">")) for line in lines):
                 continue
             text = re.sub(r"[*`\"]|\(\)", "", " ".join(lines))
-            sentences += [s for s in re.split(r"(?<=[.!?]) (?=[A-Z])", text) if 40 < len(s) < 240 and s[0].isupper() and s[-1] == "."]
+            sentences += [
+                s
+                for s in re.split(r"(?<=[.!?]) (?=[A-Z])", text)
+                if 40 < len(s) < 240 and s[0].isupper() and s[-1] == "."
+            ]
     return list(dict.fromkeys(sentences))
 
 
@@ -58,7 +67,7 @@ def needle(seed: int, tokens: int, count: Callable[[str], int], depth: float | N
         hay.append(pool[(start + len(hay)) % len(pool)])
         size += count(" " + hay[-1])
     hay.insert(round(depth * len(hay)), f"The secret code for {city} is {code}.")
-    return Task(" ".join(hay), f"What is the secret code for {city}? Answer with the number.", code)
+    return Task(" ".join(hay), f"What is the secret code for {city}?", f"The secret code for {city} is", code)
 
 
 CITIES = ("Lisbon", "Oslo", "Nairobi", "Quito", "Hanoi", "Perth", "Turin", "Lima", "Riga", "Kyoto", "Bergen", "Dakar")

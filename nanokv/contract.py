@@ -206,21 +206,22 @@ class Case:
     token_bytes: float  # one token in one owning layer, all KV heads, as the store lays it out
     fixed_bytes: int  # per row and owning layer, whatever its length
 
-    def tokens(self, budget: int | str, least: int) -> int:
+    def tokens(self, budget: int | str, least: int, grows: bool = True) -> int:
         """A budget as a number of kept prompt tokens per KV head.
 
-        "25%" is of this prompt, never under `least`; "64MiB" is of the whole cache, generated tokens included.
+        "25%" is of this prompt, never under `least`; "64MiB" is of the whole cache, with the slots of generated tokens if it grows.
         """
+        room = self.room if grows else 0
         if isinstance(budget, int):
             return budget
         if budget.endswith("%"):
             return max(least, int(self.prompt_len * float(budget[:-1]) / 100))
         share = size(budget) / self.rows / self.owners - self.fixed_bytes
-        n = int(share / self.token_bytes) - self.room
+        n = int(share / self.token_bytes) - room
         if n < least:
-            need = (least + self.room) * self.token_bytes + self.fixed_bytes
+            need = (least + room) * self.token_bytes + self.fixed_bytes
             raise ValueError(
-                f"a budget of {budget} leaves {max(n, 0)} prompt tokens per head beside {self.room} new ones; this policy "
+                f"a budget of {budget} leaves {max(n, 0)} prompt tokens per head beside {room} new ones; this policy "
                 f"keeps at least {least}: give {int(need * self.owners * self.rows / 2**20) + 1}MiB or more, or generate less"
             )
         return n

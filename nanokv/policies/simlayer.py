@@ -32,13 +32,7 @@ class SimLayerKV(Policy):
     def __post_init__(self):
         if self.variant not in ("prefill", "decode", "light"):
             raise ValueError(f"simlayer:variant={self.variant}; variants are prefill, decode and light")
-        defaults = {"recent": 1020 if self.variant == "light" else 1024, "window": 32, "roll": True}
-        if self.variant == "decode":
-            defaults |= {"window": 1, "roll": False}
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        if self.sink < 0 or self.recent < 1 or self.window < 1:
+        if self.sink < 0 or min(1 if x is None else x for x in (self.recent, self.window)) < 1:
             raise ValueError(
                 f"simlayer:sink={self.sink},recent={self.recent},window={self.window} is out of range; at least 0, 1, 1"
             )
@@ -54,15 +48,21 @@ class SimLayerKV(Policy):
         return 1 if self.variant == "decode" else 0
 
     def fit(self, case: Case) -> SimLayerKV:
+        default = {
+            "recent": 1020 if self.variant == "light" else 1024,
+            "window": 1 if self.variant == "decode" else 32,
+            "roll": self.variant != "decode",
+        }
+        mine = replace(self, **{k: v for k, v in default.items() if getattr(self, k) is None})
         if self.variant == "light":
             full = self.full if isinstance(self.full, int) else int(case.owners * float(self.full[:-1]) / 100)
-            return replace(self, full=min(full, case.owners))
+            return replace(mine, full=min(full, case.owners))
         if self.threshold is None and case.family not in THRESHOLDS:
             raise ValueError(
                 f"simlayer has no published threshold for this model family (it has for {', '.join(THRESHOLDS)}); "
                 "give one, as in simlayer:threshold=0.8, or use simlayer:variant=light, which needs none"
             )
-        return self if self.threshold is not None else replace(self, threshold=THRESHOLDS[case.family])
+        return mine if self.threshold is not None else replace(mine, threshold=THRESHOLDS[case.family])
 
     def keep(self, p: Prompt) -> Kept:
         if len(p) <= self.sink + self.recent:

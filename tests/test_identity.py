@@ -1,0 +1,148 @@
+"""Every policy against the oracle that covers positions, RoPE, GQA mapping and slots at once: a full cache with a mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import text
+from oracle import MaskedCache
+
+from nanokv import parse
+from nanokv.policies import POLICIES
+
+# each registered policy, small enough to drop something of 60 tokens
+SMALL = {
+    "full": ["full"],
+    "random": ["random:budget=20,window=4"],
+    "streaming": ["streaming:sink=2,recent=10", "streaming:budget=25%"],
+    "snapkv": ["snapkv:budget=20,window=4,kernel=3", "snapkv:budget=30%,window=4,kernel=5,pool=avg,group=max"],
+    "simlayer": [
+        "simlayer:threshold=0.45,sink=2,recent=16,window=4",
+        "simlayer:threshold=0,sink=2,recent=16,window=4,roll=false",
+        "simlayer:variant=light,sink=2,recent=16,window=4,full=1",
+        "simlayer:variant=decode,threshold=0,sink=2,recent=16",
+    ],
+}
+PLANS = [plan for plans in SMALL.values() for plan in plans]
+STEPS = 14
+
+
+def run(llm, plan: str, prompts: list[list[int]], more: list[list[int]], chunk: int | None = None):
+    """Teacher-forced: logits (rows, 1+STEPS, vocab), and per row and layer what was held once the prompt was compressed."""
+    session = llm.session(STEPS, chunk, parse(plan))
+    logits, held = [session.start(prompts)], None
+    for t in range(STEPS):
+        if held is None and session.cache is not None:
+            held = [session.cache.stores[i].unpack() for i in range(llm.config.num_hidden_layers)]
+        logits.append(session.feed(torch.tensor([[m[t]] for m in more])))
+    return torch.stack(logits, 1), held
+
+
+def masked(llm, ids: list[int], T: int, kept) -> torch.Tensor:
+    """The same logits by the oracle: queries of the prompt see all, later ones what `kept` (a Kept per layer) holds."""
+
+    def seen(layer: int, head: int, i: int, j: int) -> bool:
+        value, n = kept[layer], kept[layer].length[0, head]
+        first_step = T + 1 if value.pos.max() >= T else T  # a waiting policy still shows its first token everything
+        if i < first_step:
+            return True
+        limit, sink = value.limit[0, head].item(), value.sink[0, head].item()
+        if limit >= 0:  # a ring: sinks and the most recent
+            return j < sink or j > i - (limit - sink)
+        return j >= first_step or j in value.pos[0, head, :n].tolist()
+
+    cache = MaskedCache(llm.config, seen)
+    pos = torch.arange(len(ids))[None]
+    model = llm.models.prefill
+    with torch.no_grad():
+        return model.logits(model.hidden(torch.tensor([ids]), pos, cache))[0, T - 1 :]
+
+
+@pytest.mark.parametrize("model", ["llama2", "g3", "mistral"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_decode_equals_a_full_cache_with_a_mask(plan, model, llm_of):
+    llm, prompt, more = llm_of(model), text(60, seed=5), text(STEPS, seed=6)
+    logits, held = run(llm, plan, [prompt], [more])
+    expected = masked(llm, prompt + more, 60, [rows[0] for rows in held])
+    torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_ragged_batch_equals_each_row_alone(plan, llm_of):
+    llm = llm_of("g3")
+    prompts, more = [text(60, seed=5), text(43, seed=7), text(7, seed=8)], [text(STEPS, seed=s) for s in (6, 9, 10)]
+    together, _ = run(llm, plan, prompts, more)
+    for row, (prompt, rest) in enumerate(zip(prompts, more, strict=True)):
+        alone, held = run(llm, plan, [prompt], [rest])
+        torch.testing.assert_close(together[row], alone[0], atol=1e-4, rtol=1e-4)
+        expected = masked(llm, prompt + rest, len(prompt), [rows[0] for rows in held])
+        torch.testing.assert_close(together[row], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("model", "chunk"), [("g3", 1), ("g3", 16), ("g3", 59), ("mistral", 16)])
+@pytest.mark.parametrize("plan", PLANS)
+def test_chunks_equal_the_whole_prompt(plan, chunk, model, llm_of):
+    llm, prompt, more = llm_of(model), text(60, seed=5), text(STEPS, seed=6)
+    whole, held = run(llm, plan, [prompt], [more])
+    parts, again = run(llm, plan, [prompt], [more], chunk)
+    torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
+    for a, b in zip(held, again, strict=True):
+        assert torch.equal(a[0].pos, b[0].pos)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_first_token_is_that_of_the_full_cache(plan, llm_of):
+    llm, prompt = llm_of("g3"), text(60, seed=5)
+    full, first = (llm.session(4, None, parse(p)).start([prompt]) for p in ("full", plan))
+    assert torch.equal(full, first)
+
+
+def test_the_released_simlayer_decides_after_the_second_token(llm_of):
+    llm, prompt, more = llm_of("g3"), text(60, seed=5), text(STEPS, seed=6)
+    full, _ = run(llm, "full", [prompt], [more])
+    late, held = run(llm, "simlayer:variant=decode,threshold=0,sink=2,recent=16", [prompt], [more])
+    torch.testing.assert_close(late[0, :2], full[0, :2], atol=1e-5, rtol=1e-5)
+    assert (late[0, 2] - full[0, 2]).abs().max() > 1e-4
+    assert held[0][0].pos[0, 0].tolist() == [0, 1, *range(45, 61)]  # the first generated token is among the recent
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_budget_as_large_as_the_prompt_changes_nothing(name, llm_of):
+    enough = {
+        "streaming": "streaming:sink=4,recent=200",
+        "simlayer": "simlayer:threshold=0,recent=200",
+        "full": "full",
+    }.get(name, f"{name}:budget=60,window=4")
+    llm, prompt, more = llm_of("g3"), text(60, seed=5), text(STEPS, seed=6)
+    full, _ = run(llm, "full", [prompt], [more])
+    same, _ = run(llm, enough, [prompt], [more])
+    assert torch.equal(full, same)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_prompts_shorter_than_window_or_sinks_work(plan, n, llm_of):
+    llm, prompt, more = llm_of("g3"), text(n, seed=11), text(STEPS, seed=12)
+    logits, held = run(llm, plan, [prompt], [more])
+    expected = masked(llm, prompt + more, n, [rows[0] for rows in held])
+    torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_twice_in_a_row_is_the_same(plan, llm_of):
+    llm, prompt, more = llm_of("g3"), text(60, seed=5), text(STEPS, seed=6)
+    first, second = run(llm, plan, [prompt], [more])[0], run(llm, plan, [prompt], [more])[0]
+    assert torch.equal(first, second)
+
+
+def test_every_policy_is_among_the_small_plans():
+    assert set(SMALL) == set(POLICIES)
+
+
+def test_the_oracle_notices_one_wrong_token(llm_of):
+    llm, prompt, more = llm_of("g3"), text(60, seed=5), text(STEPS, seed=6)
+    logits, held = run(llm, "snapkv:budget=20,window=4,kernel=3", [prompt], [more])
+    kept = [rows[0] for rows in held]
+    missing = min(set(range(50)) - set(kept[1].pos[0, 0].tolist()))
+    kept[1].pos[0, 0, 0] = missing
+    assert (logits[0] - masked(llm, prompt + more, 60, kept)).abs().max() > 1e-3

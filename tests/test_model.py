@@ -1,0 +1,103 @@
+"""The model against transformers: logits of tiny random models of every supported kind, in fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import VARIANTS, text
+
+from nanokv import parse
+
+
+def logits_of(llm, ids: list[int], plan: str = "full", chunk: int | None = None, n: int = 12) -> torch.Tensor:
+    """Logits after the prompt and after each of the last n tokens, fed one by one: (n+1, vocab)."""
+    session = llm.session(n, chunk, parse(plan))
+    out = [session.start([ids[:-n]])]
+    out += [session.feed(torch.tensor([[i]])) for i in ids[-n:]]
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("chunk", [None, 13])
+def test_logits_equal_those_of_transformers(name, chunk, tiny, llm_of):
+    ids = text(90, seed=1)
+    with torch.no_grad():
+        theirs = tiny(name)[1](torch.tensor([ids])).logits[0, 77:]
+    ours = logits_of(llm_of(name), ids, chunk=chunk)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama31", "mistral"])
+def test_the_check_above_notices_a_wrong_position(name, tiny, llm_of):
+    ids = text(90, seed=1)
+    session = llm_of(name).session(4)
+    session.start([ids[:80]])
+    session.pos = session.pos + 1
+    ours = session.feed(torch.tensor([[ids[80]]]))
+    with torch.no_grad():
+        theirs = tiny(name)[1](torch.tensor([ids[:81]])).logits[0, -1:]
+    assert (ours - theirs).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["g3", "mistral"])
+def test_backends_agree(name, backend, tiny, llm_of):
+    from nanokv import load
+
+    ids = text(90, seed=2)
+    other = load(str(tiny(name)[0]), dtype="float32", backend=backend)
+    torch.testing.assert_close(logits_of(other, ids), logits_of(llm_of(name), ids), atol=1e-4, rtol=1e-4)
+
+
+def test_two_types_share_one_text(tiny):
+    from nanokv import load
+
+    mixed = load(str(tiny("g3")[0]), dtype="float32/float16")
+    exact = load(str(tiny("g3")[0]), dtype="float32")
+    assert mixed.dtypes == {"prefill": "float32", "decode": "float16"}
+    ids = text(60, seed=3)
+    error = (logits_of(mixed, ids).float() - logits_of(exact, ids)).abs().max()
+    assert 0 < error < 0.2
+
+
+def test_a_turn_of_many_tokens_equals_feeding_them_one_by_one(llm_of):
+    llm, ids = llm_of("g3"), text(80, seed=4)
+    one, many = llm.session(30), llm.session(30)
+    one.start([ids[:50]])
+    many.start([ids[:50]])
+    for i in ids[50:]:
+        last = one.feed(torch.tensor([[i]]))
+    torch.testing.assert_close(many.feed(torch.tensor([ids[50:]])), last, atol=1e-4, rtol=1e-4)
+    for session in (one, many):
+        assert session.pos.item() == 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chat", [False, True])
+def test_smollm2_writes_the_same_64_tokens_as_transformers(chat, smollm):
+    import transformers
+
+    from weights.fetch import locate
+
+    transformers.utils.logging.disable_progress_bar()
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(locate("smollm2-135m"), dtype=torch.float32).eval()
+    for prompt in PROMPTS:
+        words = smollm.tokenizer
+        plain = words.chat([{"role": "user", "content": prompt}]) if chat else prompt
+        ids = words.encode(plain, special=not chat)
+        with torch.no_grad():
+            theirs = oracle.generate(
+                torch.tensor([ids]), max_new_tokens=64, do_sample=False, eos_token_id=-1, pad_token_id=0
+            )
+        turn = smollm.turn(smollm.session(64), [ids], limit=64, ignore_eos=True)
+        list(turn)
+        assert turn.ids[0] == theirs[0, len(ids) :].tolist()
+
+
+PROMPTS = (
+    "The three primary colours are",
+    "Write a short letter to a friend who has moved to another city.",
+    "def fibonacci(n):\n",
+    "In 1969, the first people landed on the Moon. Their names were",
+    "Explain in simple words why the sky is blue.",
+)
