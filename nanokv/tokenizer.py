@@ -28,8 +28,12 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of a text; special: with the BOS that the model wants, once even if the text begins with it."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:  # a surrogate: how Python reads an argument that is not UTF-8
+            raise ValueError(f"the text is not UTF-8 (character {e.start + 1}); convert it first") from None
         ids = self.encode_plain(text, special)
-        return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == self.bos else ids
+        return ids[1:] if special and len(ids) > 1 and ids[0] == ids[1] == self.bos else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.decode_ids(list(ids))
@@ -40,7 +44,6 @@ class Tokenizer:
             raise ValueError(
                 "this model has no chat template; leave out --chat, --system and --interactive, or use its instruct variant"
             )
-        from jinja2 import TemplateError
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -53,8 +56,8 @@ class Tokenizer:
             return template.render(
                 messages=messages, add_generation_prompt=more, tools=None, documents=None, **self.specials
             )
-        except (TemplateError, TypeError, ArithmeticError, LookupError) as e:
-            raise ValueError(f"the model's chat template refuses this conversation: {str(e).splitlines()[0]}") from None
+        except Exception as e:  # somebody else's program can fail in any way
+            raise ValueError(f"the model's chat template refuses this conversation: {_line(e)}") from None
 
 
 class Stream:
@@ -62,24 +65,27 @@ class Stream:
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int]):
         self.tokenizer = tokenizer
-        self.ids = list(before)[-8:]  # what came before decides whether the first piece begins with a space
-        self.shown = len(tokenizer.decode(self.ids))
+        self.held: list[int] = []
+        self._shown(list(before))
 
     def push(self, token: int) -> str:
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        if text.endswith(CUT) and len(self.ids) < 64:
+        self.held.append(token)
+        text = self.tokenizer.decode(self.given + self.held)
+        if text.endswith(CUT) and len(self.held) < 64:  # more than that is no character any more
             return ""
-        piece = text[self.shown :]
-        if len(self.ids) >= 64 and not text.endswith(CUT):
-            self.ids = self.ids[-8:]
-            text = self.tokenizer.decode(self.ids)
-        self.shown = len(text)
+        piece = text[self.length :]
+        if piece:
+            self._shown(self.held)
+            self.held = []
         return piece
 
     def end(self) -> str:
         """What was held back."""
-        return self.tokenizer.decode(self.ids)[self.shown :]
+        return self.tokenizer.decode(self.given + self.held)[self.length :]
+
+    def _shown(self, ids: list[int]) -> None:
+        """Ids whose text is out: they end with a whole character, and decide whether the next one is preceded by a space."""
+        self.given, self.length = ids, len(self.tokenizer.decode(ids))
 
 
 def from_dir(path: Path, config: ModelConfig) -> Tokenizer:
@@ -106,7 +112,7 @@ def _from_json(file: Path, settings: dict[str, Any], config: ModelConfig) -> Tok
     try:
         fast = Fast.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
-        raise ValueError(f"{file} cannot be read ({str(e).splitlines()[0]}); fetch it again") from None
+        raise ValueError(f"{file} cannot be read ({_line(e)}); fetch it again") from None
     bos = _id(settings.get("bos_token"), fast.token_to_id, config.bos_token_id)
     wants_bos = settings.get("add_bos_token") is True
 
@@ -117,7 +123,8 @@ def _from_json(file: Path, settings: dict[str, Any], config: ModelConfig) -> Tok
     def decode(ids: Sequence[int]) -> str:
         return fast.decode(ids, skip_special_tokens=True)
 
-    return Tokenizer(encode, decode, fast.get_vocab_size(), bos, _eos(settings, fast.token_to_id, config))
+    size = max(fast.get_vocab().values(), default=-1) + 1  # not the count: ids may have gaps
+    return Tokenizer(encode, decode, size, bos, _eos(settings, fast.token_to_id, config))
 
 
 def _from_sentencepiece(file: Path, settings: dict[str, Any], config: ModelConfig) -> Tokenizer:
@@ -127,7 +134,7 @@ def _from_sentencepiece(file: Path, settings: dict[str, Any], config: ModelConfi
     try:
         sp.Load(str(file))
     except (RuntimeError, OSError) as e:
-        raise ValueError(f"{file} is no sentencepiece model ({str(e).splitlines()[0]}); fetch it again") from None
+        raise ValueError(f"{file} is no sentencepiece model ({_line(e)}); fetch it again") from None
     added = {_content(v): int(i) for i, v in settings.get("added_tokens_decoder", {}).items()}
     control = {sp.IdToPiece(i): i for i in range(sp.GetPieceSize()) if sp.IsControl(i) or sp.IsUnknown(i)}
     special = {**control, **added}
@@ -164,11 +171,16 @@ def byte_level() -> Tokenizer:
 
 
 def _template(path: Path, settings: dict[str, Any]) -> str | None:
-    if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
-    value = settings.get("chat_template")
+    file, value = path / "chat_template.jinja", settings.get("chat_template")
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ValueError(f"{file} cannot be read ({_line(e)}); fetch it again") from None
     if isinstance(value, list):  # several named ones
-        value = next((t.get("template") for t in value if t.get("name") == "default"), None)
+        value = next((t.get("template") for t in value if isinstance(t, dict) and t.get("name") == "default"), None)
+    if not isinstance(value, str | None):
+        raise ValueError(f"{path / 'tokenizer_config.json'}: chat_template must be a text, or a list of named ones")
     return value
 
 
@@ -186,6 +198,11 @@ def _eos(settings: dict[str, Any], find: Callable[[str], int | None], config: Mo
     """Every id that ends a text: the config's, and the tokenizer's own."""
     own = _id(settings.get("eos_token"), find, None)
     return tuple(dict.fromkeys([*config.eos_token_id, *([] if own is None else [own])]))
+
+
+def _line(e: Exception) -> str:
+    """The first line of an error's message."""
+    return next(iter(str(e).splitlines()), type(e).__name__)
 
 
 def _refuse(message: str) -> None:

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 TINY = {
-    "vocab_size": 128,
+    "vocab_size": 96,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
@@ -74,7 +74,7 @@ def tiny(tmp_path_factory):
 
 
 def write_tokenizer(path: Path) -> None:
-    """A byte-level tokenizer.json of 100 tokens: every printable ASCII character is one."""
+    """A byte-level tokenizer.json of 96 tokens: every printable ASCII character is one, and the newline."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {chr(i): i - 32 for i in range(33, 127)} | {"Ġ": 0, "Ċ": 95}

@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from nanokv import load
 from nanokv.config import ModelConfig, RopeScaling
@@ -193,7 +194,11 @@ def test_a_file_of_each_kind_gives_the_logits_of_its_dequantised_weights(tmp_pat
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.Q8_0], ids=lambda k: k.name)
 def test_the_reader_of_transformers_agrees(tmp_path, kind):
     path = write(tmp_path / "tiny.gguf", make(), kind)
-    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32).eval()
+    oracle = make().requires_grad_(False)
+    for weight in oracle.parameters():
+        weight.zero_()
+    # what from_pretrained(gguf_file=...) calls; that itself wants a package more
+    oracle.load_state_dict(load_gguf_checkpoint(path, return_tensors=True, model_to_load=oracle)["tensors"])
     same(ours(path, prompt()), theirs(oracle, prompt()))
 
 
@@ -245,15 +250,17 @@ def test_weights_beyond_the_range_of_fp16_survive_conversion(tmp_path):
     same(ours(str(tmp_path / "out"), [5]), theirs(model, [5]), 3e-2)
 
 
-def test_loading_warns_of_nothing(tmp_path, recwarn):
-    load(write(tmp_path / "tiny.gguf", make()), dtype="float32")
-    assert not [str(w.message) for w in recwarn]
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.Q8_0], ids=lambda k: k.name)
+def test_what_is_read_may_be_written_to(tmp_path, kind):
+    """torch warns on stderr of arrays that are not."""
+    file = GGUF(Path(write(tmp_path / "tiny.gguf", make(), kind)))
+    assert all(read().flags.writeable for _, _, read in file.tensors())
 
 
 def test_the_tokenizer_of_the_file_splits_digits_and_knows_its_special_tokens(tmp_path):
     words = load(write(tmp_path / "tiny.gguf", make()), dtype="float32").tokenizer
     text = "<|im_start|>to the 42 hats<|im_end|>"
-    pieces = ["<|im_start|>", "to", "Ġt", "h", "e", "Ġ", "4", "2", "Ġ", "ha", "t", "s", "<|im_end|>"]
+    pieces = ["<|im_start|>", "to", "Ġt", "he", "Ġ", "4", "2", "Ġ", "h", "at", "s", "<|im_end|>"]
     assert [TOKENS[i] for i in words.encode(text)] == pieces
     assert words.decode(words.encode(text)) == "to the 42 hats"
 
@@ -309,9 +316,28 @@ def test_other_rope_freqs_are_refused(tmp_path):
     assert "rope_freqs" in refusal(write(tmp_path / "tiny.gguf", make(), extra={"rope_freqs.weight": freqs}))
 
 
-def test_linear_rope_scaling_is_followed(tmp_path):
-    model = make(rope_parameters={"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0})
+def test_rope_freqs_with_another_scaling_are_refused(tmp_path):
     meta = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    extra = {"rope_freqs.weight": divisors(50000.0, 16, 8.0)}
+    assert "rope_freqs" in refusal(write(tmp_path / "tiny.gguf", make(), meta=meta, extra=extra))
+
+
+@pytest.mark.parametrize("meta", [{"llama.rope.scaling.type": "none"}, {"llama.rope.scaling.factor": 1.0}], ids=str)
+def test_no_rope_scaling_is_none(tmp_path, meta):
+    assert GGUF(Path(write(tmp_path / "tiny.gguf", make(), meta=meta))).config()["rope_scaling"] is None
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scale_linear": 4.0},
+    ],
+    ids=str,
+)
+def test_linear_rope_scaling_is_followed_however_it_is_said(tmp_path, meta):
+    model = make(rope_parameters={"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0})
     path = write(tmp_path / "tiny.gguf", model, meta=meta)
     assert load(path, dtype="float32").config.rope_scaling == RopeScaling("linear", 4.0)
     same(ours(path, prompt()), theirs(model, prompt()))

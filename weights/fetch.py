@@ -2,8 +2,8 @@
 
 Everything is written beside its final place, checked, and renamed: what stands under its own name is whole.
 
-The hub's library finds and authorises; the files come through `_file`, since the library's own download (from 1.31 on) throws
-away what came of a file when it is interrupted.
+The hub's library finds and authorises; the files come through `_file`, since the library's own download (seen in 1.31
+and 1.33) throws away what came of a file when it is interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Container
 from pathlib import Path
 
 from weights.registry import MODELS, Wheel, settings
@@ -52,6 +52,8 @@ def locate(name: str, bar: bool = False) -> Path:
     target = settings().weights / name.replace("/", "--")
     if (target / "config.json").is_file():
         return target
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise ValueError(f"{target} is in the way: it is no model, having no config.json; move it, then run again")
     try:
         if name in MODELS:
             source = MODELS[name].source
@@ -139,8 +141,9 @@ def _hub(repo: str, target: Path, bar: bool) -> Path:
     except hub.RepositoryNotFoundError:
         raise ValueError(f"the hub has no model {repo}, or it is private: check the name, or `hf auth login`") from None
     except hub.HfHubHTTPError as e:
+        says = " ".join(str(e).split())
         raise ValueError(
-            f"{repo} could not be fetched, the hub says: {str(e).splitlines()[0]}; what came is kept, run again to resume"
+            f"{repo} could not be fetched, the hub says: {says}; what came is kept, run again to resume"
         ) from None
     except json.JSONDecodeError:
         raise ValueError(
@@ -161,8 +164,6 @@ def _hub(repo: str, target: Path, bar: bool) -> Path:
 def _fetch(repo: str, target: Path) -> Path:
     from huggingface_hub import HfApi, constants
 
-    from nanokv.loader import find_shards
-
     info = HfApi().model_info(repo, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     files = {s.rfilename: s for s in info.siblings or [] if "/" not in s.rfilename}
     texts, shards = _wanted(repo, list(files))
@@ -172,6 +173,8 @@ def _fetch(repo: str, target: Path) -> Path:
     if INDEX in done:
         shards = _named(repo, done[INDEX], files)
     done |= {f: _file(repo, info.sha, files[f], partial) for f in shards}
+    from nanokv.loader import find_shards  # late, as it brings torch
+
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as tmp:
         made = Path(tmp) / "made"
         made.mkdir()
@@ -223,9 +226,7 @@ def _sha256(file: Path) -> str:
 def _wanted(repo: str, files: list[str]) -> tuple[list[str], list[str]]:
     """The files to fetch: texts, and one set of safetensors (if there is an index, that of the index)."""
     shards = [f for f in files if f.endswith(".safetensors")]
-    standard = [
-        f for f in shards if f.startswith("model")
-    ]  # some repositories add a second copy, consolidated.safetensors
+    standard = [f for f in shards if f.startswith("model")]  # some add a second copy, consolidated.safetensors
     if not shards:
         pickled = [f for f in files if f.endswith(PICKLES)]
         why = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no safetensors"
@@ -237,7 +238,7 @@ def _wanted(repo: str, files: list[str]) -> tuple[list[str], list[str]]:
     return [f for f in (*TEXTS, INDEX) if f in files], standard or shards
 
 
-def _named(repo: str, index: Path, files: Iterable[str]) -> list[str]:
+def _named(repo: str, index: Path, files: Container[str]) -> list[str]:
     """The shards that an index names, all of which the hub must have."""
     try:
         shards = sorted({str(f) for f in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})

@@ -34,15 +34,15 @@ ENDS = {
 # llama.cpp's names of pre-tokenizers → how text is cut before byte-level BPE; the patterns are facts of the tokenizers
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 PRE: dict[str, str | None] = {
     "smollm": "digits",
     "default": None,
     "gpt-2": None,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
+    **dict.fromkeys(LLAMA3, _LLAMA3),
     "qwen2": _QWEN2,
 }
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED = 1, 2, 3, 4, 5  # types of tokens; 6 is a byte
 
 
 class GGUF:
@@ -65,34 +65,60 @@ class GGUF:
         if self.meta.get("split.count", 1) > 1:
             raise ValueError(f"{file} is one part of a split model; join the parts with llama.cpp's gguf-split first")
         self.tensors_by_name = {t.name: t for t in self.reader.tensors}
+        self.tokens = self._get("tokenizer.ggml.tokens")
 
     def _get(self, key: str, default: Any = None) -> Any:
-        value = self.meta.get(f"llama.{key}", default)
+        value = self.meta.get(key, default)
         if value is None:
-            raise ValueError(
-                f"{self.file}: the metadata lacks llama.{key}; convert the model again with a current llama.cpp"
-            )
+            raise ValueError(f"{self.file}: the metadata lacks {key}; convert the model again with a current llama.cpp")
         return value
+
+    def _number(self, key: str, default: float | None = None, kind: type = int) -> Any:
+        value = self._get(f"llama.{key}", default)
+        if not isinstance(value, kind) or not 0 < value < math.inf:
+            raise ValueError(f"{self.file}: llama.{key} is {value!r}; it must be a positive {kind.__name__}")
+        return value
+
+    def _token(self, name: str) -> int | None:
+        """The id of a special token, None if the file names none."""
+        key = f"tokenizer.ggml.{name}_token_id"
+        i = self.meta.get(key)
+        if i is not None and i not in range(len(self.tokens)):
+            raise ValueError(f"{self.file}: {key} is {i!r}; the file has {len(self.tokens)} tokens")
+        return i
+
+    def _per_token(self, key: str) -> list:
+        """A list of the metadata that has an entry for each token."""
+        values, size = self._get(f"tokenizer.ggml.{key}"), len(self.tokens)
+        if len(values) != size:
+            raise ValueError(f"{self.file}: tokenizer.ggml.{key} has {len(values)} entries for {size} tokens")
+        return values
 
     def config(self) -> dict[str, Any]:
         """config.json of the model."""
-        heads, hidden = self._get("attention.head_count"), self._get("embedding_length")
+        heads, hidden = self._number("attention.head_count"), self._number("embedding_length")
+        dim = self._number("attention.key_length", hidden // heads)
+        if self._number("rope.dimension_count", dim) != dim:
+            raise ValueError(
+                f"{self.file}: llama.rope.dimension_count is not the head's {dim}; the whole head must be rotated"
+            )
+        eps = self._number("attention.layer_norm_rms_epsilon", kind=float)
         raw = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
-            "vocab_size": len(self.meta["tokenizer.ggml.tokens"]),
+            "vocab_size": len(self.tokens),
             "hidden_size": hidden,
-            "intermediate_size": self._get("feed_forward_length"),
-            "num_hidden_layers": self._get("block_count"),
+            "intermediate_size": self._number("feed_forward_length"),
+            "num_hidden_layers": self._number("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._get("attention.head_count_kv", heads),
-            "head_dim": self._get("attention.key_length", hidden // heads),
-            "max_position_embeddings": self._get("context_length"),
-            "rms_norm_eps": round(self._get("attention.layer_norm_rms_epsilon"), 9),  # stored as fp32: 9.9999997e-06
-            "rope_theta": self._get("rope.freq_base", 10000.0),
+            "num_key_value_heads": self._number("attention.head_count_kv", heads),
+            "head_dim": dim,
+            "max_position_embeddings": self._number("context_length"),
+            "rms_norm_eps": float(f"{eps:.6g}"),  # stored as fp32: 9.9999997e-06
+            "rope_theta": self._number("rope.freq_base", 10000.0, float),
             "tie_word_embeddings": "output.weight" not in self.tensors_by_name,
-            "bos_token_id": self.meta.get("tokenizer.ggml.bos_token_id"),
+            "bos_token_id": self._token("bos"),
             "eos_token_id": self._stops(),
         }
         raw["rope_scaling"] = self._scaling(raw)
@@ -100,22 +126,28 @@ class GGUF:
 
     def _stops(self) -> list[int]:
         """Every id that ends a text: of the metadata, and the markers that chat models end a turn with."""
-        keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-        ids = [self.meta[f"tokenizer.ggml.{k}"] for k in keys if f"tokenizer.ggml.{k}" in self.meta]
-        tokens = self.meta["tokenizer.ggml.tokens"]
-        ids += [tokens.index(t) for t in ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>") if t in tokens]
+        ids = [i for i in map(self._token, ("eos", "eot", "eom")) if i is not None]
+        ends = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>")
+        ids += [self.tokens.index(t) for t in ends if t in self.tokens]
         return list(dict.fromkeys(ids))
 
     def _scaling(self, raw: dict[str, Any]) -> dict[str, Any] | None:
-        kind = self.meta.get("llama.rope.scaling.type", "none")
-        if kind == "linear":
-            return {"rope_type": "linear", "factor": float(self.meta["llama.rope.scaling.factor"])}
-        if kind not in ("none", ""):
-            raise ValueError(f"{self.file}: rope scaling {kind!r} is not supported; supported are none, linear, llama3")
-        if "rope_freqs.weight" not in self.tensors_by_name:
+        kind, freqs = self.meta.get("llama.rope.scaling.type"), self.tensors_by_name.get("rope_freqs.weight")
+        old = self.meta.get("llama.rope.scale_linear")
+        factor = self.meta.get("llama.rope.scaling.factor", old)
+        if kind is None and factor not in (None, 0.0, 1.0):
+            kind = "linear"
+        if kind == "linear" and freqs is None:
+            return {"rope_type": "linear", "factor": self._number("rope.scaling.factor", factor, float)}
+        if kind not in (None, "none", ""):
+            both = " with rope_freqs" if kind == "linear" else ""
+            raise ValueError(
+                f"{self.file}: rope scaling {kind!r}{both} is not supported; supported are none, linear, llama3"
+            )
+        if freqs is None:
             return None
         # Llama 3.1 and later: the scaling is stored as divisors per frequency; find its factor and make sure it is that rule
-        found = np.asarray(self.tensors_by_name["rope_freqs.weight"].data, dtype=np.float32)
+        found = np.asarray(freqs.data, dtype=np.float32)
         rule = {
             "factor": float(found.max()),
             "low_freq_factor": 1.0,
@@ -125,7 +157,7 @@ class GGUF:
         inv = raw["rope_theta"] ** (-np.arange(0, raw["head_dim"], 2) / raw["head_dim"])
         ramp = ((rule["original_max_position_embeddings"] * inv / (2 * math.pi) - 1.0) / 3.0).clip(0, 1)
         expected = 1 / ((1 - ramp) / rule["factor"] + ramp)
-        if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-2):
+        if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3):
             raise ValueError(
                 f"{self.file}: its rope_freqs follow no rule that is supported (llama3); use the safetensors version"
             )
@@ -133,8 +165,8 @@ class GGUF:
 
     def tensors(self) -> Iterator[Tensor]:
         """Every weight under its hub name, read when asked."""
-        heads = self._get("attention.head_count")
-        permuted = {"attn_q": heads, "attn_k": self._get("attention.head_count_kv", heads)}
+        heads = self._number("attention.head_count")
+        permuted = {"attn_q": heads, "attn_k": self._number("attention.head_count_kv", heads)}
         for name, tensor in self.tensors_by_name.items():
             if name == "rope_freqs.weight":
                 continue
@@ -157,79 +189,88 @@ class GGUF:
     def _values(self, tensor: Any, shape: tuple[int, ...]) -> np.ndarray:
         from gguf.quants import dequantize
 
-        return dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        try:
+            value = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise ValueError(
+                f"{self.file}: {tensor.name} is {kind}, which cannot be read; use another quantisation of the model"
+            ) from None
+        return np.require(value, requirements="W")  # fp32 is a view of the file, which torch warns of
 
     def tokenizer_json(self) -> str:
         """The tokenizer, in the format of the tokenizers library."""
         kind = self.meta.get("tokenizer.ggml.model")
-        if kind == "gpt2":
-            return self._byte_level()
-        if kind == "llama":
-            return self._sentencepiece()
-        raise ValueError(
-            f"{self.file}: tokenizer {kind!r} is not supported; supported are gpt2 (byte-level BPE) and llama (sentencepiece)"
-        )
+        build = {"gpt2": self._byte_level, "llama": self._sentencepiece}.get(kind)
+        if build is None:
+            raise ValueError(
+                f"{self.file}: tokenizer {kind!r} is not supported; supported are gpt2 (byte-level BPE) and llama (sentencepiece)"
+            )
+        try:
+            return self._finish(build())
+        except ValueError:
+            raise
+        except Exception as e:  # the library raises bare Exception
+            why = (str(e) or type(e).__name__).splitlines()[0]
+            raise ValueError(f"{self.file}: its tokenizer cannot be rebuilt ({why}); fetch it again") from None
 
-    def _byte_level(self) -> str:
+    def _byte_level(self) -> Any:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
         pre = self.meta.get("tokenizer.ggml.pre", "default")
         if pre not in PRE:
             raise ValueError(f"{self.file}: pre-tokenizer {pre!r} is not supported; supported are {', '.join(PRE)}")
-        vocab = {t: i for i, t in enumerate(self.meta["tokenizer.ggml.tokens"])}
-        merges = [tuple(m.split(" ", 1)) for m in self.meta["tokenizer.ggml.merges"]]
-        tok = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.startswith("llama")))
-        rule = PRE[pre]
-        first = (
-            {
-                None: [],
-                "digits": [pre_tokenizers.Digits(individual_digits=True)],
-            }.get(rule)
-            if rule in (None, "digits")
-            else [pre_tokenizers.Split(Regex(rule), "isolated")]
-        )
+        vocab = {t: i for i, t in enumerate(self.tokens)}
+        merges = [tuple(m.split(" ", 1)) for m in self._get("tokenizer.ggml.merges")]
+        tok = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in LLAMA3))
+        rule, first = PRE[pre], []
+        if rule == "digits":
+            first = [pre_tokenizers.Digits(individual_digits=True)]
+        elif rule is not None:
+            first = [pre_tokenizers.Split(Regex(rule), "isolated")]
         gpt2 = rule in (None, "digits")
         tok.pre_tokenizer = pre_tokenizers.Sequence(
             [*first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2)]
         )
         tok.decoder = decoders.ByteLevel()
-        return self._finish(tok)
+        return tok
 
-    def _sentencepiece(self) -> str:
+    def _sentencepiece(self) -> Any:
         from tokenizers import Tokenizer, decoders, models, normalizers
 
-        tokens, scores = self.meta["tokenizer.ggml.tokens"], self.meta["tokenizer.ggml.scores"]
-        vocab = {t: i for i, t in enumerate(tokens)}
+        scores, types = self._per_token("scores"), self._per_token("token_type")
+        vocab = {t: i for i, t in enumerate(self.tokens)}
+        letters = {t: i for t, i in vocab.items() if types[i] in (NORMAL, UNUSED)}
         pairs = []  # sentencepiece joins the pair whose result scores best: as merges, in that order
-        for piece, i in vocab.items():
-            for cut in range(1, len(piece)):
-                if piece[:cut] in vocab and piece[cut:] in vocab:
-                    pairs.append((-scores[i], vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:]))
+        for piece, i in letters.items():
+            for a, b in ((piece[:cut], piece[cut:]) for cut in range(1, len(piece))):
+                if a in letters and b in letters:
+                    pairs.append((-scores[i], letters[a], letters[b], a, b))
         merges = [(a, b) for *_, a, b in sorted(pairs)]
-        unk = tokens[self.meta.get("tokenizer.ggml.unknown_token_id", 0)]
+        unk = self.tokens[self._token("unknown") or 0]
         tok = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
         prefix = [normalizers.Prepend("▁")] if self.meta.get("tokenizer.ggml.add_space_prefix", True) else []
         tok.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
         strip = [decoders.Strip(" ", 1, 0)] if prefix else []
         tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-        return self._finish(tok)
+        return tok
 
     def _finish(self, tok: Any) -> str:
         """Control tokens are special: matched in the text as they stand, not shown when decoding."""
         from tokenizers import AddedToken
 
-        tokens, types = self.meta["tokenizer.ggml.tokens"], self.meta["tokenizer.ggml.token_type"]
-        special = [t for t, kind in zip(tokens, types, strict=True) if kind in (2, 3)]  # unknown, control
+        typed = list(zip(self.tokens, self._per_token("token_type"), strict=True))
+        special = [t for t, kind in typed if kind in (UNKNOWN, CONTROL)]
         tok.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-        users = [t for t, kind in zip(tokens, types, strict=True) if kind == 4]
+        users = [t for t, kind in typed if kind == USER]
         tok.add_tokens([AddedToken(t, normalized=False) for t in users])
         return tok.to_str()
 
     def tokenizer_config(self) -> dict[str, Any]:
-        meta, tokens = self.meta, self.meta["tokenizer.ggml.tokens"]
-        named = {k: meta.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos")}
-        raw = {f"{k}_token": tokens[i] for k, i in named.items() if i is not None}
-        default = meta.get("tokenizer.ggml.model") == "llama"
+        meta, named = self.meta, {k: self._token(k) for k in ("bos", "eos")}
+        raw = {f"{k}_token": self.tokens[i] for k, i in named.items() if i is not None}
+        # as llama.cpp: where the file leaves it open, sentencepiece and Llama 3 begin with BOS
+        default = meta.get("tokenizer.ggml.model") == "llama" or meta.get("tokenizer.ggml.pre") in LLAMA3
         raw["tokenizer_class"] = "PreTrainedTokenizerFast"  # nobody's own reading of tokenizer.json
         raw["add_bos_token"] = bool(meta.get("tokenizer.ggml.add_bos_token", default))
         if "tokenizer.chat_template" in meta:

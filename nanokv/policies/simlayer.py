@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from nanokv.contract import Ask, Case, Kept, Policy, Prompt
 
-THRESHOLDS = {"llama2": 0.65, "llama3": 0.9, "mistral": 0.8, "qwen2": 0.85}  # as in the authors' code, per model line
+# per model line, as in the authors' code; smollm2's is ours: the median layer of smollm2-135m over 4,000 tokens of prose is at 0.90
+THRESHOLDS = {"llama2": 0.65, "llama3": 0.9, "mistral": 0.8, "qwen2": 0.85, "smollm2": 0.9}
 
 
 @dataclass(frozen=True, kw_only=True)

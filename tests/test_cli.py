@@ -1,0 +1,447 @@
+"""generate.py as a user meets it: what goes where, the JSON, the REPL, and one line for every mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from test_loader import edit, reconfigure, shard
+
+import generate
+from nanokv import llm as llm_module
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture
+def model(tiny, tmp_path):
+    """A small checkpoint of one's own, with a chat template."""
+    path = tmp_path / "m"
+    shutil.copytree(tiny("g3")[0], path)
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    return path
+
+
+def call(capsys, *argv: object) -> tuple[int, str, str]:
+    """(status, stdout, stderr) of generate.py in this process."""
+    try:
+        status = generate.main([str(a) for a in argv])
+    except SystemExit as e:
+        status = e.code
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def drop_tokenizer(path):
+    (path / "tokenizer.json").unlink()
+
+
+def outside(path):
+    where = shard(path)
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {**where, "lm_head.weight": "../x.safetensors"}})
+    )
+
+
+def lose_shard(path):
+    shard(path)
+    (path / "b.safetensors").unlink()
+
+
+def truncate(path):
+    data = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(data[:-10])
+
+
+def to_pickle(path):
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def latin1(path):
+    (path / "prompt.txt").write_bytes("Käse".encode("latin-1"))
+
+
+DAMAGE = [
+    (lambda p: (p / "config.json").unlink(), "has no config.json"),
+    (lambda p: (p / "model.safetensors").unlink(), "has no *.safetensors"),
+    (drop_tokenizer, "neither tokenizer.json nor tokenizer.model"),
+    (lambda p: reconfigure(p, architectures=["BertModel"]), "architecture BertModel is not supported"),
+    (lambda p: reconfigure(p, rope_parameters={"rope_type": "yarn", "factor": 2.0}), "'yarn' is not supported"),
+    (lambda p: edit(p, lambda t: t.pop("model.norm.weight")), "lacks 1 tensors, the first is model.norm.weight"),
+    (lambda p: edit(p, lambda t: t.update(extra=t["model.norm.weight"].clone())), "holds extra"),
+    (
+        lambda p: edit(p, lambda t: t.update({"lm_head.weight": t["model.norm.weight"].clone()})),
+        "lm_head.weight has shape (96,)",
+    ),
+    (truncate, "is no whole safetensors file"),
+    (lose_shard, "lacks the shard b.safetensors"),
+    (outside, "outside the model's directory"),
+    (to_pickle, "only pickled weights"),
+]
+
+
+@pytest.mark.parametrize(("damage", "says"), DAMAGE)
+def test_a_damaged_model_gets_one_line_and_status_2(damage, says, model, capsys):
+    damage(model)
+    status, out, err = call(capsys, "--model", model, "-p", "hi")
+    assert (status, out, err.count("\n")) == (2, "", 1) and says in err, err
+
+
+ARGUMENTS = [
+    (["--model", "lama2-7b", "-p", "x"], "unknown model 'lama2-7b' (did you mean llama2-7b"),
+    (["--model", "MODEL/model.safetensors", "-p", "x"], "a model is a directory or a .gguf file"),
+    (["--model", "MODEL/x.bin", "-p", "x"], "pickled weights can run code"),
+    (["--policy", "snapkw", "-p", "x"], "unknown policy 'snapkw' (did you mean snapkv"),
+    (["--policy", "snapkv+int5", "-p", "x"], "unknown policy 'int5'"),
+    (["--policy", "snapkv:windw=3", "-p", "x"], "no key 'windw' (did you mean window?)"),
+    (["--policy", "snapkv:window=x", "-p", "x"], "it takes a whole number"),
+    (["--policy", "snapkv+random", "-p", "x"], "both decide which tokens stay"),
+    (["--policy", "snapkv:budget=8", "-p", "x"], "the window of 32 is always kept"),
+    (["--policy", "simlayer", "-p", "x"], "simlayer:variant=light, which needs none"),
+    (["--policy", "simlayer", "--kv-budget", "512", "-p", "x"], "takes no budget"),
+    (["--policy", "snapkv:budget=64", "--kv-budget", "512", "-p", "x"], "say the same"),
+    (["--policy", "snapkv", "--kv-budget", "1KiB", "-p", "x" * 300, "-n", "8"], "leaves 0 prompt tokens"),
+    (["--policy", "snapkv", "--kv-budget", "many", "-p", "x"], "is no budget"),
+    (["-p", ""], "the prompt is empty"),
+    (["-p", "  \n"], "the prompt is empty"),
+    ([], "no prompt; give -p TEXT"),
+    (["-p", "x", "--question", ""], "--question is empty"),
+    (["-p", "x" * 600], "more than the 512 of this model's context"),
+    (["-p", "x" * 500, "-n", "13"], "500 tokens of prompt and 13 new ones"),
+    (["-p", "x", "--prompt-file", "y"], "both given"),
+    (["--prompt-file", "MODEL/prompt.txt"], "is not UTF-8 (byte 1)"),
+    (["--prompt-file", "MODEL/absent.txt"], "cannot be read (No such file or directory)"),
+    (["-p", "x", "-n", "0"], "--max-new-tokens is 0"),
+    (["-p", "x", "--chunk", "0"], "--chunk is 0"),
+    (["-p", "x", "--temperature", "-1"], "temperature is -1"),
+    (["-p", "x", "--top-p", "2"], "top-p is 2"),
+    (["-p", "x", "--num-samples", "3"], "give --temperature 0.8"),
+    (["-p", "x", "--json", "-"], "standard output carries the text"),
+    (["-p", "x", "--json", "MODEL/no/x.json"], "there is no directory"),
+    (["-p", "x", "--device", "abacus"], "device 'abacus' cannot be used here"),
+    (["-p", "x", "--dtype", "int3"], "unknown dtype 'int3'"),
+    (["-p", "x", "--backend", "cudnn"], "invalid choice: 'cudnn'"),
+    (["-p", "x", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+    (["--random-weights", "-p", "x"], "no known shape"),
+    (["--interactive", "--question", "x"], "leave out --question"),
+]
+
+
+@pytest.mark.parametrize(("argv", "says"), ARGUMENTS)
+def test_a_wrong_argument_gets_one_line_and_status_2(argv, says, model, capsys):
+    latin1(model)
+    (model / "x.bin").write_bytes(b"")
+    argv = [a.replace("MODEL", str(model)) for a in argv]
+    status, out, err = call(capsys, *(() if "--model" in argv else ("--model", model)), "--quiet", *argv)
+    assert (status, out, err.count("\n")) == (2, "", 1) and says in err, err
+
+
+def test_a_model_without_a_template_cannot_chat(tiny, capsys):
+    status, _, err = call(capsys, "--model", tiny("g3")[0], "--chat", "-p", "x", "--quiet")
+    assert status == 2 and "has no chat template" in err and err.count("\n") == 1
+
+
+def test_too_little_memory_says_what_would_fit(model, capsys, monkeypatch):
+    monkeypatch.setattr(llm_module, "free_bytes", lambda device: 300 * 2**20)
+    status, _, err = call(capsys, "--model", "llama2-13b", "--random-weights", "--dtype", "float16", "-p", "x")
+    assert (
+        status == 2 and "llama2-13b needs 24.24 GiB in float16 and 300.0 MiB are free" in err and "smollm2-135m" in err
+    )
+    free = iter((2**30, 2**18))  # enough for the weights, not for the cache
+    monkeypatch.setattr(llm_module, "free_bytes", lambda device: next(free))
+    status, _, err = call(capsys, "--model", model, "--quiet", "-p", "x" * 450, "-n", "9", "--dtype", "float32")
+    assert status == 2 and "are free; about" in err and err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(model, monkeypatch):
+    monkeypatch.setenv("NANOKV_DEBUG", "1")
+    with pytest.raises(ValueError, match="unknown policy"):
+        generate.main(["--model", str(model), "--policy", "nope", "-p", "x"])
+
+
+def test_stdout_is_the_text_and_nothing_else(model, capsys):
+    status, out, err = call(capsys, "--model", model, "-p", "hello", "-n", "9", "--json", model / "o.json")
+    result = json.loads((model / "o.json").read_text())
+    assert status == 0 and out == result["text"] + "\n" and len(result["token_ids"]) == 9
+    for part in (
+        "full+dense",
+        "load ",
+        "prefill 5 tok",
+        "decode 7 tok",
+        "peak memory",
+        "kv: ",
+        "backend sdpa",
+        "runner eager",
+    ):
+        assert part in err
+    assert call(capsys, "--model", model, "-p", "hello", "-n", "9", "--quiet") == (0, out, "")
+
+
+def test_the_json_is_the_contracts(model, capsys):
+    file = model / "o.json"
+    call(
+        capsys,
+        "--model",
+        model,
+        "-p",
+        "x" * 60,
+        "-n",
+        "5",
+        "--json",
+        file,
+        "--policy",
+        "snapkv:window=4,budget=20",
+        "--dtype",
+        "fp32",
+    )
+    r = json.loads(file.read_text())
+    assert r["policy"] == "snapkv:budget=20,window=4,kernel=7,pool=max,group=mean+dense"
+    assert (r["prompt_tokens"], r["new_tokens"], r["finish_reason"], r["device"]) == (60, 5, "length", "cpu")
+    assert (
+        r["dtype"] == {"prefill": "float32", "decode": "float32"} and r["backend"] == "sdpa" and r["runner"] == "eager"
+    )
+    for key in (
+        "model",
+        "torch",
+        "commit",
+        "text",
+        "load_s",
+        "compile_s",
+        "prefill_s",
+        "decode_s",
+        "prefill_tok_s",
+        "decode_tok_s",
+    ):
+        assert key in r
+    cache = r["cache"]
+    assert cache["bytes"] == sum(x["bytes"] for x in cache["layers"]) and cache["host_bytes"] == 0
+    assert (
+        cache["ratio"] == cache["full_bytes"] / cache["bytes"]
+        and 0 < cache["live_bytes"] <= cache["bytes"] < r["peak_bytes"]
+    )
+    assert cache["layers"][1] == {
+        **cache["layers"][1],
+        "layer": 1,
+        "owner": 1,
+        "kept": [24, 24],
+        "k_bits": 32,
+        "v_bits": 32,
+    }
+
+
+def test_samples_are_rows_and_a_seed_repeats_them(model, capsys):
+    argv = [
+        "--model",
+        model,
+        "-p",
+        "hello",
+        "-n",
+        "6",
+        "--num-samples",
+        "3",
+        "--temp",
+        "1.5",
+        "--json",
+        model / "o.json",
+        "--quiet",
+    ]
+    first, again = call(capsys, *argv, "--seed", "5"), call(capsys, *argv, "--seed", "5")
+    rows = json.loads((model / "o.json").read_text())["rows"]
+    assert (
+        first == again
+        and first[1] == "\n\n".join(r["text"] for r in rows) + "\n"
+        and len({r["text"] for r in rows}) > 1
+    )
+    assert call(capsys, *argv, "--seed", "6") != first
+
+
+def test_a_stop_text_ends_before_itself(model, capsys):
+    _, whole, _ = call(capsys, "--model", model, "-p", "hello", "-n", "30", "--quiet", "--dtype", "float32")
+    stop = whole[11:14]
+    argv = [
+        "--model",
+        model,
+        "-p",
+        "hello",
+        "-n",
+        "30",
+        "--stop",
+        stop,
+        "--json",
+        model / "o.json",
+        "--dtype",
+        "float32",
+    ]
+    _, out, _ = call(capsys, *argv)
+    assert out == whole[: whole.index(stop)] + "\n"
+    assert json.loads((model / "o.json").read_text())["finish_reason"] == "stop"
+
+
+def test_underscores_aliases_and_standard_input_are_accepted(model, capsys, monkeypatch):
+    _, out, _ = call(capsys, "--model", model, "-p", "hello", "-n", "6", "--quiet")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello")))
+    assert call(capsys, "--model", model, "--prompt", "-", "--max_tokens", "6", "--quiet")[1] == out
+    (model / "p.txt").write_text("hello")
+    assert call(capsys, "--model", model, f"--prompt_file={model / 'p.txt'}", "--max-new-tokens=6", "--quiet")[1] == out
+
+
+def test_chunks_say_what_they_cost_and_change_nothing(model, capsys):
+    argv = [
+        "--model",
+        model,
+        "-p",
+        "hello " * 20,
+        "-n",
+        "8",
+        "--policy",
+        "snapkv:window=4,budget=30",
+        "--dtype",
+        "float32",
+    ]
+    _, whole, _ = call(capsys, *argv)
+    _, parts, err = call(capsys, *argv, "--chunk", "7")
+    assert parts == whole and "prefilled in chunks, so the whole prompt's cache was alive at once" in err
+
+
+def test_a_policy_with_nothing_to_drop_says_so(model, capsys):
+    _, _, err = call(capsys, "--model", model, "-p", "hello", "-n", "4", "--policy", "snapkv")
+    assert "snapkv had nothing to drop: all 5 tokens are within what it keeps" in err
+    _, _, err = call(capsys, "--model", model, "-p", "hello" * 9, "-n", "4", "--policy", "snapkv:window=4,budget=20")
+    assert "nothing to drop" not in err
+
+
+def test_a_question_follows_on_the_compressed_cache(model, capsys):
+    base = [
+        "--model",
+        model,
+        "-n",
+        "5",
+        "--policy",
+        "streaming:sink=2,recent=6",
+        "--json",
+        model / "o.json",
+        "--dtype",
+        "float32",
+    ]
+    _, asked, _ = call(capsys, *base, "-p", "x" * 40, "--question", "and y?")
+    report = json.loads((model / "o.json").read_text())
+    assert report["prompt_tokens"] == 46 and report["cache"]["layers"][0]["kept"] == [8, 8]
+    _, joined, _ = call(capsys, *base, "-p", "x" * 40 + "and y?")
+    assert asked != joined  # the question saw the compressed prompt only
+    full = ["--model", model, "-n", "5", "--dtype", "float32", "--quiet"]
+    assert (
+        call(capsys, *full, "-p", "x" * 40, "--question", "and y?")[1]
+        == call(capsys, *full, "-p", "x" * 40 + "and y?")[1]
+    )
+
+
+def test_a_chat_question_is_cut_out_of_one_rendering(model):
+    from nanokv import load
+    from nanokv.chat import cut
+
+    llm = load(str(model), dtype="float32")
+    before, after = cut(llm, [{"role": "user", "content": "Some text."}], "What is it?")
+    assert llm.tokenizer.decode(before) == "<user>Some text.\n\n"
+    assert llm.tokenizer.decode(after) == "What is it?</user>\n<assistant>"
+
+
+def test_a_conversation_feeds_only_what_is_new(model):
+    from nanokv import load
+    from nanokv.chat import Conversation
+
+    llm = load(str(model), dtype="float32")
+    chat = Conversation(llm, "be brief", 6, lambda s, p, t: llm.turn(s, p, then=t, limit=6))
+    sessions = []
+    for line in ("hi", "more?", "again?"):
+        answer = "".join(piece for _, piece in chat.say(line))
+        chat.heard()
+        sessions.append(chat.session)
+        rendered = llm.tokenizer.encode(llm.tokenizer.chat(chat.messages[:-1]), special=False)
+        assert (
+            chat.session.seen[0] == len(rendered) + 5
+        )  # all but the answer's last token, which the next turn feeds first
+    assert all(s is sessions[0] for s in sessions) and chat.messages[-1] == {"role": "assistant", "content": answer}
+    whole = llm.session(6)
+    ids = llm.tokenizer.encode(llm.tokenizer.chat(chat.messages[:-1]), special=False)
+    again = "".join(p for _, p in llm.turn(whole, [ids], limit=6))
+    assert again == answer  # under the full cache, turn by turn and all at once are the same
+
+
+def test_the_repl_has_its_commands(model, capsys, monkeypatch):
+    lines = "hi\n/stats\n/policy\n/policy streaming:sink=2,recent=8\nmore\n/stats\n/reset\n/stats\n/what\n/policy nope\n/exit\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    status, out, err = call(capsys, "--model", model, "--interactive", "-n", "5")
+    assert status == 0 and out.count("\n") == 2
+    for part in (
+        "kv: ",
+        "full+dense",
+        "10 of ",
+        "nothing is cached yet",
+        "unknown command /what",
+        "unknown policy 'nope'",
+    ):
+        assert part in err
+
+
+def test_explain_draws_every_layer(model, capsys):
+    _, _, err = call(
+        capsys, "--model", model, "-p", "x" * 100, "-n", "4", "--policy", "streaming:sink=4,recent=12", "--explain"
+    )
+    lines = [line for line in err.splitlines() if line.startswith("layer")]
+    assert len(lines) == 3 and all("16  |██" in line and line.rstrip().endswith("█|") for line in lines)
+
+
+def test_lists_print_every_name(capsys):
+    from nanokv.plan import AXES
+    from weights.registry import MODELS
+
+    status, out, _ = call(capsys, "--list-policies")
+    assert (
+        status == 0
+        and all(f"  {name}" in out for parts in AXES.values() for name in parts)
+        and "arXiv:2404.14469" in out
+    )
+    status, out, _ = call(capsys, "--list-models")
+    assert status == 0 and all(name in out for name in MODELS)
+
+
+def test_random_weights_run_a_named_shape_without_files(capsys):
+    status, out, err = call(
+        capsys, "--model", "smollm2-135m", "--random-weights", "-p", "hello", "-n", "3", "--dtype", "bf16"
+    )
+    assert status == 0 and out and "random weights" in err
+
+
+def start(*argv: object, **more) -> subprocess.Popen:
+    command = [sys.executable, "-u", str(ROOT / "generate.py"), *map(str, argv)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env, **more
+    )
+
+
+def test_ctrl_c_ends_with_what_was_generated(model):
+    reconfigure(model, max_position_embeddings=100000)
+    p = start("--model", model, "-p", "hello", "-n", "90000", "--json", model / "o.json", "--dtype", "float32")
+    first = p.stdout.read(3)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    result = json.loads((model / "o.json").read_text())
+    assert p.returncode == 130 and result["finish_reason"] == "interrupted" and first + out == result["text"] + "\n"
+    assert "kv: " in err and "Traceback" not in err
+
+
+def test_a_closed_pipe_ends_quietly(model):
+    reconfigure(model, max_position_embeddings=100000)
+    p = start("--model", model, "-p", "hello", "-n", "90000", "--quiet", "--dtype", "float32")
+    p.stdout.read(3)
+    p.stdout.close()
+    err = p.stderr.read()
+    assert p.wait(timeout=60) == 0 and err == ""

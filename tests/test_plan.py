@@ -1,0 +1,109 @@
+"""Plans as text: parsing, printing, refusing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_identity import PLANS
+
+from nanokv import parse
+from nanokv.config import PRESETS
+from nanokv.plan import AXES
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_printed_plan_reads_back_as_itself(plan):
+    assert str(parse(str(parse(plan)))) == str(parse(plan))
+
+
+def test_defaults_are_filled_in():
+    assert str(parse("snapkv:budget=512")) == "snapkv:budget=512,window=32,kernel=7,pool=max,group=mean+dense"
+    fitted = parse("simlayer").fit(PRESETS["llama2-7b"], torch.float16, 4000, 10)
+    assert (
+        str(fitted) == "simlayer:variant=prefill,threshold=0.65,sink=4,recent=1024,window=32,roll=true,full=50%+dense"
+    )
+    released = parse("simlayer:variant=decode").fit(PRESETS["llama3-8b"], torch.float16, 4000, 10).keep
+    assert (released.threshold, released.window, released.roll, released.wait, released.ask.rows) == (
+        0.9,
+        1,
+        False,
+        1,
+        1,
+    )
+    light = parse("simlayer:variant=light").fit(PRESETS["tinyllama-1.1b"], torch.float16, 4000, 10).keep
+    assert (light.full, light.recent) == (11, 1020)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("snap", "unknown policy 'snap' (did you mean snapkv"),
+        ("snapkv+streaming", "snapkv and streaming both decide which tokens stay; choose one"),
+        ("dense+dense", "both decide how they are stored"),
+        ("", "unknown policy ''"),
+        ("snapkv:budgt=5", "snapkv has no key 'budgt' (did you mean budget?)"),
+        ("full:x=1", "full has no key 'x'; it takes none"),
+        ("snapkv:budget", "is no key=value pair"),
+        ("snapkv:budget=1,budget=2", "given twice"),
+        ("snapkv:window=many", "it takes a whole number"),
+        ("snapkv:budget=lots", "is no budget"),
+        ("snapkv:budget=5", "give at least 32 tokens"),
+        ("snapkv:budget=0%", "out of range"),
+        ("snapkv:budget=101%", "out of range"),
+        ("snapkv:budget=-1MiB", "out of range"),
+        ("snapkv:budget=nan%", "out of range"),
+        ("snapkv:kernel=4", "kernel odd"),
+        ("snapkv:window=0", "window ≥ 1"),
+        ("snapkv:pool=min", "pool is max or avg"),
+        ("streaming:recent=0", "recent ≥ 1"),
+        ("streaming:budget=4", "give at least 5 tokens"),
+        ("simlayer:variant=lazy", "variants are prefill, decode and light"),
+        ("simlayer:roll=maybe", "true or false"),
+        ("simlayer:threshold=high", "a number or none"),
+        ("simlayer:full=half", "a percent such as 50%"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(text, says):
+    with pytest.raises(ValueError) as e:
+        parse(text)
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_simlayer_asks_for_a_threshold_where_the_family_is_unknown():
+    with pytest.raises(ValueError, match=r"simlayer:threshold=0\.8, or use simlayer:variant=light"):
+        parse("simlayer").fit(PRESETS["tinyllama-1.1b"], torch.float16, 4000, 10)
+
+
+def test_budgets_are_tokens_percent_of_the_prompt_or_bytes_of_the_whole_cache():
+    config = PRESETS["llama3-8b"]
+
+    def kept(budget: str, prompt: int = 8000, room: int = 100) -> int:
+        return parse(f"snapkv:budget={budget}").fit(config, torch.bfloat16, prompt, room).keep.budget
+
+    assert kept("512") == 512 and kept("25%") == 2000 and kept("25%", prompt=40) == 32
+    per_token = 32 * 8 * (2 * 128 * 2 + 4)
+    assert kept("256MiB") == pytest.approx(256 * 2**20 / per_token - 100, abs=1)
+    assert parse("streaming").with_budget("512").fit(config, torch.bfloat16, 8000, 100).keep.recent == 508
+    with pytest.raises(ValueError, match="give 17MiB or more"):
+        kept("1MiB")
+    for name in ("full", "simlayer"):
+        with pytest.raises(ValueError, match="takes no budget"):
+            parse(name).with_budget("512")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            [*(n for p in AXES.values() for n in p), ":", "=", ",", "+", "budget", "window", "7", "x", "%", " "]
+        ),
+        max_size=9,
+    )
+)
+def test_any_text_is_a_plan_or_a_one_line_error(pieces):
+    try:
+        assert parse(str(parse("".join(pieces))))
+    except ValueError as e:
+        assert "\n" not in str(e)
