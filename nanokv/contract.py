@@ -154,7 +154,8 @@ class Slots:
                 self.votes[b, :, : r.votes.shape[2]] = r.votes[0]
         self.span = int((self.limit - self.sink).min())  # tokens that surely land in distinct slots
         self.bound = int(length.max())
-        self.even = all(bool((x == x[0, 0]).all()) for x in (length, self.limit))
+        self.even = all(bool((x == x[0, 0]).all()) for x in (length, self.limit, self.sink))
+        self.protected, self.written = int(self.sink[0, 0]), self.bound  # of every head, where `even`
 
     @property
     def length(self) -> Tensor:
@@ -168,6 +169,11 @@ class Slots:
         # the `where` matters: with fewer tokens than sinks, the bare modulo would write to a wrong slot
         return torch.where(at < limit, at, sink + (at - sink) % (limit - sink))
 
+    def host_ring(self) -> int:
+        """`ring` for one token, as the host knows it where `even`."""
+        cursor, sink = self.written, self.protected
+        return cursor if cursor < self.capacity else sink + (cursor - sink) % (self.capacity - sink)
+
     def flat(self, at: Tensor) -> Tensor:
         """Slots (B,Hkv,T) as rows of a store seen as (B·Hkv·S, ·): int64 (B·Hkv·T,)."""
         return (at + self.first).flatten()
@@ -179,8 +185,20 @@ class Slots:
         self.pos.view(-1).index_copy_(0, row, when.flatten().to(torch.int32))
         if self.votes is not None:
             self.votes.view(-1).index_fill_(0, row, 0.0)
-        self.cursor += T
-        self.bound = min(self.bound + T, self.capacity)
+        self._count(T)
+
+    def place_at(self, at: int, pos: Tensor) -> None:
+        """`place` for one token that takes the same slot in every head."""
+        self.pos[:, :, at] = pos
+        if self.votes is not None:
+            self.votes[:, :, at] = 0
+        self._count(1)
+
+    def _count(self, n: int) -> None:
+        self.cursor += n
+        if self.even:  # a number that grows each step would recompile a compiled step, which is never `even`
+            self.written += n
+        self.bound = min(self.bound + n, self.capacity)
 
     def freeze(self) -> None:
         """From now on the host promises nothing: shapes stay at capacity, as a compiled or captured step needs."""

@@ -66,7 +66,10 @@ class Stream:
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int]):
         self.tokenizer = tokenizer
         self.held: list[int] = []
-        self._shown(list(before))
+        ids = list(before[-256:])
+        while tokenizer.decode(ids).startswith(CUT):  # the first character is not whole: begin with the next
+            ids = ids[1:]
+        self._shown(ids)
 
     def push(self, token: int) -> str:
         self.held.append(token)

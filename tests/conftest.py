@@ -6,6 +6,10 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # before torch: a spinning thread on a busy machine slows tests tenfold
+
 import pytest
 import torch
 

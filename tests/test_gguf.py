@@ -92,6 +92,7 @@ def tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
 
 
 def metadata(config: LlamaConfig) -> dict:
+    rope = getattr(config, "rope_parameters", None) or vars(config)  # of transformers 5, of 4
     return {
         "llama.block_count": config.num_hidden_layers,
         "llama.context_length": config.max_position_embeddings,
@@ -102,7 +103,7 @@ def metadata(config: LlamaConfig) -> dict:
         "llama.attention.key_length": config.head_dim,
         "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "llama.rope.dimension_count": config.head_dim,
-        "llama.rope.freq_base": config.rope_parameters["rope_theta"],
+        "llama.rope.freq_base": rope["rope_theta"],
         "llama.vocab_size": config.vocab_size,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
@@ -280,6 +281,14 @@ def test_each_pre_tokenizer_cuts_numbers_its_way(tmp_path, pre, cut):
     assert tokens[words.encode("12345", special=False)[0]] == cut
 
 
+@pytest.mark.parametrize("pre, pieces", [("llama-bpe", ["xyz"]), ("smollm", ["x", "y", "z"])])
+def test_only_llama_3_takes_a_word_of_the_vocabulary_whole_without_a_merge(tmp_path, pre, pieces):
+    tokens = [*TOKENS, "xyz"]
+    meta = {"tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * len(tokens)}
+    words = load(write(tmp_path / "tiny.gguf", make(vocab_size=len(tokens)), meta=meta), dtype="float32").tokenizer
+    assert [tokens[i] for i in words.encode("xyz", special=False)] == pieces
+
+
 @pytest.mark.parametrize("pre, adds", [("llama-bpe", True), ("smollm", False)])
 def test_llama_3_begins_with_bos_where_the_file_leaves_it_open(tmp_path, pre, adds):
     words = load(write(tmp_path / "tiny.gguf", make(), meta={"tokenizer.ggml.pre": pre}), dtype="float32").tokenizer
@@ -301,8 +310,8 @@ def test_the_chat_template_of_the_file_is_used(tmp_path):
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_rope_freqs_of_llama_3_1_are_recognised(tmp_path, factor):
-    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, **LLAMA31}
-    model = make(head_dim=64, rope_parameters=rope, max_position_embeddings=131072)
+    rope = {"rope_type": "llama3", "factor": factor, **LLAMA31}
+    model = make(head_dim=64, rope_theta=500000.0, rope_scaling=rope, max_position_embeddings=131072)
     freqs = divisors(500000.0, 64, factor)
     assert len(set(freqs.tolist())) > 3  # the ramp is in it
     path = write(tmp_path / "tiny.gguf", model, extra={"rope_freqs.weight": freqs})
@@ -311,8 +320,10 @@ def test_rope_freqs_of_llama_3_1_are_recognised(tmp_path, factor):
 
 
 def test_other_rope_freqs_are_refused(tmp_path):
-    freqs = divisors(500000.0, 16, 8.0)
-    freqs[3] *= 1.05
+    freqs = divisors(50000.0, 16, 8.0)
+    write(tmp_path / "tiny.gguf", make(), extra={"rope_freqs.weight": freqs})
+    assert GGUF(tmp_path / "tiny.gguf").config()["rope_scaling"]["rope_type"] == "llama3"
+    freqs[3] *= 1.015
     assert "rope_freqs" in refusal(write(tmp_path / "tiny.gguf", make(), extra={"rope_freqs.weight": freqs}))
 
 
@@ -337,7 +348,7 @@ def test_no_rope_scaling_is_none(tmp_path, meta):
     ids=str,
 )
 def test_linear_rope_scaling_is_followed_however_it_is_said(tmp_path, meta):
-    model = make(rope_parameters={"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0})
+    model = make(rope_scaling={"rope_type": "linear", "factor": 4.0})
     path = write(tmp_path / "tiny.gguf", model, meta=meta)
     assert load(path, dtype="float32").config.rope_scaling == RopeScaling("linear", 4.0)
     same(ours(path, prompt()), theirs(model, prompt()))

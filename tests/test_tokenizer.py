@@ -117,11 +117,11 @@ def write_sp(path: Path, sp, **settings) -> Tokenizer:
     return from_dir(path, shape(bos_token_id=1, eos_token_id=2))
 
 
-def write_gguf(path: Path, sp, tokens: dict[str, int] | None = None, **meta) -> Tokenizer:
-    """Through the metadata of a GGUF file; tokens: added ones, with their types."""
+def write_gguf(path: Path, sp, tokens: dict[str, int] | None = None, ids=None, **meta) -> Tokenizer:
+    """Through the metadata of a GGUF file; tokens: added ones, with their types; ids: the pieces in another order."""
     path.mkdir(exist_ok=True)
     writer = gguf.GGUFWriter(path / "m.gguf", "llama")
-    ids, tokens = range(sp.GetPieceSize()), tokens or {}
+    ids, tokens = ids or range(sp.GetPieceSize()), tokens or {}
     kinds = [2 if sp.IsUnknown(i) else 3 if sp.IsControl(i) else 6 if sp.IsByte(i) else 1 for i in ids]
     writer.add_tokenizer_model("llama")
     writer.add_token_list([sp.IdToPiece(i) for i in ids] + list(tokens))
@@ -199,6 +199,14 @@ def test_a_sentencepiece_model_rebuilt_from_gguf_encodes_as_sentencepiece(kinds,
         assert kinds["gguf"].encode(s) == [1, *sp.EncodeAsIds(s)], s
 
 
+def test_scores_and_not_ids_decide_what_a_rebuilt_model_joins_first(sp, tmp_path):
+    special, rest = list(range(3)), list(range(3, sp.GetPieceSize()))
+    random.Random(0).shuffle(rest)
+    words = write_gguf(tmp_path, sp, ids=special + rest)
+    for s in strings(300, seed=10):
+        assert [(special + rest)[i] for i in words.encode(s, special=False)] == sp.EncodeAsIds(s), s
+
+
 def test_a_rebuilt_model_decodes_as_sentencepiece(kinds, sp):
     for s in strings(300, seed=4):
         assert kinds["gguf"].decode(sp.EncodeAsIds(s)) == sp.DecodeIds(sp.EncodeAsIds(s))
@@ -212,6 +220,11 @@ def test_sentencepiece_decodes_what_it_encodes(kinds, kind):
 
 
 @pytest.mark.parametrize("kind", PIECES)
+def test_control_and_unknown_tokens_are_not_shown(kinds, kind, sp):
+    assert kinds[kind].decode([1, *sp.EncodeAsIds("hello"), 0, 2]) == "hello"
+
+
+@pytest.mark.parametrize("kind", PIECES)
 @pytest.mark.parametrize("text", ["hello", "<s>hello", "<s> hello", "", "<s>"])
 def test_bos_comes_once(kinds, kind, text):
     ids = kinds[kind].encode(text)
@@ -221,7 +234,7 @@ def test_bos_comes_once(kinds, kind, text):
 @pytest.mark.parametrize("kind", PIECES)
 def test_without_special_tokens_a_text_is_taken_as_it_stands(kinds, kind):
     assert 1 not in kinds[kind].encode("hello", special=False)
-    assert kinds[kind].encode("<s><s>", special=False) == [1, 1]
+    assert kinds[kind].encode("<s><s></s><unk>", special=False) == [1, 1, 2, 0]
 
 
 @pytest.mark.parametrize("kind", PIECES)
@@ -300,10 +313,10 @@ def test_a_stream_never_shows_half_a_character(kinds, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_goes_on_after_a_prompt_of_many_byte_tokens(kinds, kind):
     words = kinds[kind]
-    before, ids = "語" * 33, "鬱" * 33
-    n = len(words.encode(before))
-    both = words.encode(before + ids)
-    assert "".join(streamed(words, both[:n], both[n:])) == ids
+    for long in (99, 100, 101, 102):
+        n = len(words.encode("語" * long))
+        ids = words.encode("語" * long + "鬱" * 33)
+        assert "".join(streamed(words, ids[:n], ids[n:])) == "鬱" * 33
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -29,6 +29,7 @@ class Dense(StoreSpec):
 class DenseStore:
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context):
         self.slots, self.policy, self.ctx = Slots(rows, room, ctx.config.sliding_window), policy, ctx
+        self.default_rule = type(policy).slot is Policy.slot
         n, heads, dim = len(rows), ctx.config.num_key_value_heads, ctx.config.head_dim
         self.k = ctx.empty(n, heads, self.slots.capacity, dim)  # (B,Hkv,S,D)
         self.v = ctx.empty(n, heads, self.slots.capacity, dim)
@@ -38,13 +39,20 @@ class DenseStore:
             self.k[b, :, n:], self.v[b, :, n:] = 0, 0  # a masked slot must still be a number: 0 · NaN is NaN
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        at = self.policy.slot(self.slots, pos)  # (B,Hkv,T)
-        row = self.slots.flat(
-            at
-        )  # torch scatters bf16 by copying the whole tensor; index_copy_ of rows writes in place
+        s = self.slots
+        if (
+            s.even and self.default_rule and k.shape[2] == 1
+        ):  # the host knows the slot: three copies, no index arithmetic
+            at = s.host_ring()
+            self.k[:, :, at : at + 1], self.v[:, :, at : at + 1] = k, v
+            s.place_at(at, pos)
+            return
+        row = s.flat(
+            self.policy.slot(s, pos)
+        )  # torch scatters bf16 by copying the whole tensor; index_copy_ writes in place
         self.k.view(-1, k.shape[3]).index_copy_(0, row, k.reshape(-1, k.shape[3]))
         self.v.view(-1, v.shape[3]).index_copy_(0, row, v.reshape(-1, v.shape[3]))
-        self.slots.place(row, pos)
+        s.place(row, pos)
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         step = self.slots.span  # in one piece no two tokens may want the same slot
