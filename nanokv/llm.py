@@ -215,8 +215,8 @@ class Turn:
         self.prompt_tokens = sum(len(p) for p in prompts) + len(then)
         n = len(session.seen)
         self.ids, self.texts, self.reasons = [[] for _ in range(n)], [""] * n, [None] * n
-        before = list(then) or (list(prompts[0]) if prompts else [])
-        self.streams = [Stopper(tokenizer.Stream(self.tokenizer, before), self.stop) for _ in range(n)]
+        before = [list(then)] * n if then else [list(p) for p in prompts for _ in range(copies)]
+        self.streams = [Stopper(tokenizer.Stream(self.tokenizer, ids), self.stop) for ids in before]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         clock = None

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -49,11 +50,9 @@ def load(
 
 
 def fill(model: Llama, tensors: Iterable[Named], where: str, bar: bool = False) -> None:
-    """Write every tensor into its place; strict."""
-    missing = targets(model)
-    for name, shape, read in tqdm(
-        tensors, total=len(missing), desc="load", unit="tensor", leave=False, disable=not bar
-    ):
+    """Write every tensor into its place; strict. Two at a time: one thread copies while the other waits for the disk."""
+    missing, jobs = targets(model), []
+    for name, shape, read in tensors:
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue  # old checkpoints carry the table; a tied head repeats the embedding
         if name not in missing:
@@ -63,22 +62,31 @@ def fill(model: Llama, tensors: Iterable[Named], where: str, bar: bool = False) 
         target = missing.pop(name)
         if shape != tuple(target.shape):
             raise ValueError(f"{where}: {name} has shape {shape}, config.json asks for {tuple(target.shape)}")
-        target.copy_(torch.as_tensor(read()))
+        jobs.append((target, read))
     if missing:
         raise ValueError(f"{where} lacks {len(missing)} tensors, the first is {min(missing)}; fetch the model again")
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(lambda job: job[0].copy_(torch.as_tensor(job[1]())), jobs)
+        list(tqdm(done, total=len(jobs), desc="load", unit="tensor", leave=False, disable=not bar))
 
 
 def read(files: dict[Path, list[str]]) -> Iterator[Named]:
+    """Names and shapes of all tensors, from the headers; the values when asked."""
     for file, names in files.items():
-        for name in names:
-            # opened anew each time: a mapping that stays open keeps every page it has read resident
-            with _open(file) as f:
+        with _open(file) as f:
+            for name in names:
                 piece = f.get_slice(name)
                 if piece.get_dtype() not in FLOATS:
                     raise ValueError(
                         f"{file.name}: {name} is {piece.get_dtype()}; weights are one of {', '.join(FLOATS)}"
                     )
-                yield name, tuple(piece.get_shape()), partial(f.get_tensor, name)
+                yield name, tuple(piece.get_shape()), partial(_tensor, file, name)
+
+
+def _tensor(file: Path, name: str) -> Tensor:
+    """Opened anew for each tensor: a mapping that stays open keeps every page it has read resident."""
+    with _open(file) as f:
+        return f.get_tensor(name)
 
 
 def copy(model: Llama, ops: Ops, dtype: torch.dtype) -> Llama:

@@ -17,7 +17,8 @@ from test_loader import edit, reconfigure, shard
 import generate
 from nanokv import llm as llm_module
 
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
+TEMPLATE = TURN + "{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
 @pytest.fixture

