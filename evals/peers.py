@@ -2,7 +2,8 @@
 
     python -m evals.peers --json results/cpu-decode.json
 
-Medians over steps; the first steps are warm-up. The only module beside the tests that imports transformers.
+Rounds of eight steps in turn, so that each runner warms its own caches as in real use; medians, without the
+first two of a round. The only module beside the tests that imports transformers.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from nanokv import load
 from weights.fetch import locate
 
 TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-STEPS, WARM = 24, 3
+ROUNDS, STEPS, WARM = 5, 8, 2
 
 
 def ours(model: str, ids: list[int]) -> tuple[float, list[float], Callable]:
     """Prefill seconds, an empty list for step seconds, and a function that makes one step."""
     llm = load(model)
-    session = llm.session(2 * STEPS + WARM + 8)
+    session = llm.session(ROUNDS * STEPS + 1)
     t0 = time.perf_counter()
     logits = [session.start([ids])]
     first = time.perf_counter() - t0
@@ -65,12 +66,13 @@ def compare(model: str, length: int) -> dict:
     runs = {"nanokv": ours(model, llm_ids)} | {
         f"transformers {n}": transformers(model, llm_ids, t) for n, t in TYPES.items()
     }
-    for i in range(STEPS + WARM):
+    for _ in range(ROUNDS):
         for _, times, step in runs.values():
-            t0 = time.perf_counter()
-            step()
-            if i >= WARM:
-                times.append(time.perf_counter() - t0)
+            for i in range(STEPS):
+                t0 = time.perf_counter()
+                step()
+                if i >= WARM:
+                    times.append(time.perf_counter() - t0)
     rows = {
         name: {"prefill_tok_s": length / first, "decode_tok_s": 1 / statistics.median(times)}
         for name, (first, times, _) in runs.items()
