@@ -57,7 +57,7 @@ def fill(model: Llama, tensors: Iterable[Named], where: str, bar: bool = False) 
             continue  # old checkpoints carry the table; a tied head repeats the embedding
         if name not in missing:
             raise ValueError(
-                f"{where} holds {name}, which this model has no place for (or twice); is config.json of another model?"
+                f"{where} holds {name[:80]!r}, which this model has no place for (or twice); is config.json of another model?"
             )
         target = missing.pop(name)
         if shape != tuple(target.shape):

@@ -76,7 +76,7 @@ DAMAGE = [
     (lambda p: reconfigure(p, architectures=["BertModel"]), "architecture BertModel is not supported"),
     (lambda p: reconfigure(p, rope_parameters={"rope_type": "yarn", "factor": 2.0}), "'yarn' is not supported"),
     (lambda p: edit(p, lambda t: t.pop("model.norm.weight")), "lacks 1 tensors, the first is model.norm.weight"),
-    (lambda p: edit(p, lambda t: t.update(extra=t["model.norm.weight"].clone())), "holds extra"),
+    (lambda p: edit(p, lambda t: t.update(extra=t["model.norm.weight"].clone())), "holds 'extra'"),
     (
         lambda p: edit(p, lambda t: t.update({"lm_head.weight": t["model.norm.weight"].clone()})),
         "lm_head.weight has shape (96,)",

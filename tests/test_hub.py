@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from weights import fetch, from_gguf
 from weights.registry import MODELS
 
+pytestmark = pytest.mark.slow  # each test starts processes of its own
 ROOT = Path(__file__).parent.parent
 REPO, SHA = "owner/name", "c0ffee" + "0" * 34
 INDEX = "model.safetensors.index.json"

@@ -41,15 +41,20 @@ def run(llm, plan: str, prompts: list[list[int]], more: list[list[int]], chunk: 
 def masked(llm, ids: list[int], T: int, kept) -> torch.Tensor:
     """The same logits by the oracle: queries of the prompt see all, later ones what `kept` (a Kept per layer) holds."""
 
+    heads = range(llm.config.num_key_value_heads)
+    held = [[set(k.pos[0, h, : k.length[0, h]].tolist()) for h in heads] for k in kept]
+    rings = [[(k.limit[0, h].item(), k.sink[0, h].item()) for h in heads] for k in kept]
+    first_step = [
+        T + 1 if k.pos.max() >= T else T for k in kept
+    ]  # a waiting policy still shows its first token everything
+
     def seen(layer: int, head: int, i: int, j: int) -> bool:
-        value, n = kept[layer], kept[layer].length[0, head]
-        first_step = T + 1 if value.pos.max() >= T else T  # a waiting policy still shows its first token everything
-        if i < first_step:
+        if i < first_step[layer]:
             return True
-        limit, sink = value.limit[0, head].item(), value.sink[0, head].item()
+        limit, sink = rings[layer][head]
         if limit >= 0:  # a ring: sinks and the most recent
             return j < sink or j > i - (limit - sink)
-        return j >= first_step or j in value.pos[0, head, :n].tolist()
+        return j >= first_step[layer] or j in held[layer][head]
 
     cache = MaskedCache(llm.config, seen)
     pos = torch.arange(len(ids))[None]
