@@ -78,7 +78,7 @@ def read(files: dict[Path, list[str]]) -> Iterator[Named]:
                 piece = f.get_slice(name)
                 if piece.get_dtype() not in FLOATS:
                     raise ValueError(
-                        f"{file.name}: {name} is {piece.get_dtype()}; weights are one of {', '.join(FLOATS)}"
+                        f"{file.name}: {name[:80]!r} is {piece.get_dtype()}; weights are one of {', '.join(FLOATS)}"
                     )
                 yield name, tuple(piece.get_shape()), partial(_tensor, file, name)
 
