@@ -6,11 +6,12 @@ PY := .venv/bin/python
 SHELL := /bin/sh
 
 demo: .venv/run
-	@$(PY) -m evals.tasks --tokens 3000 --seed 1 > .venv/demo.txt
-	@echo "== the full cache"
-	@$(PY) generate.py --chat --prompt-file .venv/demo.txt -n 48
-	@echo "== the same with a quarter of it: snapkv"
-	@$(PY) generate.py --chat --prompt-file .venv/demo.txt -n 48 --policy snapkv:budget=25%,window=8,kernel=13,pool=max
+	@$(PY) -m evals.tasks --tokens 3000 --seed 3 > .venv/demo.txt
+	@echo "A text of about 3,000 tokens that names a code somewhere, and ends with:"; tail -n 1 .venv/demo.txt; echo
+	@echo "== continued with the full cache:"
+	@$(PY) generate.py --prompt-file .venv/demo.txt -n 12
+	@echo; echo "== with a quarter of it (snapkv):"
+	@$(PY) generate.py --prompt-file .venv/demo.txt -n 12 --policy snapkv:budget=25%,window=8,kernel=13,pool=max
 
 test: .venv/dev
 	$(PY) -m ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -93,8 +94,12 @@ def main(argv: Sequence[str]) -> int:
             raise
         return complain(str(e))
     except KeyboardInterrupt:
-        print("interrupted before the first token", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as e:  # torch says either, and on each device in other words
+        if settings().debug or not (isinstance(e, MemoryError) or "memory" in str(e)):
+            raise
+        return complain("not enough memory; give a shorter prompt, a policy with a smaller budget, or a smaller model")
     except BrokenPipeError:  # the reader of our text has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -111,13 +116,9 @@ def run(args: argparse.Namespace) -> int:
     if args.list_policies:
         return list_policies()
     text = check(args)
-    from nanokv import Sampling, load, parse
+    from nanokv import Sampling, load
 
-    plan = parse(args.policy)
-    if args.kv_budget is not None:
-        if "budget=" in args.policy:
-            raise ValueError("--kv-budget and budget= in --policy say the same; give one of them")
-        plan = plan.with_budget(args.kv_budget)
+    plan = parse_plan(args.policy, args.kv_budget)
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
     bar = sys.stderr.isatty() and not args.quiet
     llm = load(
@@ -132,22 +133,39 @@ def run(args: argparse.Namespace) -> int:
     common = {"limit": args.max_new_tokens, "sampling": sampling, "seed": args.seed, "stop": args.stop}
     common |= {"ignore_eos": args.ignore_eos, "overflow": args.allow_overflow}
     say = (lambda *_: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
-    say(f"{llm.name} · {plan} · {llm.device} · {dtypes(llm)} · backend {llm.models.ops.name} · runner eager")
+    backend = llm.models.ops.name + (" (decode in plain torch)" if llm.device.type != "cpu" else "")
+    say(f"{llm.name} · {plan} · {llm.device} · {dtypes(llm)} · backend {backend} · runner eager")
     if args.interactive:
         return converse(args, llm, text, common, say)
     prompt, then = ids(args, llm, text)
     session = llm.session(len(then) + args.max_new_tokens, args.chunk)
-    turn = prefill(llm, session, [prompt], then, args.num_samples, common, bar)
-    status = show(turn)
+    turn = begin(llm, session, [prompt], then, args.num_samples, common, bar)
+    show(turn)
     for line in end_block(llm, session, turn, args):
         say(line)
-    if args.explain and session.cache is not None:
-        from nanokv.explain import explain
-
-        print(explain(session), file=sys.stderr)
+    if args.explain:
+        draw(session)
     if args.json:
         write_json(args.json, llm, session, turn)
-    return status
+    return 130 if turn.interrupted else 0
+
+
+def parse_plan(text: str, budget: str | None):
+    """--policy and --kv-budget as a plan."""
+    from nanokv import parse
+
+    plan = parse(text)
+    if budget is None:
+        return plan
+    if "budget=" in text:
+        raise ValueError("--kv-budget and budget= in the policy say the same; give one of them")
+    return plan.with_budget(budget)
+
+
+def draw(session) -> None:
+    from nanokv.explain import explain
+
+    print(explain(session), file=sys.stderr)
 
 
 def check(args: argparse.Namespace) -> str | None:
@@ -156,6 +174,10 @@ def check(args: argparse.Namespace) -> str | None:
         raise ValueError("--json - is not possible, standard output carries the text; give a file")
     if args.json and not Path(args.json).parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no directory {Path(args.json).parent}; make it first")
+    if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).parent, os.W_OK)):
+        raise ValueError(f"--json {args.json} cannot be written; give a file in a directory of yours")
+    if not all(args.stop):
+        raise ValueError("--stop is empty; give a text, or leave it out")
     for flag, value, least in (
         ("chunk", args.chunk, 1),
         ("num-samples", args.num_samples, 1),
@@ -170,7 +192,7 @@ def check(args: argparse.Namespace) -> str | None:
     if args.num_samples > 1 and args.temperature == 0:
         raise ValueError("--num-samples with temperature 0 would print one answer many times; give --temperature 0.8")
     if args.prompt_file is not None or args.prompt == "-":
-        where = args.prompt_file or "standard input"
+        where = "standard input" if args.prompt == "-" else f"--prompt-file {args.prompt_file!r}"
         try:
             raw = sys.stdin.buffer.read() if args.prompt == "-" else Path(args.prompt_file).read_bytes()
             text = raw.decode("utf-8")
@@ -205,7 +227,7 @@ def ids(args: argparse.Namespace, llm, text: str) -> tuple[list[int], list[int]]
     return llm.tokenizer.encode(llm.tokenizer.chat(messages), special=False), []
 
 
-def prefill(llm, session, prompts: list[list[int]], then: list[int], copies: int, common: dict, bar: bool):
+def begin(llm, session, prompts: list[list[int]], then: list[int], copies: int, common: dict, bar: bool):
     """Begin the answer, with a bar when the prompt comes in chunks."""
     from tqdm import tqdm
 
@@ -213,59 +235,80 @@ def prefill(llm, session, prompts: list[list[int]], then: list[int], copies: int
         return llm.turn(session, prompts, then=then, copies=copies, tick=progress.update, **common)
 
 
-def show(turn) -> int:
-    """Stream one answer; several are printed one after the other when all have ended. Status 130 if interrupted."""
-    many, status = len(turn.texts) > 1, 0
+def show(turn) -> None:
+    """Stream one answer; several are printed one after the other when all have ended. Ctrl-C ends it after the step in
+    progress, so that the cache stays whole; a second one does not wait."""
+
+    def stop(*_: object) -> None:
+        if turn.interrupted:
+            raise KeyboardInterrupt
+        turn.interrupted = True
+
+    many, before = len(turn.texts) > 1, signal.signal(signal.SIGINT, stop)
     try:
         for _, piece in turn:
             if not many:
                 print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        status = 130
-        for _, piece in turn.interrupt():
-            if not many:
-                print(piece, end="")
-    if many:
-        print("\n\n".join(turn.texts), end="")
-    print(flush=True)
-    return status
+    finally:
+        signal.signal(signal.SIGINT, before)
+    print("\n\n".join(turn.texts) if many else "", flush=True)
 
 
 def converse(args: argparse.Namespace, llm, text: str | None, common: dict, say) -> int:
     """The REPL. A turn that fails leaves the conversation as it was."""
-    from nanokv import parse
     from nanokv.chat import Conversation
 
+    llm.tokenizer.chat([{"role": "user", "content": "hello"}])  # a model without a template is refused at once
+
     def answer(session, prompts, then):
-        return prefill(llm, session, prompts, then, 1, common, False)
+        return begin(llm, session, prompts, then, 1, common, False)
 
     chat = Conversation(llm, args.system, args.max_new_tokens, answer, args.chunk)
     say("/reset forgets, /stats shows the cache, /policy PLAN changes it, /exit ends")
     while True:
         try:
-            line = text if text is not None else input("> " if sys.stdin.isatty() else "")
+            line, text = (text, None) if text is not None else (read_line(), None)
         except (EOFError, KeyboardInterrupt):
             return 0
-        text, word = None, line.strip().partition(" ")
+        word, _, rest = line.strip().partition(" ")
         try:
-            if word[0] == "/exit":
+            if word == "/exit":
                 return 0
-            if word[0] == "/reset":
-                chat.reset()
-            elif word[0] == "/stats":
-                report = None if chat.session is None else chat.session.report()
-                say("nothing is cached yet" if report is None else str(report))
-            elif word[0] == "/policy":
-                if word[2]:
-                    chat.replan(parse(word[2]))
-                say(str(chat.plan))
-            elif word[0].startswith("/"):
-                say(f"unknown command {word[0]}; commands are /reset /stats /policy PLAN /exit")
-            elif line.strip():
+            if word.startswith("/"):
+                print(command(chat, word, rest, args), file=sys.stderr)
+            elif word:
                 show(chat.say(line))
                 chat.heard()
+                say(str(chat.session.report()))
+                if args.explain:
+                    draw(chat.session)
         except ValueError as e:
             complain(str(e))
+        except KeyboardInterrupt:
+            print("interrupted; the next turn reads the conversation anew", file=sys.stderr)
+        if chat.session is not None and not chat.session.whole:
+            chat.drop()
+
+
+def read_line() -> str:
+    """The prompt belongs to the person, not to the text: it goes to stderr."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    return input()
+
+
+def command(chat, word: str, rest: str, args: argparse.Namespace) -> str:
+    """One of the REPL's commands → what to say about it."""
+    if word == "/reset":
+        chat.reset()
+        return "forgotten"
+    if word == "/stats":
+        return "nothing is cached yet" if chat.session is None else str(chat.session.report())
+    if word == "/policy":
+        if rest:
+            chat.replan(parse_plan(rest, None if "budget=" in rest else args.kv_budget))
+        return str(chat.plan)
+    return f"unknown command {word}; commands are /reset /stats /policy PLAN /exit"
 
 
 def dtypes(llm) -> str:
@@ -281,23 +324,18 @@ def end_block(llm, session, turn, args: argparse.Namespace) -> list[str]:
     from nanokv.cache import mib
     from nanokv.llm import peak_bytes
 
-    rows = len(turn.ids)
+    report, name = session.report(), session.plan.names[0]
     lines = [
         f"load {llm.load_s:.2f} s",
         f"prefill {turn.prompt_tokens} tok, {turn.prefill_s:.2f} s, {rate(turn.prompt_tokens, turn.prefill_s):.0f} tok/s",
-        f"decode {turn.steps * rows} tok, {turn.decode_s:.2f} s, {rate(turn.steps * rows, turn.decode_s):.1f} tok/s "
+        f"decode {turn.counted} tok, {turn.decode_s:.2f} s, {rate(turn.counted, turn.decode_s):.1f} tok/s "
         "(without the first step, the warm-up)",
         f"peak memory {mib(peak_bytes(llm.device))}",
     ]
-    report = session.report()
-    if report is None:
-        return lines
     if args.chunk:
         lines[-1] += "; prefilled in chunks, so the whole prompt's cache was alive at once"
-    if session.plan.names[0] != "full" and not report.short:
-        lines.append(
-            f"{session.plan.names[0]} had nothing to drop: all {turn.prompt_tokens} tokens are within what it keeps"
-        )
+    if name != "full" and not report.short:
+        lines.append(f"{name} had nothing to drop: every layer still holds all {max(report.seen)} tokens")
     return [*lines, str(report)]
 
 
@@ -306,10 +344,9 @@ def write_json(file: str, llm, session, turn) -> None:
 
     from nanokv.llm import peak_bytes
 
-    report, rows = session.report(), len(turn.ids)
-    top = {
+    report = session.report()
+    common = {
         "model": llm.name,
-        "policy": str(session.plans[0]),
         "device": str(llm.device),
         "dtype": llm.dtypes,
         "backend": llm.models.ops.name,
@@ -317,23 +354,31 @@ def write_json(file: str, llm, session, turn) -> None:
         "torch": torch.__version__,
         "commit": commit(),
         "prompt_tokens": turn.prompt_tokens,
-    }
-    times = {
         "load_s": llm.load_s,
         "compile_s": 0.0,
         "prefill_s": turn.prefill_s,
         "decode_s": turn.decode_s,
         "prefill_tok_s": rate(turn.prompt_tokens, turn.prefill_s),
-        "decode_tok_s": rate(turn.steps * rows, turn.decode_s),
+        "decode_tok_s": rate(turn.counted, turn.decode_s),
         "peak_bytes": peak_bytes(llm.device),
-        "cache": None if report is None else report.as_dict(),
     }
-    answers = [
-        {"new_tokens": len(i), "text": t, "token_ids": i, "finish_reason": r}
-        for i, t, r in zip(turn.ids, turn.texts, turn.reasons, strict=True)
+    rows = [
+        {
+            **common,
+            "policy": str(session.plans[i]),
+            "new_tokens": len(ids),
+            "text": turn.texts[i],
+            "token_ids": ids,
+            "finish_reason": turn.reasons[i],
+            "cache": report.as_dict(i),
+        }
+        for i, ids in enumerate(turn.ids)
     ]
-    result = {**top, **answers[0], **times} if rows == 1 else {**top, "rows": answers, **times}
-    Path(file).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    result = rows[0] if len(rows) == 1 else {"rows": rows}
+    try:
+        Path(file).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise ValueError(f"--json {file} cannot be written ({e.strerror}); the text above is whole") from None
 
 
 def commit() -> str | None:

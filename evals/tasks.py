@@ -1,6 +1,6 @@
 """Synthetic long-context tasks from prose that every CPython carries, with a fixed answer each: no download, no judge.
 
-python -m evals.tasks --tokens 3000 --seed 1        prints one prompt, as `make demo` uses it
+python -m evals.tasks --tokens 3000 --seed 1        prints one text that waits to be continued, as `make demo` uses it
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=3000)
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
-    print(needle(args.seed, args.tokens, lambda text: len(re.findall(r"\w+|[^\w\s]", text))).prompt)
+    print(needle(args.seed, args.tokens, lambda text: len(re.findall(r"\w+|[^\w\s]", text))).unfinished, end="")
 
 
 if __name__ == "__main__":

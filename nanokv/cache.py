@@ -158,11 +158,10 @@ class Report:
         """The layers in which some head holds less than the whole text."""
         return [x for x in self.layers if any(min(row) < n for row, n in zip(x.kept, self.seen, strict=True))]
 
-    def as_dict(self) -> dict:
-        """For --json: `kept` is per KV head, and per row first where there are several."""
+    def as_dict(self, row: int = 0) -> dict:
+        """For --json: `kept` per KV head is the row's own; bytes are of the whole cache, which all rows share."""
         totals = {k: getattr(self, k) for k in ("bytes", "live_bytes", "host_bytes", "full_bytes", "ratio")}
-        one = len(self.seen) == 1
-        return {**totals, "layers": [{**asdict(x), "kept": x.kept[0] if one else x.kept} for x in self.layers]}
+        return {**totals, "layers": [{**asdict(x), "kept": x.kept[row]} for x in self.layers]}
 
     def __str__(self) -> str:
         line = (

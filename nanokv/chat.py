@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nanokv.engine import Session
 from nanokv.llm import LLM, Turn
 from nanokv.plan import Plan
 
@@ -14,9 +13,13 @@ MARK = "\u241fthe answer stands here\u241f"
 def cut(llm: LLM, messages: list[dict[str, str]], question: str) -> tuple[list[int], list[int]]:
     """The conversation rendered once with the question at the end of its last message, cut where the question begins."""
     *before, last = messages
-    text = llm.tokenizer.chat([*before, {**last, "content": f"{last['content']}\n\n{question}"}])
-    at = text.rindex(question.strip())
-    return llm.tokenizer.encode(text[:at], special=False), llm.tokenizer.encode(text[at:], special=False)
+    text = llm.tokenizer.chat([*before, {**last, "content": f"{last['content']}\n\n{MARK}{question}"}])
+    prompt, mark, then = text.partition(MARK)
+    if not mark:
+        raise ValueError(
+            "this model's chat template alters the message, so the question's place is lost; leave out --question"
+        )
+    return llm.tokenizer.encode(prompt, special=False), llm.tokenizer.encode(then, special=False)
 
 
 class Conversation:
@@ -28,29 +31,35 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        self.messages, self.session, self.turn = list(self.system), None, None
+        self.messages = self.asked = list(self.system)
+        self.drop()
 
     def replan(self, plan: Plan) -> None:
         """Another policy from here on. What the old one dropped is read anew: the next turn prefills the whole conversation."""
-        self.plan, self.session = plan, None
+        self.plan = plan
+        self.drop()
+
+    def drop(self) -> None:
+        """Let the cache go, keep the messages: after an answer that was broken off, or for another policy."""
+        self.session = self.turn = None
 
     def say(self, text: str) -> Turn:
-        """Begin the answer to a user's message; `heard` ends it."""
+        """Begin the answer to a user's message; `heard` ends it. Until then the conversation is as it was."""
         messages = [*self.messages, {"role": "user", "content": text}]
         if self.session is None:
             session = self.llm.session(self.room, self.chunk, self.plan)
             self.turn = self.answer(session, [self._ids(self.llm.tokenizer.chat(messages))], [])
         else:
             session = self.session
-            self.turn = self.answer(session, [], self._rest(session, text))
-        self.messages, self.session = messages, session
+            self.turn = self.answer(session, [], self._rest(text))
+        self.session, self.asked = session, messages
         return self.turn
 
     def heard(self) -> None:
-        """Note the answer that was given."""
-        self.messages.append({"role": "assistant", "content": self.turn.texts[0]})
+        """Note the question and the answer that was given."""
+        self.messages = [*self.asked, {"role": "assistant", "content": self.turn.texts[0]}]
 
-    def _rest(self, session: Session, text: str) -> list[int]:
+    def _rest(self, text: str) -> list[int]:
         """What the template puts between the last answer and the next one, after the token that was not fed yet."""
         marked = [*self.messages[:-1], {"role": "assistant", "content": MARK}, {"role": "user", "content": text}]
         _, _, rest = self.llm.tokenizer.chat(marked).partition(MARK)

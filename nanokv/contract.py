@@ -138,6 +138,8 @@ class Slots:
         self.wanted = torch.cat([r.limit for r in rows])  # as the policy gave it: −1 grows
         self.sink = torch.cat([r.sink for r in rows])
         self.limit = torch.where(self.wanted < 0, length + room, self.wanted)
+        # a ring takes no more slots than there can be tokens; `reserve` packs anew, from `wanted`
+        self.limit = torch.minimum(self.limit, torch.maximum(length + room, self.sink + 1))
         if sliding_window is not None:  # a slot behind the sinks is out of the window by the time its turn comes
             self.limit = torch.minimum(self.limit, self.sink + sliding_window)
         self.cursor = length.clone()  # tokens ever written
@@ -260,11 +262,11 @@ def check_budget(budget: int | str, least: int, why: str) -> None:
     """Raise ValueError unless budget is tokens ≥ least, a percent in (0, 100], or a size."""
     try:
         ok = budget >= least if isinstance(budget, int) else _positive(budget)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"budget={budget} is no budget; give tokens (512), percent (25%) or bytes (256MiB)") from None
     if not ok:
         raise ValueError(
-            f"budget={budget} is too small or out of range: {why}; give at least {least} tokens, or 1% … 100%"
+            f"budget={budget} is too small or out of range: {why}; give at least {least} tokens, 1% … 100%, or a size"
         )
 
 

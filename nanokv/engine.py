@@ -62,6 +62,7 @@ class Session:
         self.pos: Tensor | None = None  # (B,1): where the next token of each row goes
         self.seen: list[int] = []  # the same on the host
         self.plans: list[Plan] = []  # the plan as fitted to each row's prompt
+        self.whole = True  # False: an exception left a step half done, and the cache with it
 
     @torch.inference_mode()
     def start(
@@ -98,9 +99,11 @@ class Session:
     @torch.inference_mode()
     def feed(self, tokens: Tensor) -> Tensor:
         """(B,T) new tokens → logits after the last of them (B,vocab)."""
+        self.whole = False
         if self.open:
             tokens, logits = self._feed_open(tokens)
             if not tokens.shape[1]:
+                self.whole = True
                 return logits
         T = tokens.shape[1]
         self.cache.spend(T)
@@ -109,6 +112,7 @@ class Session:
         logits = model(tokens, pos, self.cache)
         self._advance(T)
         self.cache.maintain(T)
+        self.whole = True
         return logits
 
     def _feed_open(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

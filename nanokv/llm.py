@@ -27,6 +27,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
+TURN = 512  # tokens of a turn that are fed at once
+
+
 def load(
     model: str = "smollm2-135m",
     plan: str | Plan = "full",
@@ -61,7 +64,7 @@ def load(
     else:
         config, words, read = _source(locate(model, bar))
     use = _precision(config, where, dtype)
-    _check_weights(model, config, where, use.prefill)
+    _check_weights(model, config, where, use)
     ops = replace(ops, linear=use.linear)
     main = loader.empty(config, ops, where, use.prefill)
     read(main, bar)
@@ -144,6 +147,8 @@ class LLM:
         tick: Callable[[int], None] | None = None,
     ) -> Turn:
         """Start a session with `prompts` (none: it goes on) and answer; `then` follows on the compressed cache."""
+        if (not prompts and not then) or (prompts and session.seen):
+            raise ValueError("a new session begins with prompts, a later turn goes on with `then`")
         longest = max([len(p) for p in prompts] or session.seen) + len(then)
         top = self.config.max_position_embeddings
         if prompts and not all(prompts):
@@ -157,8 +162,10 @@ class LLM:
             )
         if prompts:
             self._check_cache(session, prompts, len(then) + limit, copies)
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed is {seed}; give a whole number from 0 to 2^63 − 1")
         dice = torch.Generator(self.device).manual_seed(seed)
-        turn = Turn(session, self.tokenizer, limit, sampling or Sampling(), dice, tuple(stop), ignore_eos)
+        turn = Turn(session, self.tokenizer, limit, sampling or Sampling(), dice, tuple(filter(None, stop)), ignore_eos)
         turn.begin(prompts, then, copies, tick)
         return turn
 
@@ -197,8 +204,11 @@ class Turn:
     reasons: list[str | None] = field(default_factory=list)
     prefill_s: float = 0.0
     decode_s: float = 0.0  # of the steps after the first, which is the warm-up
-    steps: int = 0  # steps in decode_s
+    counted: int = 0  # tokens that came in decode_s, of rows that had not ended
     unfed: int | None = None  # row 0's last token, where the next turn must feed it first
+    interrupted: bool = False  # set from outside, at any time; the answer ends after the step in progress
+    logits: torch.Tensor | None = None
+    streams: list[Stopper] = field(default_factory=list)
 
     def begin(
         self, prompts: Sequence[Sequence[int]], then: Sequence[int], copies: int, tick: Callable[[int], None] | None
@@ -209,7 +219,9 @@ class Turn:
         if then:
             session.reserve(len(then) + self.limit)
             rows = torch.tensor([list(then)], device=session.pos.device).expand(len(session.seen), -1)
-            self.logits = session.feed(rows)
+            step = session.chunk or TURN  # pieces bound the scores; each enters the cache before the next one reads it
+            for a in range(0, len(then), step):
+                self.logits = session.feed(rows[:, a : a + step])
         _wait(session.pos.device)
         self.prefill_s = time.perf_counter() - t0
         self.prompt_tokens = sum(len(p) for p in prompts) + len(then)
@@ -219,25 +231,26 @@ class Turn:
         self.streams = [Stopper(tokenizer.Stream(self.tokenizer, ids), self.stop) for ids in before]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        clock = None
+        clock, column = 0.0, None
         for i, column in enumerate(generate(self.session, self.logits, self.limit, self._pick)):
             tokens = column.tolist()
-            now = time.perf_counter()
-            if clock is not None and i > 1:
-                self.decode_s, self.steps = self.decode_s + now - clock, self.steps + 1
+            if i > 1:
+                self.decode_s += time.perf_counter() - clock
+                self.counted += self.reasons.count(None)
+            self.unfed = tokens[0] if self.ignore_eos or tokens[0] not in self.tokenizer.eos else None
             for row, token in enumerate(tokens):
                 yield from self._take(row, token, last=i + 1 == self.limit)
-            self.unfed = None if self.reasons[0] == "eos" else tokens[0]
+            if self.interrupted:
+                for row, reason in enumerate(self.reasons):
+                    if reason is None:
+                        self.reasons[row] = "interrupted"
+                        yield from self._emit(row, self.streams[row].end())
             if all(self.reasons):
                 break
             clock = time.perf_counter()
-
-    def interrupt(self) -> Iterator[tuple[int, str]]:
-        """End here; gives out what was held back."""
-        for row, reason in enumerate(self.reasons):
-            if reason is None:
-                self.reasons[row] = "interrupted"
-                yield from self._emit(row, self.streams[row].end())
+        if self.session.open:  # a policy that waits has seen no token yet: give it the one it needs to decide
+            self.session.feed(column[:, None])
+            self.unfed = None
 
     def _pick(self, logits: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
@@ -288,6 +301,8 @@ class Stopper:
 
 
 def _device(name: str) -> torch.device:
+    if name.partition(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+        raise ValueError(f"unknown device {name!r}; devices are auto, cpu, cuda, mps")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -355,18 +370,22 @@ def free_bytes(device: torch.device) -> int:
         free = int(lines["MemAvailable"].split()[0]) * 1024
         group = Path("/sys/fs/cgroup")
         if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # file cache gives way
+            free = min(free, int(limit) - used)
         return free
     except (OSError, KeyError, ValueError):
         return sys.maxsize  # no way to tell on this system
 
 
-def _check_weights(name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    need, free = config.parameters() * dtype.itemsize, free_bytes(device)
+def _check_weights(name: str, config: ModelConfig, device: torch.device, use: Precision) -> None:
+    each = sum(t.itemsize for t in {use.prefill, use.decode})
+    need, free = config.parameters() * each, free_bytes(device)
     if need > free:
-        fits = [n for n, c in PRESETS.items() if c.parameters() * dtype.itemsize < free * 0.9]
+        fits = [n for n, c in PRESETS.items() if c.parameters() * each < free * 0.9]
+        types = " and ".join(dict.fromkeys(str(t).removeprefix("torch.") for t in (use.prefill, use.decode)))
         raise ValueError(
-            f"{name} needs {mib(need)} in {str(dtype).removeprefix('torch.')} and {mib(free)} are free on {device}; "
+            f"{name} needs {mib(need)} in {types} and {mib(free)} are free on {device}; "
             + (f"these would fit: {', '.join(fits)}" if fits else "no known model would fit")
         )
 

@@ -1,5 +1,5 @@
-"""Safetensors → model, strict: every weight present once, of the right shape, and nothing else. Reads one tensor at a time
-from the memory-mapped shard straight into its place, dtype and device, so the peak is the model and one tensor.
+"""Safetensors → model, strict: every weight present once, of the right shape, and nothing else. Reads
+from the memory-mapped shards straight into place, dtype and device, two tensors at a time: the peak is the model and those.
 """
 
 from __future__ import annotations
@@ -174,11 +174,6 @@ def targets(model: Llama) -> dict[str, Tensor]:
         for part, rows in zip(parts[fused], weight.split(list(parts[fused].values())), strict=True):
             out[f"model.{prefix}{part}.{kind}"] = rows
     return out
-
-
-def file_bytes(path: Path) -> int:
-    """Size of the weights on disk."""
-    return sum(f.stat().st_size for f in find_shards(path))
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -36,11 +36,11 @@ class Llama(nn.Module):
         self.inv_freq: Tensor | None = None  # (D/2,) fp32, set by the loader: never in the checkpoint's dtype
 
     def hidden(self, tokens: Tensor, pos: Tensor, cache: Cache, run: Callable | None = None) -> Tensor:
-        """tokens, pos (B,T) → (B,T,C) after the last norm. `run(block, x, pos, turn, layer)` stands in for a block's call."""
+        """tokens, pos (B,T) → (B,T,C) after the last norm. `run(block, x, pos, angle, layer)` stands in for a block's call."""
         x = self.embed_tokens(tokens).float()  # the residual stream stays fp32
-        turn = angles(self.inv_freq, pos)
+        angle = angles(self.inv_freq, pos)
         for block, layer in zip(self.layers, cache.layers, strict=True):
-            x = block(x, pos, turn, layer) if run is None else run(block, x, pos, turn, layer)
+            x = block(x, pos, angle, layer) if run is None else run(block, x, pos, angle, layer)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config, ops)
         self.mlp = MLP(config, ops)
 
-    def forward(self, x: Tensor, pos: Tensor, turn: tuple[Tensor, Tensor], layer: Layer) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), pos, turn, layer)
+    def forward(self, x: Tensor, pos: Tensor, angle: tuple[Tensor, Tensor], layer: Layer) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), pos, angle, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -74,17 +74,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.dim, config.hidden_size, bias=config.o_bias)
         self.linear = ops.linear
 
-    def forward(self, x: Tensor, pos: Tensor, turn: tuple[Tensor, Tensor], layer: Layer) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, angle: tuple[Tensor, Tensor], layer: Layer) -> Tensor:
         B, T, _ = x.shape
         weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
         if layer.owns:
             qkv = self.linear(x, weight, bias).view(B, T, -1, self.dim)
             qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)
-            q, k = rotate(qk, turn).split((self.heads, self.kv_heads), 2)
+            q, k = rotate(qk, angle).split((self.heads, self.kv_heads), 2)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:  # the rows of k and v are never touched
             n = self.heads * self.dim
-            q = rotate(self.linear(x, weight[:n], None if bias is None else bias[:n]).view(B, T, -1, self.dim), turn)
+            q = rotate(self.linear(x, weight[:n], None if bias is None else bias[:n]).view(B, T, -1, self.dim), angle)
             k = v = None
         out = layer.attend(q.transpose(1, 2), k, v, pos)
         return self.linear(out.transpose(1, 2).reshape(B, T, -1), self.o_proj.weight, self.o_proj.bias)

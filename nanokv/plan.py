@@ -105,9 +105,12 @@ def _read(where: str, text: str, kinds: Sequence[str]) -> int | float | bool | s
     for kind, read in (("int", int), ("float", float)):
         if kind in kinds:
             try:
-                return read(text)
+                value = read(text)
             except ValueError:
-                pass
+                continue
+            if abs(value) >= 2**31:
+                raise ValueError(f"{where}={text} is out of range; give less than 2^31")
+            return value
     if "str" in kinds:
         return text
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "None": "none"}

@@ -36,9 +36,9 @@ def angles(inv: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, angle: tuple[Tensor, Tensor]) -> Tensor:
     """x (B,T,·,D) turned by `angles(inv, pos)`, in x's dtype. Turning by −pos undoes it, up to rounding."""
-    cos, sin = turn
+    cos, sin = angle
     wide = x.float()
     swapped = wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)

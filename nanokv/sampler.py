@@ -30,7 +30,7 @@ class Sampling:
 
 def probabilities(logits: Tensor, s: Sampling) -> Tensor:
     """(B,vocab) → fp32 probabilities that are sampled from; s.temperature > 0."""
-    p = (logits.float() / s.temperature).softmax(-1)
+    p = ((logits.float() - logits.float().amax(-1, keepdim=True)) / s.temperature).softmax(-1)
     if s.top_k:
         kth = p.topk(min(s.top_k, p.shape[-1]), -1).values[:, -1:]
         p = p.masked_fill(p < kth, 0)

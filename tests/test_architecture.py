@@ -84,7 +84,7 @@ def test_the_model_knows_attend_and_nothing_else():
 @pytest.mark.parametrize("name", PARTS)
 def test_a_method_imports_the_contract_and_its_siblings(name):
     folder = name.rsplit("/", 1)[0].replace("/", ".")
-    allowed = ("nanokv.contract", folder, "torch", "dataclasses", "math", "typing", "__future__")
+    allowed = ("nanokv.contract", folder, "torch", "dataclasses", "math", "re", "typing", "__future__")
     allowed += ("nanokv.ops",) if "stores" in name else ()
     assert all(any(i == a or i.startswith(a + ".") for a in allowed) for i in imports(name))
 

@@ -126,7 +126,19 @@ ARGUMENTS = [
     (["-p", "x", "--num-samples", "3"], "give --temperature 0.8"),
     (["-p", "x", "--json", "-"], "standard output carries the text"),
     (["-p", "x", "--json", "MODEL/no/x.json"], "there is no directory"),
-    (["-p", "x", "--device", "abacus"], "device 'abacus' cannot be used here"),
+    (["-p", "x", "--device", "abacus"], "unknown device 'abacus'; devices are"),
+    (["-p", "x", "--device", "cuda:9"], "device 'cuda:9' cannot be used here"),
+    (["-p", "x", "--device", "meta"], "unknown device 'meta'"),
+    (["-p", "x", "--json", "MODEL"], "cannot be written"),
+    (["-p", "x", "--stop", ""], "--stop is empty"),
+    (["-p", "x", "--seed", "-1"], "seed is -1"),
+    (["-p", "x", "--seed", "99999999999999999999"], "give a whole number from 0 to 2^63"),
+    (["--policy", "snapkv", "--kv-budget", "infMiB", "-p", "x"], "is no budget"),
+    (["--policy", "streaming:recent=100", "--kv-budget", "20", "-p", "x"], "say the same"),
+    (["--policy", "streaming:recent=10000000000000", "-p", "x"], "is out of range; give less than 2^31"),
+    (["--policy", "random:window=0,budget=0", "-p", "x"], "window ≥ 1"),
+    (["--model", "a" * 300, "-p", "x"], "unknown model 'aaaa"),
+    (["--prompt-file", ""], "--prompt-file '' cannot be read"),
     (["-p", "x", "--dtype", "int3"], "unknown dtype 'int3'"),
     (["-p", "x", "--backend", "cudnn"], "invalid choice: 'cudnn'"),
     (["-p", "x", "--frobnicate"], "unrecognized arguments: --frobnicate"),
@@ -255,6 +267,7 @@ def test_samples_are_rows_and_a_seed_repeats_them(model, capsys):
     ]
     first, again = call(capsys, *argv, "--seed", "5"), call(capsys, *argv, "--seed", "5")
     rows = json.loads((model / "o.json").read_text())["rows"]
+    assert all(r["prompt_tokens"] == 5 and r["cache"]["layers"][0]["kept"] == [10, 10] for r in rows)
     assert (
         first == again
         and first[1] == "\n\n".join(r["text"] for r in rows) + "\n"
@@ -313,7 +326,7 @@ def test_chunks_say_what_they_cost_and_change_nothing(model, capsys):
 
 def test_a_policy_with_nothing_to_drop_says_so(model, capsys):
     _, _, err = call(capsys, "--model", model, "-p", "hello", "-n", "4", "--policy", "snapkv")
-    assert "snapkv had nothing to drop: all 5 tokens are within what it keeps" in err
+    assert "snapkv had nothing to drop: every layer still holds all 8 tokens" in err
     _, _, err = call(capsys, "--model", model, "-p", "hello" * 9, "-n", "4", "--policy", "snapkv:window=4,budget=20")
     assert "nothing to drop" not in err
 
@@ -387,6 +400,7 @@ def test_the_repl_has_its_commands(model, capsys, monkeypatch):
         "nothing is cached yet",
         "unknown command /what",
         "unknown policy 'nope'",
+        "forgotten",
     ):
         assert part in err
 
@@ -446,3 +460,82 @@ def test_a_closed_pipe_ends_quietly(model):
     p.stdout.close()
     err = p.stderr.read()
     assert p.wait(timeout=60) == 0 and err == ""
+
+
+def test_a_policy_that_waits_decides_even_if_one_token_was_asked_for(model, capsys):
+    argv = [
+        "--model",
+        model,
+        "-p",
+        "x" * 60,
+        "-n",
+        "1",
+        "--policy",
+        "simlayer:variant=decode,threshold=0,sink=2,recent=9",
+    ]
+    status, out, err = call(capsys, *argv, "--json", model / "o.json", "--explain")
+    assert status == 0 and len(out) == 2 and "11 of 61 tokens on 3 of 3 layers" in err and "layer   2" in err
+    assert json.loads((model / "o.json").read_text())["cache"]["layers"][0]["kept"] == [11, 11]
+
+
+def test_a_question_is_cut_at_its_own_place_whatever_it_says(model):
+    from nanokv import load
+    from nanokv.chat import cut
+
+    llm = load(str(model), dtype="float32")
+    before, after = cut(llm, [{"role": "user", "content": "Some text."}], "assistant")
+    assert llm.tokenizer.decode(before) == "<user>Some text.\n\n"
+    assert llm.tokenizer.decode(after) == "assistant</user>\n<assistant>"
+
+
+def test_an_answer_that_is_interrupted_leaves_a_cache_that_goes_on(model):
+    from nanokv import load
+    from nanokv.chat import Conversation
+
+    llm = load(str(model), dtype="float32")
+    for broken in (False, True):
+        chat = Conversation(llm, None, 9, lambda s, p, t: llm.turn(s, p, then=t, limit=9))
+        turn = chat.say("hi")
+        for n, _ in enumerate(turn):
+            turn.interrupted = turn.interrupted or (broken and n == 3)
+        chat.heard()
+        assert turn.reasons == (["interrupted"] if broken else ["length"]) and len(turn.ids[0]) == (4 if broken else 9)
+        told = "".join(p for _, p in chat.say("more?"))
+        ids = llm.tokenizer.encode(llm.tokenizer.chat(chat.asked), special=False)
+        anew = "".join(p for _, p in llm.turn(llm.session(9), [ids], limit=9))
+        assert told == anew
+
+
+def test_a_step_that_dies_half_way_is_noticed(model, monkeypatch):
+    from nanokv import load
+    from nanokv.cache import Owner
+
+    llm = load(str(model), dtype="float32")
+    session = llm.session(9)
+    turn = llm.turn(session, [[1, 2, 3]], limit=5)
+    calls = iter(range(100))
+    attend = Owner.attend
+
+    def dies(self, *args):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return attend(self, *args)
+
+    monkeypatch.setattr(Owner, "attend", dies)
+    with pytest.raises(KeyboardInterrupt):
+        list(turn)
+    assert not session.whole
+
+
+def test_a_ring_takes_no_more_than_the_text_can_fill(model, capsys):
+    call(capsys, "--model", model, "-p", "hello", "-n", "4", "--policy", "streaming", "--json", model / "o.json")
+    cache = json.loads((model / "o.json").read_text())["cache"]
+    assert cache["bytes"] < 2 * cache["full_bytes"]
+
+
+def test_a_turn_needs_something_to_go_on_with(model):
+    from nanokv import load
+
+    llm = load(str(model), dtype="float32")
+    with pytest.raises(ValueError, match="a new session begins with prompts"):
+        llm.turn(llm.session(3), [])

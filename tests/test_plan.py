@@ -63,6 +63,12 @@ def test_defaults_are_filled_in():
         ("simlayer:roll=maybe", "true or false"),
         ("simlayer:threshold=high", "a number or none"),
         ("simlayer:full=half", "a percent such as 50%"),
+        ("simlayer:full=0.5", "a percent such as 50%"),
+        ("simlayer:full=5%%", "a percent such as 50%"),
+        ("simlayer:full=-1", "a percent such as 50%"),
+        ("simlayer:threshold=5", "from 0 to 1"),
+        ("simlayer:threshold=nan", "from 0 to 1"),
+        ("random:seed=99999999999999999", "give less than 2^31"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(text, says):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from conftest import ROOT
 
 CEILINGS = {
-    "generate.py": 330,
+    "generate.py": 360,
     "nanokv/contract.py": 290,
     "nanokv/config.py": 230,
     "nanokv/model.py": 120,
@@ -26,7 +26,7 @@ CEILINGS = {
     "weights/from_gguf.py": 290,
     "weights/registry.py": 80,
 }
-METHOD, STORE, TOTAL = 80, 90, 3300
+METHOD, STORE, TOTAL = 80, 90, 3400
 
 
 def lines(path) -> int:

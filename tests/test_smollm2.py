@@ -95,11 +95,11 @@ def layers_alive(llm, plan: str, ids: list[int], chunk: int | None = None) -> li
     seen, plan = [], parse(plan).fit(llm.config, torch.float32, len(ids), 8)
     cache = PromptCache(plan, llm.config, torch.tensor(ids), SDPA)
 
-    def held(block, x, pos, turn, layer):
+    def held(block, x, pos, angle, layer):
         tensors: dict[int, int] = {}
         storages([cache.runs, cache.kept], tensors, (type(cache),))
         seen.append(sum(tensors.values()))
-        return block(x, pos, turn, layer)
+        return block(x, pos, angle, layer)
 
     with torch.inference_mode():
         for a in range(0, len(ids), chunk or len(ids)):

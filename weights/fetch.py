@@ -38,6 +38,12 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 def locate(name: str, bar: bool = False) -> Path:
     """Directory, .gguf file, name of the registry or hub id owner/name, in this order. ValueError says what there is."""
     path = Path(name).expanduser()
+    try:
+        path.is_dir()
+    except OSError:  # as for a name longer than any file's
+        raise ValueError(
+            f"unknown model {name[:60]!r}…; give a directory, a .gguf file, a hub id or a name of --list-models"
+        ) from None
     if path.is_dir() and (name not in MODELS or (path / "config.json").is_file()):
         return path
     if path.is_file():

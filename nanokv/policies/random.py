@@ -22,6 +22,10 @@ class Random(Policy):
     seed: int = 0
 
     def __post_init__(self):
+        if self.window < 1 or not 0 <= self.seed < 2**40:
+            raise ValueError(
+                f"random:window={self.window},seed={self.seed} is out of range; window ≥ 1, seed from 0 to 2^40 − 1"
+            )
         check_budget(self.budget, self.window, f"the window of {self.window} is always kept")
 
     def fit(self, case: Case) -> Random:

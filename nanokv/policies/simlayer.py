@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from nanokv.contract import Ask, Case, Kept, Policy, Prompt
@@ -37,8 +38,10 @@ class SimLayerKV(Policy):
             raise ValueError(
                 f"simlayer:sink={self.sink},recent={self.recent},window={self.window} is out of range; at least 0, 1, 1"
             )
-        if isinstance(self.full, str) and not self.full.rstrip("%").replace(".", "", 1).isdigit():
+        if not (self.full >= 0 if isinstance(self.full, int) else re.fullmatch(r"(100|\d?\d(\.\d+)?)%", self.full)):
             raise ValueError(f"simlayer:full={self.full}; give a number of layers or a percent such as 50%")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(f"simlayer:threshold={self.threshold}; it is a share of attention, from 0 to 1")
 
     @property
     def ask(self) -> Ask:

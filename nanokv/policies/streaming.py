@@ -26,6 +26,10 @@ class StreamingLLM(Policy):
                 f"streaming:sink={self.sink},recent={self.recent} is out of range; give sink ≥ 0 and recent ≥ 1"
             )
         if self.budget is not None:
+            if self.recent != type(self).recent:
+                raise ValueError(
+                    "streaming: budget= and recent= say the same, recent = budget − sink; give one of them"
+                )
             check_budget(self.budget, self.sink + 1, f"{self.sink} sinks and one recent token are always kept")
 
     def fit(self, case: Case) -> StreamingLLM:
