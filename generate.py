@@ -74,6 +74,14 @@ def parser() -> argparse.ArgumentParser:
     )
     a("--json", metavar="FILE", help="write the result and the cache report")
     a("--explain", action="store_true", help="show per layer which positions survived")
+    a("--xray", metavar="FILE.html", help="the text, each token as dark as it is still remembered")
+    a(
+        "--plan",
+        action="store_true",
+        help="before loading: what each policy would keep of a context of the model's length",
+    )
+    a("--save-cache", metavar="FILE", help="write the compressed prompt")
+    a("--load-cache", metavar="FILE", help="go on from a saved one; the prompt follows it, and its plan holds")
     a("--quiet", action="store_true", help="nothing on stderr but errors")
     a("--list-models", action="store_true")
     a("--list-policies", action="store_true")
@@ -116,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
     if args.list_policies:
         return list_policies()
     text = check(args)
+    if args.plan:
+        return show_sizes(args)
     from nanokv import Sampling, load
 
     plan = parse_plan(args.policy, args.kv_budget)
@@ -138,13 +148,28 @@ def run(args: argparse.Namespace) -> int:
     if args.interactive:
         return converse(args, llm, text, common, say)
     prompt, then = ids(args, llm, text)
-    session = llm.session(len(then) + args.max_new_tokens, args.chunk)
-    turn = begin(llm, session, [prompt], then, args.num_samples, common, bar)
+    room = len(then) + args.max_new_tokens
+    if args.load_cache:
+        from nanokv.save import restore
+
+        prompts, session = [], restore(llm, Path(args.load_cache), room)
+    else:
+        prompts, session = [prompt], llm.session(room, args.chunk)
+    if args.save_cache:
+        from nanokv.save import save
+
+        common["compressed"] = lambda: save(llm, session, Path(args.save_cache))
+    turn = begin(llm, session, prompts, then, args.num_samples, common, bar)
     show(turn)
     for line in end_block(llm, session, turn, args):
         say(line)
     if args.explain:
         draw(session)
+    if args.xray:
+        from nanokv.explain import xray
+
+        pieces = [llm.tokenizer.decode([i]) for i in (*prompt, *then, *turn.ids[0])]
+        write(args.xray, "--xray", xray(session, pieces))
     if args.json:
         write_json(args.json, llm, session, turn)
     return 130 if turn.interrupted else 0
@@ -162,6 +187,29 @@ def parse_plan(text: str, budget: str | None):
     return plan.with_budget(budget)
 
 
+def show_sizes(args: argparse.Namespace) -> int:
+    """--plan: from the shape alone, before anything is fetched or loaded."""
+    import torch
+
+    from nanokv.config import PRESETS, ModelConfig
+    from nanokv.explain import sizes
+    from nanokv.llm import free_bytes
+    from nanokv.plan import POLICIES, parse
+
+    if args.model in MODELS:
+        config = PRESETS[MODELS[args.model].shape]
+    elif Path(args.model).is_dir():
+        config = ModelConfig.from_dir(Path(args.model))
+    else:
+        raise ValueError(f"--plan needs a model's directory or a name of --list-models, not {args.model!r}")
+    plans = {args.policy: parse_plan(args.policy, args.kv_budget)} | {name: parse(name) for name in POLICIES}
+    room = args.max_new_tokens
+    n = max(1, config.max_position_embeddings - room)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print("\n".join(sizes(config, plans, n, room, torch.bfloat16, free_bytes(device))))
+    return 0
+
+
 def draw(session) -> None:
     from nanokv.explain import explain
 
@@ -170,6 +218,16 @@ def draw(session) -> None:
 
 def check(args: argparse.Namespace) -> str | None:
     """What can be refused before a model is loaded. Returns the prompt's text."""
+    if args.load_cache and (
+        args.chat or args.system or args.interactive or args.question or args.num_samples > 1 or args.xray
+    ):
+        raise ValueError(
+            "--load-cache goes on with the prompt as it stands; leave out --chat, --question, --num-samples and --xray"
+        )
+    if args.save_cache and (args.interactive or args.num_samples > 1):
+        raise ValueError("--save-cache saves one prompt; leave out --interactive and --num-samples")
+    if args.plan:
+        return None
     if args.json == "-":
         raise ValueError("--json - is not possible, standard output carries the text; give a file")
     if args.json and not Path(args.json).parent.is_dir():
@@ -215,6 +273,8 @@ def check(args: argparse.Namespace) -> str | None:
 
 def ids(args: argparse.Namespace, llm, text: str) -> tuple[list[int], list[int]]:
     """The prompt, and what follows on the compressed cache."""
+    if args.load_cache:
+        return [], llm.tokenizer.encode(text, special=False)
     if not args.chat and args.system is None:
         then = [] if args.question is None else llm.tokenizer.encode(args.question, special=False)
         return llm.tokenizer.encode(text), then
@@ -375,10 +435,14 @@ def write_json(file: str, llm, session, turn) -> None:
         for i, ids in enumerate(turn.ids)
     ]
     result = rows[0] if len(rows) == 1 else {"rows": rows}
+    write(file, "--json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def write(file: str, flag: str, text: str) -> None:
     try:
-        Path(file).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(file).write_text(text, encoding="utf-8")
     except OSError as e:
-        raise ValueError(f"--json {file} cannot be written ({e.strerror}); the text above is whole") from None
+        raise ValueError(f"{flag} {file} cannot be written ({e.strerror}); the text above is whole") from None
 
 
 def commit() -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nanokv.cache import KVCache, Report
-from nanokv.contract import Context
+from nanokv.contract import Context, Kept
 from nanokv.model import Llama
 from nanokv.ops import Ops
 from nanokv.plan import Plan
@@ -89,6 +89,12 @@ class Session:
         else:
             self._pack(caches)
         return torch.cat(logits)
+
+    def restore(self, plan: Plan, kept: dict[int, Kept], seen: int) -> None:
+        """Go on from survivors of one row that were kept somewhere, instead of `start`."""
+        self.plans, self.seen = [plan], [seen]
+        self.pos = torch.tensor([[seen]], device=self.context.device)
+        self.cache = KVCache.pack(plan, [kept], self.room, self.context)
 
     def _pack(self, caches: list[PromptCache]) -> None:
         rows = [dict(c.kept) for c in caches]

@@ -1,8 +1,18 @@
-"""What was kept, drawn: a line per layer over the text's positions. Reads stores only through `unpack`."""
+"""What was kept, drawn: a line per layer over the text's positions, the text itself greyed by what was forgotten, and, before
+anything is loaded, what each policy would keep. Reads stores only through `unpack`.
+"""
 
 from __future__ import annotations
 
+import html
+from collections.abc import Sequence
+
+import torch
+
+from nanokv.cache import mib
+from nanokv.config import ModelConfig
 from nanokv.engine import Session
+from nanokv.plan import Plan
 
 SHADES = " ░▒▓█"
 
@@ -33,3 +43,46 @@ def explain(session: Session, width: int = 64) -> str:
 
 def _shade(held: int, of: int) -> str:
     return SHADES[-(-held * (len(SHADES) - 1) // of)]
+
+
+def xray(session: Session, pieces: Sequence[str], row: int = 0) -> str:
+    """An HTML page: each piece of the text as dark as the share of (layer, head) pairs that still hold it; hover for the layers."""
+    cache, seen = session.cache, session.seen[row]
+    held, where = torch.zeros(seen), [[] for _ in range(seen)]
+    for owner, store in cache.stores.items():
+        kept = store.unpack()[row]
+        heads = kept.pos.shape[1]
+        for pos, n in zip(kept.pos[0], kept.length[0].tolist(), strict=True):
+            held[pos[:n].long().cpu()] += 1 / heads / len(cache.stores)
+        for p in sorted(set(kept.pos[0].flatten().tolist()) - {-1}):
+            where[p].append(owner)
+    spans = []
+    for piece, share, layers in zip(pieces[:seen], held.tolist(), where, strict=False):
+        tip = f"{share:.0%} · layers {', '.join(map(str, layers)) or 'none'}"
+        grey = int(215 * (1 - share))
+        spans.append(f'<span title="{tip}" style="color:rgb({grey},{grey},{grey})">{html.escape(piece)}</span>')
+    style = "body{font:16px/1.6 monospace;max-width:60em;margin:2em auto;white-space:pre-wrap;background:#fff}"
+    head = f"{html.escape(str(session.plans[row]))}\n{html.escape(str(session.report()))}\n\n"
+    return f"<!doctype html><meta charset=utf-8><title>nanokv x-ray</title><style>{style}</style><body>{head}{''.join(spans)}</body>\n"
+
+
+def sizes(config: ModelConfig, plans: dict[str, Plan], n: int, room: int, dtype: torch.dtype, free: int) -> list[str]:
+    """A table of what each plan keeps of n tokens: tokens per KV head, bytes with room for `room` more, whether that fits `free`."""
+    layers = config.num_hidden_layers
+    full = layers * (n + room) * config.num_key_value_heads * 2 * config.head_dim * dtype.itemsize
+    lines = [
+        f"{n} tokens of prompt and {room} new ones; weights {mib(config.parameters() * dtype.itemsize)}, {mib(free)} free"
+    ]
+    for name, plan in plans.items():
+        per_token, fixed = plan.store.cost(config, dtype)
+        try:
+            keep = plan.fit(config, dtype, n, room).keep
+        except ValueError as e:
+            lines.append(f"{name:12} {e}")
+            continue
+        size = int(layers * ((keep.holds(n) + room) * per_token + fixed))
+        fits = "fits" if size + config.parameters() * dtype.itemsize <= free else "does not fit"
+        lines.append(
+            f"{name:12} at most {keep.holds(n):>7} tokens per head  {mib(size):>10}  {full / size:5.1f}x  {fits}"
+        )
+    return lines

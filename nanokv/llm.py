@@ -145,8 +145,12 @@ class LLM:
         ignore_eos: bool = False,
         overflow: bool = False,
         tick: Callable[[int], None] | None = None,
+        compressed: Callable[[], None] | None = None,
     ) -> Turn:
-        """Start a session with `prompts` (none: it goes on) and answer; `then` follows on the compressed cache."""
+        """Start a session with `prompts` (none: it goes on) and answer; `then` follows on the compressed cache.
+
+        tick(n) is told of every n prompt tokens done, compressed() when all are and before anything follows.
+        """
         if (not prompts and not then) or (prompts and session.seen):
             raise ValueError("a new session begins with prompts, a later turn goes on with `then`")
         longest = max([len(p) for p in prompts] or session.seen) + len(then)
@@ -166,7 +170,7 @@ class LLM:
             raise ValueError(f"seed is {seed}; give a whole number from 0 to 2^63 − 1")
         dice = torch.Generator(self.device).manual_seed(seed)
         turn = Turn(session, self.tokenizer, limit, sampling or Sampling(), dice, tuple(filter(None, stop)), ignore_eos)
-        turn.begin(prompts, then, copies, tick)
+        turn.begin(prompts, then, copies, tick, compressed)
         return turn
 
     def _check_cache(self, session: Session, prompts: Sequence[Sequence[int]], room: int, copies: int) -> None:
@@ -211,11 +215,18 @@ class Turn:
     streams: list[Stopper] = field(default_factory=list)
 
     def begin(
-        self, prompts: Sequence[Sequence[int]], then: Sequence[int], copies: int, tick: Callable[[int], None] | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        then: Sequence[int],
+        copies: int,
+        tick: Callable[[int], None] | None,
+        compressed: Callable[[], None] | None,
     ) -> None:
         t0, session = time.perf_counter(), self.session
         if prompts:
             self.logits = session.start(prompts, copies, tick)
+        if compressed:
+            compressed()
         if then:
             session.reserve(len(then) + self.limit)
             rows = torch.tensor([list(then)], device=session.pos.device).expand(len(session.seen), -1)

@@ -539,3 +539,58 @@ def test_a_turn_needs_something_to_go_on_with(model):
     llm = load(str(model), dtype="float32")
     with pytest.raises(ValueError, match="a new session begins with prompts"):
         llm.turn(llm.session(3), [])
+
+
+def test_a_saved_cache_goes_on_like_the_prompt_it_was(model, capsys):
+    base = ["--model", model, "-n", "6", "--dtype", "float32", "--quiet"]
+    for policy in (
+        "full",
+        "snapkv:window=4,budget=20",
+        "streaming:sink=2,recent=9",
+        "simlayer:variant=light,recent=10,full=1",
+    ):
+        plan = ["--policy", policy]
+        asked = call(capsys, *base, *plan, "-p", "x" * 60, "--question", "and y?")
+        assert call(capsys, *base, *plan, "-p", "x" * 60, "--save-cache", model / "c")[0] == 0
+        assert call(capsys, *base, "--load-cache", model / "c", "-p", "and y?") == asked
+
+
+def test_a_saved_cache_that_does_not_fit_is_refused(model, tiny, capsys):
+    call(capsys, "--model", model, "-p", "x" * 60, "-n", "1", "--save-cache", model / "c", "--quiet")
+    other = ["--model", tiny("llama31")[0], "--load-cache", model / "c", "-p", "x", "--quiet"]
+    assert call(capsys, *other)[2].count("another model") == 1
+    data = (model / "c").read_bytes()
+    for bad in (data[:-9], data[:50], b"", (model / "model.safetensors").read_bytes()):
+        (model / "c").write_bytes(bad)
+        status, _, err = call(capsys, "--model", model, "--load-cache", model / "c", "-p", "x", "--quiet")
+        assert status == 2 and "is no saved cache that is whole" in err and err.count("\n") == 1
+    wait = ["--policy", "simlayer:variant=decode,threshold=0", "--save-cache", model / "d", "-p", "x" * 60]
+    assert "nothing to save yet" in call(capsys, "--model", model, "--quiet", *wait)[2] and not (model / "d").exists()
+
+
+def test_the_xray_darkens_what_is_remembered(model, capsys):
+    file = model / "x.html"
+    call(
+        capsys,
+        "--model",
+        model,
+        "-p",
+        "<b>" + "x" * 57,
+        "-n",
+        "2",
+        "--policy",
+        "streaming:sink=1,recent=9",
+        "--xray",
+        file,
+    )
+    page = file.read_text()
+    assert page.count("color:rgb(215,215,215)") == 61 - 10 and page.count("color:rgb(0,0,0)") == 10 and "&lt;" in page
+    assert "layers 0, 1, 2" in page and "layers none" in page
+
+
+def test_a_plan_is_made_before_anything_is_loaded(capsys):
+    status, out, _ = call(capsys, "--model", "llama3-8b", "--plan", "--policy", "snapkv:budget=25%", "-n", "192")
+    lines = {line.split("  ")[0].split(" ")[0]: line for line in out.splitlines()}
+    assert status == 0 and "at most    2000 tokens" in lines["snapkv:budget=25%"] and "8000 tokens of prompt" in out
+    assert set(lines) >= {"full", "random", "streaming", "snapkv", "simlayer"}
+    assert "no published threshold" in call(capsys, "--model", "tinyllama-1.1b", "--plan")[1]

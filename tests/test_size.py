@@ -5,20 +5,21 @@ from __future__ import annotations
 from conftest import ROOT
 
 CEILINGS = {
-    "generate.py": 360,
+    "generate.py": 440,
     "nanokv/contract.py": 290,
     "nanokv/config.py": 230,
     "nanokv/model.py": 120,
     "nanokv/loader.py": 165,
-    "nanokv/llm.py": 380,
-    "nanokv/engine.py": 150,
+    "nanokv/llm.py": 390,
+    "nanokv/engine.py": 170,
     "nanokv/prompt.py": 110,
     "nanokv/cache.py": 180,
     "nanokv/plan.py": 140,
     "nanokv/ops.py": 120,
     "nanokv/tokenizer.py": 200,
     "nanokv/chat.py": 70,
-    "nanokv/explain.py": 45,
+    "nanokv/explain.py": 100,
+    "nanokv/save.py": 80,
     "nanokv/sampler.py": 55,
     "nanokv/rope.py": 45,
     "kernels/reference.py": 110,
@@ -26,7 +27,7 @@ CEILINGS = {
     "weights/from_gguf.py": 290,
     "weights/registry.py": 80,
 }
-METHOD, STORE, TOTAL = 80, 90, 3400
+METHOD, STORE, TOTAL = 80, 90, 3650
 
 
 def lines(path) -> int:

@@ -1,0 +1,72 @@
+"""A compressed prompt as a file: safetensors with the survivors of each layer, and what they belong to.
+
+Only what was kept is written, so the file is as small as the cache. It fits one model and says so otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nanokv.contract import Kept
+from nanokv.engine import Session
+from nanokv.llm import LLM
+from nanokv.plan import parse
+
+FIELDS = ("k", "v", "pos", "length", "limit", "sink", "votes")
+
+
+def save(llm: LLM, session: Session, file: Path) -> None:
+    """Write row 0 of a session, beside and then renamed. ValueError if a policy still waits or the file cannot be written."""
+    if session.cache is None:
+        raise ValueError(
+            f"{session.plan.names[0]} decides at the first token after the prompt; there is nothing to save yet"
+        )
+    tensors, scores = {}, {}
+    for owner, store in session.cache.stores.items():
+        kept = store.unpack()[0]
+        scores[owner] = session.cache.scores[owner][0]
+        tensors |= {f"{owner}.{f}": getattr(kept, f).contiguous() for f in FIELDS if getattr(kept, f) is not None}
+    facts = {"plan": str(session.plans[0]), "seen": session.seen[0], "model": fingerprint(llm), "scores": scores}
+    part = file.with_name(f".{file.name}.part")
+    try:
+        save_file(tensors, part, metadata={"nanokv": json.dumps(facts)})
+        os.replace(part, file)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"{file} cannot be written ({str(e).splitlines()[0]})") from None
+
+
+def restore(llm: LLM, file: Path, room: int) -> Session:
+    """A session that goes on where the saved one stood, under its plan. ValueError if the file is not one of ours or not whole."""
+    try:
+        with safe_open(file, framework="pt", device=str(llm.device)) as f:
+            facts = json.loads((f.metadata() or {})["nanokv"])
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 the library's handle is no dict
+        if facts["model"] != fingerprint(llm):
+            raise ValueError(f"{file} was saved with another model; give the --model that it was made with")
+        plan = parse(facts["plan"])
+        row = {int(o): _kept(tensors, o, score) for o, score in facts["scores"].items()}
+        session = llm.session(room, plan=plan)
+        session.restore(plan, row, facts["seen"])
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{file} is no saved cache that is whole ({(str(e) or 'empty').splitlines()[0]})") from None
+    return session
+
+
+def _kept(tensors: dict[str, torch.Tensor], owner: str, score: float) -> Kept:
+    values = {f: tensors.get(f"{owner}.{f}") for f in FIELDS}
+    if any(values[f] is None for f in FIELDS[:-1]):
+        raise KeyError(f"layer {owner} is incomplete")
+    return Kept(*(values[f] for f in FIELDS), score=score)
+
+
+def fingerprint(llm: LLM) -> str:
+    """Of the shape and of weights that are fp32 in every precision."""
+    weights = llm.models.prefill.norm.weight.cpu().numpy().tobytes()
+    return hashlib.sha256(repr(llm.config).encode() + weights).hexdigest()[:32]
