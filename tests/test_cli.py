@@ -593,4 +593,4 @@ def test_a_plan_is_made_before_anything_is_loaded(capsys):
     lines = {line.split("  ")[0].split(" ")[0]: line for line in out.splitlines()}
     assert status == 0 and "at most    2000 tokens" in lines["snapkv:budget=25%"] and "8000 tokens of prompt" in out
     assert set(lines) >= {"full", "random", "streaming", "snapkv", "simlayer"}
-    assert "no published threshold" in call(capsys, "--model", "tinyllama-1.1b", "--plan")[1]
+    assert "knows no threshold" in call(capsys, "--model", "tinyllama-1.1b", "--plan")[1]

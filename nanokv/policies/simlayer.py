@@ -63,7 +63,7 @@ class SimLayerKV(Policy):
             return replace(mine, full=min(full, case.owners))
         if self.threshold is None and case.family not in THRESHOLDS:
             raise ValueError(
-                f"simlayer has no published threshold for this model family (it has for {', '.join(THRESHOLDS)}); "
+                f"simlayer knows no threshold for this model family (it does for {', '.join(THRESHOLDS)}); "
                 "give one, as in simlayer:threshold=0.8, or use simlayer:variant=light, which needs none"
             )
         return mine if self.threshold is not None else replace(mine, threshold=THRESHOLDS[case.family])
