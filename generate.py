@@ -274,9 +274,9 @@ def check(args: argparse.Namespace) -> str | None:
 def ids(args: argparse.Namespace, llm, text: str) -> tuple[list[int], list[int]]:
     """The prompt, and what follows on the compressed cache."""
     if args.load_cache:
-        return [], llm.tokenizer.encode(text, special=False)
+        return [], llm.tokenizer.encode_more(text)
     if not args.chat and args.system is None:
-        then = [] if args.question is None else llm.tokenizer.encode(args.question, special=False)
+        then = [] if args.question is None else llm.tokenizer.encode_more(args.question)
         return llm.tokenizer.encode(text), then
     from nanokv.chat import cut
 

@@ -19,7 +19,7 @@ def cut(llm: LLM, messages: list[dict[str, str]], question: str) -> tuple[list[i
         raise ValueError(
             "this model's chat template alters the message, so the question's place is lost; leave out --question"
         )
-    return llm.tokenizer.encode(prompt, special=False), llm.tokenizer.encode(then, special=False)
+    return llm.tokenizer.encode(prompt, special=False), llm.tokenizer.encode_more(then)
 
 
 class Conversation:
@@ -63,7 +63,7 @@ class Conversation:
         """What the template puts between the last answer and the next one, after the token that was not fed yet."""
         marked = [*self.messages[:-1], {"role": "assistant", "content": MARK}, {"role": "user", "content": text}]
         _, _, rest = self.llm.tokenizer.chat(marked).partition(MARK)
-        return [*([] if self.turn.unfed is None else [self.turn.unfed]), *self._ids(rest)]
+        return [*([] if self.turn.unfed is None else [self.turn.unfed]), *self.llm.tokenizer.encode_more(rest)]
 
     def _ids(self, text: str) -> list[int]:
         return self.llm.tokenizer.encode(text, special=False)

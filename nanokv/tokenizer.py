@@ -13,6 +13,7 @@ from typing import Any
 
 from nanokv.config import ModelConfig, read_json
 
+BEFORE = "\ue000"  # of private use: no vocabulary joins it to what follows
 CUT = "\ufffd"  # what a decoder shows for a character whose bytes are not all there yet
 
 
@@ -34,6 +35,12 @@ class Tokenizer:
             raise ValueError(f"the text is not UTF-8 (character {e.start + 1}); convert it first") from None
         ids = self.encode_plain(text, special)
         return ids[1:] if special and len(ids) > 1 and ids[0] == ids[1] == self.bos else ids
+
+    def encode_more(self, text: str) -> list[int]:
+        """Ids of a text that continues another: without the space that sentencepiece puts before every text it is given."""
+        before = self.encode(BEFORE, special=False)
+        both = self.encode(BEFORE + text, special=False)
+        return both[len(before) :] if both[: len(before)] == before else self.encode(text, special=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.decode_ids(list(ids))

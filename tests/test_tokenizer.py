@@ -502,3 +502,13 @@ def test_a_tokenizer_larger_than_the_model_is_refused(home, sp, tmp_path):
 def test_an_id_beyond_the_model_is_refused_however_few_tokens_there_are(tmp_path):
     (tmp_path / "tokenizer.json").write_text(Fast(models.BPE({"a": 0, "b": 9}, [])).to_str())
     assert "10 tokens, the model 9" in refusal(from_dir, tmp_path, shape(vocab_size=9))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_continuation_has_the_ids_it_has_within_the_whole_text(kind, kinds):
+    words = kinds[kind]
+    for whole in ("Hello world, how are you?", "The end.\n\nWhat is it?", "a 12 b ✓ c", "x  two spaces"):
+        ids = words.encode(whole, special=False)
+        for at in (i for i, c in enumerate(whole) if c in " \n" and whole[i - 1] not in " \n" and i):
+            assert words.encode(whole[:at], special=False) + words.encode_more(whole[at:]) == ids
+    assert words.encode_more("") == []
