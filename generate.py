@@ -144,7 +144,8 @@ def run(args: argparse.Namespace) -> int:
     common |= {"ignore_eos": args.ignore_eos, "overflow": args.allow_overflow}
     say = (lambda *_: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
     backend = llm.models.ops.name + (" (decode in plain torch)" if llm.device.type != "cpu" else "")
-    say(f"{llm.name} · {plan} · {llm.device} · {dtypes(llm)} · backend {backend} · runner eager")
+    kept = "the saved plan" if args.load_cache else plan
+    say(f"{llm.name} · {kept} · {llm.device} · {dtypes(llm)} · backend {backend} · runner eager")
     if args.interactive:
         return converse(args, llm, text, common, say)
     prompt, then = ids(args, llm, text)
@@ -161,10 +162,10 @@ def run(args: argparse.Namespace) -> int:
         common["compressed"] = lambda: save(llm, session, Path(args.save_cache))
     turn = begin(llm, session, prompts, then, args.num_samples, common, bar)
     show(turn)
-    for line in end_block(llm, session, turn, args):
-        say(line)
     if args.explain:
         draw(session)
+    for line in end_block(llm, session, turn, args):
+        say(line)
     if args.xray:
         from nanokv.explain import xray
 
@@ -224,6 +225,8 @@ def check(args: argparse.Namespace) -> str | None:
         raise ValueError(
             "--load-cache goes on with the prompt as it stands; leave out --chat, --question, --num-samples and --xray"
         )
+    if args.load_cache and (args.policy != "full" or args.kv_budget):
+        raise ValueError("--load-cache keeps the plan it was saved with; leave out --policy and --kv-budget")
     if args.save_cache and (args.interactive or args.num_samples > 1):
         raise ValueError("--save-cache saves one prompt; leave out --interactive and --num-samples")
     if args.plan:
@@ -253,7 +256,7 @@ def check(args: argparse.Namespace) -> str | None:
         where = "standard input" if args.prompt == "-" else f"--prompt-file {args.prompt_file!r}"
         try:
             raw = sys.stdin.buffer.read() if args.prompt == "-" else Path(args.prompt_file).read_bytes()
-            text = raw.decode("utf-8")
+            text = raw.decode("utf-8").removesuffix("\n")  # the one that editors and echo put at the end
         except OSError as e:
             raise ValueError(f"{where} cannot be read ({e.strerror}); give a text file") from None
         except UnicodeDecodeError as e:
@@ -389,13 +392,16 @@ def end_block(llm, session, turn, args: argparse.Namespace) -> list[str]:
         f"load {llm.load_s:.2f} s",
         f"prefill {turn.prompt_tokens} tok, {turn.prefill_s:.2f} s, {rate(turn.prompt_tokens, turn.prefill_s):.0f} tok/s",
         f"decode {turn.counted} tok, {turn.decode_s:.2f} s, {rate(turn.counted, turn.decode_s):.1f} tok/s "
-        "(without the first step, the warm-up)",
+        f"(without the first step, the warm-up); ended by {', '.join(dict.fromkeys(turn.reasons))}",
         f"peak memory {mib(peak_bytes(llm.device))}",
     ]
     if args.chunk:
         lines[-1] += "; prefilled in chunks, so the whole prompt's cache was alive at once"
     if name != "full" and not report.short:
         lines.append(f"{name} had nothing to drop: every layer still holds all {max(report.seen)} tokens")
+    spare = report.bytes - report.live_bytes
+    if spare > 0.1 * report.bytes:
+        lines.append(f"{mib(spare)} of the cache were reserved for new tokens that did not come (-n)")
     return [*lines, str(report)]
 
 

@@ -294,7 +294,7 @@ class Policy(ABC):
 
     def with_budget(self, budget: int | str) -> Policy:
         """This policy under a kept budget (`--kv-budget`)."""
-        raise ValueError(f"{type(self).__name__} takes no budget; use a policy with budget= (see --list-policies)")
+        raise ValueError("this policy takes no budget; use one with budget= (see --list-policies)")
 
     def holds(self, n: int) -> int:
         """At most how many tokens of a prompt of n a KV head keeps, once fitted: for size estimates before the run."""
