@@ -2,8 +2,8 @@
 
 The model computes queries, keys and values and calls `layer.attend(q, k, v, pos)`. It does not know what a cache does with them.
 
-The residual stream and the norms are fp32, matrix products are in the weights' type: it costs nothing that can be measured
-and halves the error of a bf16 model's logits.
+The residual stream and the norms are fp32, matrix products are in the weights' type. On smollm2-135m in bf16 that took the mean error
+of three prompts' last logits from 0.13–0.18 to 0.05–0.14; what it costs in time has not been measured apart.
 
 B rows · H query heads · Hkv key/value heads · G = H/Hkv · T query tokens · S slots · D head dim · N kept tokens ·
 pos absolute position in the row's own text, starting at 0 · q (B,H,T,D) · k, v (B,Hkv,S,D).

@@ -57,7 +57,7 @@ def test_two_types_share_one_text(tiny):
     assert mixed.dtypes == {"prefill": "float32", "decode": "float16"}
     ids = text(60, seed=3)
     error = (logits_of(mixed, ids).float() - logits_of(exact, ids)).abs().max()
-    assert 0 < error < 0.2
+    assert 0 < error < 0.06  # seen: 0.029 on logits up to 7.2
 
 
 def test_a_turn_of_many_tokens_equals_feeding_them_one_by_one(llm_of):
