@@ -33,14 +33,14 @@ class Models:
 
 
 def prefill(
-    model: Llama, plan: Plan, ids: Tensor, ops: Ops, chunk: int | None = None, tick: Callable[[int], None] | None = None
-) -> tuple[Tensor, PromptCache]:
-    """One prompt (T,), whole or in chunks → logits of its last token (1,vocab), and the cache whose `kept` holds what stays.
+    model: Llama, cache: PromptCache, chunk: int | None = None, tick: Callable[[int], None] | None = None
+) -> Tensor:
+    """The prompt that `cache` was made for, whole or in chunks → logits of its last token (1,vocab).
 
-    Under a policy that waits, `kept` is complete only after that many more tokens went through the same cache. `tick(n)` is told
-    of every n tokens done.
+    Afterwards the cache's `kept` holds what stays; under a policy that waits, only after that many more tokens went through it.
+    `tick(n)` is told of every n tokens done.
     """
-    cache = PromptCache(plan, model.config, ids, ops)
+    ids = cache.ids
     step = chunk or len(ids)
     for a in range(0, len(ids), step):
         tokens = ids[None, a : a + step]
@@ -48,7 +48,7 @@ def prefill(
         hidden = model.hidden(tokens, pos, cache)
         if tick:
             tick(tokens.shape[1])
-    return model.logits(hidden[:, -1]), cache
+    return model.logits(hidden[:, -1])
 
 
 class Session:
@@ -76,9 +76,8 @@ class Session:
             plan = self.plan.fit(config, self.context.dtype, len(ids), self.room, n)
             again = copies if plan.keep.wait else 1  # a waiting prompt goes on differently for each copy
             for _ in range(again):
-                out, cache = prefill(
-                    self.models.prefill, plan, torch.tensor(ids, device=device), self.models.ops, self.chunk, tick
-                )
+                cache = PromptCache(plan, config, torch.tensor(ids, device=device), self.models.ops)
+                out = prefill(self.models.prefill, cache, self.chunk, tick)
                 logits += [out] * (copies // again)
                 caches += [cache] * (copies // again)
             self.plans += [plan] * copies
@@ -103,40 +102,39 @@ class Session:
         self.cache = KVCache.pack(self.plans[0], rows, self.room, self.context)
 
     @torch.inference_mode()
-    def feed(self, tokens: Tensor) -> Tensor:
-        """(B,T) new tokens → logits after the last of them (B,vocab)."""
+    def feed(self, tokens: Tensor, every: bool = False) -> Tensor:
+        """(B,T) new tokens → logits after the last of them (B,vocab), or after every one (B,T,vocab)."""
         self.whole = False
-        if self.open:
-            tokens, logits = self._feed_open(tokens)
-            if not tokens.shape[1]:
-                self.whole = True
-                return logits
+        parts = self._feed_open(tokens) if self.open else []
+        tokens = tokens[:, len(parts) :]
         T = tokens.shape[1]
-        self.cache.spend(T)
-        pos = self.pos if T == 1 else self.pos + torch.arange(T, device=self.pos.device)
-        model = self.models.decode if T == 1 else self.models.prefill
-        logits = model(tokens, pos, self.cache)
-        self._advance(T)
-        self.cache.maintain(T)
+        if T:
+            self.cache.spend(T)
+            pos = self.pos if T == 1 else self.pos + torch.arange(T, device=self.pos.device)
+            model = self.models.decode if T == 1 else self.models.prefill
+            hidden = model.hidden(tokens, pos, self.cache)
+            parts.append(model.logits(hidden if every else hidden[:, -1:]))
+            self._advance(T)
+            self.cache.maintain(T)
         self.whole = True
-        return logits
+        return torch.cat(parts, 1) if every else parts[-1][:, -1]
 
-    def _feed_open(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens that a waiting policy still counts to the prompt; returns those left over."""
-        logits, n = None, min(self.plans[0].keep.wait, tokens.shape[1])
+    def _feed_open(self, tokens: Tensor) -> list[Tensor]:
+        """The first tokens, as far as a waiting policy still counts them to the prompt → the logits after each (B,1,vocab)."""
+        parts, n = [], min(self.plans[0].keep.wait, tokens.shape[1])
         for i in range(n):
             pos, column = self.pos.clone(), tokens[:, i : i + 1]
             out = []
             for b, cache in enumerate(self.open):
                 cache.ids = torch.cat((cache.ids, column[b]))
                 out.append(self.models.prefill(column[b : b + 1], pos[b : b + 1], cache))
-            logits = torch.cat(out)
+            parts.append(torch.cat(out)[:, None])
             self._advance(1)
         if all(c.length == c_seen for c, c_seen in zip(self.open, self.seen, strict=True)):
             caches, self.open = self.open, []
             self._pack(caches)
             self.cache.spend(n)
-        return tokens[:, n:], logits
+        return parts
 
     def _advance(self, n: int) -> None:
         self.pos += n

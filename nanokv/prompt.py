@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nanokv.config import ModelConfig
-from nanokv.contract import Kept, Prompt
+from nanokv.contract import Ask, Kept, Prompt
 from nanokv.ops import Ops
 from nanokv.plan import Plan
 
@@ -22,6 +22,7 @@ class PromptCache:
         self.plan, self.config, self.ops = plan, config, ops
         self.ids = ids  # (T,)
         self.length = len(ids) + plan.keep.wait
+        self.asks = {plan.keep.ask}
         self.kept: dict[int, Kept] = {}
         self.runs: dict[int, Run] = {}
         self.layers = [PromptLayer(self, i) for i in range(config.num_hidden_layers)]
@@ -33,7 +34,7 @@ class PromptCache:
 
     def finish(self, owner: int) -> None:
         """Ask the policy what stays of this owner's run, and let go of the rest."""
-        prompt = self.runs.pop(owner).close(owner, self.ids, self.config)
+        prompt = self.runs.pop(owner).close(owner, self.ids, self.config, self.plan.keep.ask)
         self.kept[owner] = self.plan.keep.keep(prompt)
         self.kept = self.plan.keep.settle(self.kept)
 
@@ -66,8 +67,7 @@ class Run:
         self.k: Tensor | None = None  # (1,Hkv,length,D); a whole prompt's own tensors, not a copy
         self.v: Tensor | None = None
         self.tail: dict[int, Tensor] = {}  # reader → its last queries so far (1,H,w,D)
-        self.votes: dict[int, Tensor] = {}  # reader → (1,Hkv,T)
-        self.n_votes = 0
+        self.votes: dict[tuple[Ask, int], Tensor] = {}  # (ask, reader) → (1,Hkv,T)
 
     def extend(self, k: Tensor, v: Tensor) -> None:
         n = k.shape[2]
@@ -83,28 +83,34 @@ class Run:
 
     def listen(self, reader: int, q: Tensor, start: int, cache: PromptCache) -> None:
         """Let queries vote: all of them as they come, or the last w once the prompt is complete."""
-        ask, window, mass = cache.plan.keep.ask, cache.config.sliding_window, cache.ops.mass
-        if ask.rows == 0:
-            return
-        if ask.rows is None:
-            votes = mass(q, self.k[:, :, : self.filled], start, window, ask.group)
-            if reader in self.votes:
-                votes[:, :, :start] += self.votes[reader]
-            self.votes[reader], self.n_votes = votes, self.filled
+        window, mass = cache.config.sliding_window, cache.ops.mass
+        for ask in cache.asks:
+            if ask.rows is None:
+                votes = mass(q, self.k[:, :, : self.filled], start, window, ask.group)
+                if (ask, reader) in self.votes:
+                    votes[:, :, :start] += self.votes[ask, reader]
+                self.votes[ask, reader] = votes
+        rows = max(ask.rows or 0 for ask in cache.asks)
+        if rows == 0:
             return
         before = self.tail.get(reader)
-        tail = q[:, :, -ask.rows :] if before is None else torch.cat((before, q), 2)[:, :, -ask.rows :]
+        tail = q[:, :, -rows:] if before is None else torch.cat((before, q), 2)[:, :, -rows:]
         if self.filled < self.length:
             self.tail[reader] = tail.clone() if before is None else tail
             return
-        self.n_votes = tail.shape[2]
-        self.votes[reader] = mass(tail, self.k, self.length - self.n_votes, window, ask.group)
+        for ask in cache.asks:
+            if ask.rows:
+                last = tail[:, :, -ask.rows :]
+                self.votes[ask, reader] = mass(last, self.k, self.length - last.shape[2], window, ask.group)
 
-    def close(self, layer: int, ids: Tensor, config: ModelConfig) -> Prompt:
-        """The run as a policy sees it: without what the model's sliding window will never show again."""
+    def close(self, layer: int, ids: Tensor, config: ModelConfig, ask: Ask) -> Prompt:
+        """The run as a policy with this ask sees it: without what the model's sliding window will never show again."""
         lo = 0 if config.sliding_window is None else max(0, self.length - config.sliding_window + 1)
         heads = self.k.shape[1]
         pos = torch.arange(lo, self.length, dtype=torch.int32, device=self.k.device).expand(1, heads, -1)
-        votes = torch.cat([self.votes[r][:, :, lo:] for r in sorted(self.votes)]) if self.votes else None
+        votes = [x[:, :, lo:] for (asked, _), x in self.votes.items() if asked == ask]  # readers came in their order
+        n_votes = self.length if ask.rows is None else min(ask.rows, self.length)
         k, v = self.k[:, :, lo:], self.v[:, :, lo:]
-        return Prompt(layer, config.num_hidden_layers, ids[lo:], k, v, pos, votes, self.n_votes)
+        return Prompt(
+            layer, config.num_hidden_layers, ids[lo:], k, v, pos, torch.cat(votes) if votes else None, n_votes
+        )
