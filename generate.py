@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     a("--json", metavar="FILE", help="write the result and the cache report")
     a("--explain", action="store_true", help="show per layer which positions survived")
+    a("--compare", metavar="PLAN", help="how far the answer's odds are from those under another plan, such as full")
     a("--xray", metavar="FILE.html", help="the text, each token as dark as it is still remembered")
     a(
         "--plan",
@@ -129,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
     from nanokv import Sampling, load
 
     plan = parse_plan(args.policy, args.kv_budget)
+    reference = parse_plan(args.compare, None) if args.compare else None
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
     bar = sys.stderr.isatty() and not args.quiet
     llm = load(
@@ -164,6 +166,10 @@ def run(args: argparse.Namespace) -> int:
     show(turn)
     if args.explain:
         draw(session)
+    other = None
+    if reference and not turn.interrupted:
+        other = compare(llm, reference, prompt, then, args)
+        say(f"against {args.compare}, over what greedy writes there: {other}")
     for line in end_block(llm, session, turn, args):
         say(line)
     if args.xray:
@@ -172,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
         pieces = [llm.tokenizer.decode([i]) for i in (*prompt, *then, *turn.ids[0])]
         write(args.xray, "--xray", xray(session, pieces))
     if args.json:
-        write_json(args.json, llm, session, turn)
+        write_json(args.json, llm, session, turn, other)
     return 130 if turn.interrupted else 0
 
 
@@ -217,6 +223,13 @@ def draw(session) -> None:
     print(explain(session), file=sys.stderr)
 
 
+def compare(llm, reference, prompt: list[int], then: list[int], args: argparse.Namespace):
+    from nanokv.fidelity import against
+
+    eos = () if args.ignore_eos else llm.tokenizer.eos
+    return against(llm, reference, prompt, then, args.max_new_tokens, eos, args.allow_overflow)
+
+
 def check(args: argparse.Namespace) -> str | None:
     """What can be refused before a model is loaded. Returns the prompt's text."""
     if args.load_cache and (
@@ -227,6 +240,10 @@ def check(args: argparse.Namespace) -> str | None:
         )
     if args.load_cache and (args.policy != "full" or args.kv_budget):
         raise ValueError("--load-cache keeps the plan it was saved with; leave out --policy and --kv-budget")
+    if args.compare and (args.load_cache or args.interactive or args.num_samples > 1):
+        raise ValueError(
+            "--compare reads the prompt again under another plan; leave out --load-cache, --interactive and --num-samples"
+        )
     if args.save_cache and (args.interactive or args.num_samples > 1):
         raise ValueError("--save-cache saves one prompt; leave out --interactive and --num-samples")
     if args.plan:
@@ -405,7 +422,9 @@ def end_block(llm, session, turn, args: argparse.Namespace) -> list[str]:
     return [*lines, str(report)]
 
 
-def write_json(file: str, llm, session, turn) -> None:
+def write_json(file: str, llm, session, turn, other) -> None:
+    from dataclasses import asdict
+
     import torch
 
     from nanokv.llm import peak_bytes
@@ -440,6 +459,8 @@ def write_json(file: str, llm, session, turn) -> None:
         }
         for i, ids in enumerate(turn.ids)
     ]
+    if other:
+        rows[0]["compare"] = asdict(other)
     result = rows[0] if len(rows) == 1 else {"rows": rows}
     write(file, "--json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 

@@ -1,5 +1,8 @@
 """Synthetic long-context tasks from prose that every CPython carries, with a fixed answer each: no download, no judge.
 
+After RULER (Hsieh et al. 2024, arXiv:2404.06654, §3), in forms that a model of 135M parameters can do: every question is a text that
+waits to be continued, so neither a chat template nor an instruction decides the score.
+
 python -m evals.tasks --tokens 3000 --seed 1        prints one text that waits to be continued, as `make demo` uses it
 """
 
@@ -13,24 +16,28 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Ask:
+    """A question as the beginning of its answer."""
+
+    opening: str  # with what separates it from the text before
+    answer: str  # as it must follow, with the space before it if there is one
+
+
+@dataclass(frozen=True)
 class Task:
-    """One prompt in two parts, so that it can be compressed with or without having seen the question."""
+    """A text, and questions about it: the first turn's, and what is asked later about the same text."""
 
     context: str
-    question: str
-    opening: str  # how an answer begins: ends the prompt of a model that only continues texts
-    answer: str
-
-    @property
-    def prompt(self) -> str:
-        return f"{self.context}\n\n{self.question}"
+    turns: tuple[tuple[Ask, ...], ...]
 
     @property
     def unfinished(self) -> str:
-        return f"{self.context}\n\n{self.opening}"
+        """The text with its first question, waiting to be continued."""
+        return self.context + self.turns[0][0].opening
 
     def solved(self, text: str) -> bool:
-        return self.answer in text
+        """Whether a continuation of `unfinished` names the answer."""
+        return self.turns[0][0].answer.strip() in text
 
 
 def prose() -> list[str]:
@@ -55,22 +62,171 @@ def prose() -> list[str]:
 def needle(seed: int, tokens: int, count: Callable[[str], int], depth: float | None = None) -> Task:
     """A seven-digit code for a city, hidden in about `tokens` tokens of varied prose (`count` measures a text).
 
-    depth 0 … 1 says where; None draws it.
+    depth 0 … 1 says where; None draws it. The second turn asks for something else that the text says elsewhere.
     """
     dice = random.Random(seed)
-    city = dice.choice(CITIES)
-    code = str(dice.randrange(10**6, 10**7))
+    city, code = dice.choice(CITIES), _code(dice, 7)
     depth = dice.random() if depth is None else depth
+    hay = _hay(dice, tokens, count)
+    name, word = dice.choice(NAMES), dice.choice(WORDS)
+    facts = [f"The secret code for {city} is {code}.", f"The password of {name} is {word}."]
+    text = _hide(hay, facts, [depth, dice.random()])
+    first, second = (
+        Ask(f"\n\nThe secret code for {city} is", f" {code}"),
+        Ask(f"\n\nThe password of {name} is", f" {word}"),
+    )
+    return Task(text, ((first,), (second,)))
+
+
+def multikey(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
+    """Codes for four cities, of which one is asked for, then another."""
+    text, asks = _codes(seed, tokens, count)
+    return Task(text, ((asks[0],), (asks[1],)))
+
+
+def multiquery(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
+    """Codes for four cities, of which two are asked for, both named before the first answer; then the other two."""
+    text, asks = _codes(seed, tokens, count)
+    return Task(text, (_together(asks[:2]), _together(asks[2:])))
+
+
+def variables(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
+    """Three chains X1 = 12345, X2 = X1 between sentences; one is walked back from its last name to the value, then another.
+
+    Each opening names the right variable, whatever was answered before. RULER's chains are longer; a second link back is beyond a
+    model of 135M parameters.
+    """
+    dice = random.Random(seed)
+    names = [f"{letter}{dice.randrange(10)}" for letter in dice.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 6)]
+    facts, depths, turns = [], [], []
+    for a, b in zip(names[::2], names[1::2], strict=True):
+        value = _code(dice, 5)
+        facts += [f"VAR {a} = {value}.", f"VAR {b} = VAR {a}."]
+        depths += sorted(dice.random() for _ in range(2))
+        turns.append((Ask(f"\n\nVAR {b} = VAR", f" {a}"), Ask(f".\n\nVAR {a} =", f" {value}")))
+    return Task(_hide(_hay(dice, tokens, count), facts, depths), tuple(turns[:2]))
+
+
+def common(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
+    """A list of words of which half are the same one; the list goes on after a rare word, and the common one is what comes next."""
+    dice = random.Random(seed)
+    rare = list(WORDS)
+    dice.shuffle(rare)
+    often, last = rare.pop(), rare.pop()
+    words, size, each = [], 0, count(", " + often)
+    while size < tokens:
+        pair = [often, rare[len(words) // 2 % len(rare)]]
+        words += pair
+        size += each + count(", " + pair[1])
+    dice.shuffle(words)
+    return Task(", ".join(words) + ",", ((Ask(f" {last},", f" {often}"),),))
+
+
+def keyvalue(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
+    """Nothing but lines of keys and values; one value is asked for, then another."""
+    dice = random.Random(seed)
+    keys = [f"{a} {b}" for a in WORDS for b in WORDS if a != b]
+    dice.shuffle(keys)
+    rows, size = [], 0
+    while size < tokens:
+        rows.append((keys.pop(), _code(dice, 4)))
+        size += count('"{}": "{}",\n'.format(*rows[-1]))
+    asks = [Ask(f'\n\n"{key}": "', value) for key, value in dice.sample(rows, 2)]
+    return Task("\n".join(f'"{k}": "{v}",' for k, v in rows), tuple((a,) for a in asks))
+
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "needle": needle,
+    "multikey": multikey,
+    "multiquery": multiquery,
+    "variables": variables,
+    "common": common,
+    "keyvalue": keyvalue,
+}
+
+
+def _hay(dice: random.Random, tokens: int, count: Callable[[str], int]) -> list[str]:
+    """About `tokens` tokens of neighbouring sentences, so that they read as one text."""
     pool = prose()
     start, hay, size = dice.randrange(len(pool)), [], 0
-    while size < tokens:  # a run of neighbouring sentences, so that it reads as one text
+    while size < tokens:
         hay.append(pool[(start + len(hay)) % len(pool)])
         size += count(" " + hay[-1])
-    hay.insert(round(depth * len(hay)), f"The secret code for {city} is {code}.")
-    return Task(" ".join(hay), f"What is the secret code for {city}?", f"The secret code for {city} is", code)
+    return hay
+
+
+def _hide(hay: list[str], facts: list[str], depths: list[float]) -> str:
+    """The facts between the sentences, each at its depth 0 … 1."""
+    for depth, fact in sorted(zip(depths, facts, strict=True), reverse=True):  # from the end, so that depths stay true
+        hay.insert(round(depth * len(hay)), fact)
+    return " ".join(hay)
+
+
+def _codes(seed: int, tokens: int, count: Callable[[str], int]) -> tuple[str, list[Ask]]:
+    """Four cities' codes in prose, and the questions for them."""
+    dice = random.Random(seed)
+    cities = dice.sample(CITIES, 4)
+    asks = [Ask(f"\n\nThe secret code for {city} is", f" {_code(dice, 5)}") for city in cities]
+    facts = [f"{a.opening.strip()}{a.answer}." for a in asks]
+    return _hide(_hay(dice, tokens, count), facts, [dice.random() for _ in facts]), asks
+
+
+def _together(asks: list[Ask]) -> tuple[Ask, ...]:
+    """Questions that are all known from the start, answered one after the other."""
+    first, *rest = asks
+    cities = " and ".join(a.opening.partition(" for ")[2].removesuffix(" is") for a in asks)
+    known = Ask(f"\n\nThe secret codes for {cities} are needed.{first.opening}", first.answer)
+    return (known, *(Ask("." + a.opening, a.answer) for a in rest))
+
+
+def _code(dice: random.Random, digits: int) -> str:
+    return str(dice.randrange(10 ** (digits - 1), 10**digits))
 
 
 CITIES = ("Lisbon", "Oslo", "Nairobi", "Quito", "Hanoi", "Perth", "Turin", "Lima", "Riga", "Kyoto", "Bergen", "Dakar")
+NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leon")
+WORDS = [
+    "apple",
+    "river",
+    "candle",
+    "monkey",
+    "garden",
+    "silver",
+    "window",
+    "planet",
+    "button",
+    "coffee",
+    "jacket",
+    "island",
+    "rocket",
+    "pepper",
+    "mirror",
+    "ladder",
+    "forest",
+    "basket",
+    "dragon",
+    "engine",
+    "feather",
+    "guitar",
+    "hammer",
+    "kettle",
+    "lemon",
+    "magnet",
+    "needle",
+    "orange",
+    "pencil",
+    "rabbit",
+    "saddle",
+    "tunnel",
+    "velvet",
+    "wallet",
+    "yellow",
+    "zipper",
+    "anchor",
+    "bottle",
+    "castle",
+    "desert",
+]
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ from conftest import ROOT
 
 CEILINGS = {
     "generate.py": 440,
+    "bench.py": 290,
+    "nanokv/fidelity.py": 80,
     "nanokv/contract.py": 290,
     "nanokv/config.py": 230,
     "nanokv/model.py": 120,
@@ -27,7 +29,7 @@ CEILINGS = {
     "weights/from_gguf.py": 290,
     "weights/registry.py": 80,
 }
-METHOD, STORE, TOTAL = 80, 90, 3650
+METHOD, STORE, TOTAL = 80, 90, 4000
 
 
 def lines(path) -> int:

@@ -1,0 +1,145 @@
+"""Results as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evals.quality import PROTOCOLS, mean
+from nanokv.cache import mib
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need; the first to the left, figures to the right."""
+    lines = [head, *rows]
+    width = [max(len(r[i]) for r in lines) for i in range(len(head))]
+    cells = [[x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(r, width, strict=True))] for r in lines]
+    return "\n".join("  ".join(r).rstrip() for r in cells)
+
+
+def quality(parts: Sequence[dict]) -> str:
+    """One table a length: a row per plan, a column per task with aware / agnostic / turn 2 in percent."""
+    out = []
+    for length in sorted({p["length"] for p in parts}):
+        mine = [p for p in parts if p["length"] == length]
+        good = [p for p in mine if "refused" not in p]
+        out.append(
+            f"{length} tokens, {mine[0]['texts']} texts a task: aware / agnostic / turn 2 (after aware), % solved"
+        )
+        rows = []
+        for name in mine[0]["plans"] if not good else good[0]["plans"]:
+            cells = [_cell(p["plans"].get(name)) for p in mine]
+            rows.append([name, *cells, *_size([p["plans"][name]["aware"] for p in mine if name in p["plans"]])])
+        out.append(table(["plan", *(p["task"] for p in mine), "cache", "less by"], rows))
+        out += [f"! {p['refused']}" for p in mine if "refused" in p] + [""]
+    return "\n".join(out)
+
+
+def _cell(plan: dict | None) -> str:
+    if plan is None or "refused" in plan["aware"]:
+        return "-"
+    scores = [plan["aware"]["score"], plan["agnostic"]["score"], plan["aware"].get("turn2")]
+    return " ".join("  ." if s is None else f"{s:3.0%}"[:-1].rjust(3) for s in scores)
+
+
+def _size(found: Sequence[dict]) -> list[str]:
+    found = [f for f in found if "bytes" in f]
+    if not found:
+        return ["-", "-"]
+    size = mean([f["bytes"] for f in found])
+    return [mib(int(size)), f"{mean([f['full_bytes'] for f in found]) / size:.1f}x"]
+
+
+def averages(parts: Sequence[dict], name: str) -> dict[str, float | None]:
+    """A plan's mean over the tasks that full can do: aware, agnostic, turn 2."""
+    good = [p["plans"][name] for p in parts if "refused" not in p and "score" in p["plans"][name]["aware"]]
+    out: dict[str, float | None] = {q: mean([p[q]["score"] for p in good]) if good else None for q in PROTOCOLS}
+    later = [p["aware"]["turn2"] for p in good if "turn2" in p["aware"]]
+    return out | {"turn2": mean(later) if later else None}
+
+
+def fidelity(names: Sequence[str], found: Sequence[dict]) -> str:
+    rows = []
+    for i, name in enumerate(names):
+        mine = [f for f in found if f["plan"] == i]
+        for length in sorted({f["length"] for f in mine}):
+            f = merged([x for x in mine if x["length"] == length])
+            change = f"{f['ppl'] / f['ppl_reference'] - 1:+.1%}"
+            first = "none" if f["first"] is None else f"{f['first']:.0f}"
+            cells = [f"{f['kl_mean']:.4f}", f"{f['kl_p99']:.3f}", f"{f['top1']:.1%}", f"{f['ppl']:.2f}", change, first]
+            rows.append([name, str(length), *cells])
+    head = ["plan", "tokens", "KL mean", "KL 99 %", "same top", "perplexity", "to full", "greedy departs after"]
+    return table(head, rows)
+
+
+def merged(found: Sequence[dict]) -> dict:
+    """Means over texts; `first`: the mean of the tokens before the first other choice, of the texts in which there is one."""
+    out = {k: mean([f[k] for f in found]) for k in ("kl_mean", "kl_p99", "top1", "ppl", "ppl_reference")}
+    departed = [f["first"] for f in found if f["first"] is not None]
+    return out | {"first": mean(departed) if departed else None}
+
+
+def speed(names: Sequence[str], found: Sequence[dict]) -> str:
+    rows = []
+    for r in found:
+        head = [names[r["plan"]], str(r["length"]), str(r["batch"])]
+        if "refused" in r:
+            rows.append([*head, "-", "-", "-", "-", "-"])
+            continue
+        size = [mib(r["bytes"]), f"{r['full_bytes'] / r['bytes']:.1f}x"]
+        rows.append([*head, f"{r['prefill_s']:.2f}", f"{r['decode_tok_s']:.1f}", f"{r['bus']:.0%}", *size])
+    return table(["plan", "tokens", "batch", "prefill s", "decode tok/s", "of the bus", "cache", "less by"], rows)
+
+
+def memory(names: Sequence[str], found: Sequence[dict]) -> str:
+    rows = []
+    for r in found:
+        if "refused" in r:
+            rows.append([names[r["plan"]], str(r["length"]), "-", "-", "-", r["refused"][:60]])
+            continue
+        less = f"{r['full_bytes'] / r['bytes']:.1f}x"
+        rows.append(
+            [names[r["plan"]], str(r["tokens"]), mib(r["bytes"]), mib(r["full_bytes"]), less, mib(r["peak_bytes"])]
+        )
+    return table(["plan", "tokens", "cache (receipt)", "dense", "less by", "peak of the process"], rows)
+
+
+def peers_speed(found: Sequence[dict]) -> str:
+    rows = []
+    for r in found:
+        if "absent" in r:
+            rows.append([r["name"], str(r["length"]), "-", "-", "-", "-", "-", r["absent"]])
+            continue
+        note = f"compiled in {r['compile_s']:.0f} s" if r["compile_s"] else ""
+        size = mib(r["bytes"]) if "bytes" in r else "-"
+        ratio = f"{r['ratio']:.2f}x" if "ratio" in r else "-"
+        pre = r["length"] / r["prefill_s"]
+        rows.append(
+            [
+                r["name"],
+                str(r["length"]),
+                f"{r['prefill_s']:.2f}",
+                f"{pre:.0f}",
+                f"{r['decode_tok_s']:.1f}",
+                ratio,
+                size,
+                note,
+            ]
+        )
+    head = ["", "tokens", "prefill s", "tok/s", "decode tok/s", "to nanokv full", "cache", ""]
+    return table(head, rows)
+
+
+def peers_quality(found: Sequence[dict]) -> str:
+    rows = []
+    for r in found:
+        if "absent" in r:
+            rows.append([r["name"], "-", "-", "-", "-", r["absent"], "-"])
+            continue
+
+        def pair(key: str, r: dict = r) -> list[str]:
+            return [f"{r[f'{who}_{key}']:.0%}" if f"{who}_{key}" in r else "-" for who in ("ours", "theirs")]
+
+        size = [mib(int(r[f"{who}_bytes"])) if f"{who}_bytes" in r else "-" for who in ("ours", "theirs")]
+        rows.append([f"{r['task']}: {r['name']}", *pair("aware"), *pair("agnostic"), *size])
+    head = ["task: method", "aware: nanokv", "kvpress", "agnostic: nanokv", "kvpress", "cache: nanokv", "kvpress"]
+    return table(head, rows)
