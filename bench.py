@@ -75,6 +75,7 @@ def complain(message: str) -> int:
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     check(args)
+    plans_of(args, ())  # a plan or budget with a mistake is told before a model is loaded
     from nanokv import load
 
     bar = sys.stderr.isatty() and not args.quiet

@@ -54,7 +54,11 @@ def begin(llm: LLM, plans: Sequence[Plan], ids: Sequence[int], room: int) -> Ite
             continue
         run = DenseRun([fitted[i] for i in members], llm.config, torch.tensor(ids, device=llm.device), models.ops)
         logits = prefill(models.prefill, run)
-        for i, row in zip(members, run.rows, strict=True):
+        rows, run.rows = (
+            run.rows,
+            [],
+        )  # a cache and its layers hold each other: what it held would wait for the collector
+        for i, row in zip(members, rows, strict=True):
             yield i, lambda i=i, row=row, logits=logits: (_resume(llm, fitted[i], row, len(ids), room), logits)
 
 

@@ -149,13 +149,18 @@ def named(texts: Sequence[str], budgets: Sequence[str]) -> dict[str, Plan]:
     plans = {}
     for text in texts:
         plan = parse(text)
-        try:
-            if "budget=" in text:
-                raise ValueError("it has one")
-            plans |= {f"{text} {b}": plan.with_budget(b) for b in budgets}
-        except ValueError:
+        if "budget=" in text or not _takes_budget(plan):
             plans[text] = plan
+        else:
+            plans |= {f"{text} {b}": plan.with_budget(b) for b in budgets}
     return plans
+
+
+def _takes_budget(plan: Plan) -> bool:
+    try:
+        return bool(plan.with_budget("50%"))
+    except ValueError:
+        return False
 
 
 def registered() -> list[str]:

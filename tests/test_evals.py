@@ -1,0 +1,410 @@
+"""The judge judged: tasks, one run for many plans, scores, fidelity, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, text
+
+from evals import quality, record, show
+from evals.dense import begin
+from evals.quality import Item, Turn, judge, script, solved
+from evals.tasks import TASKS
+from nanokv import fidelity, parse
+from nanokv.engine import Session
+from nanokv.plan import Plan
+
+
+def words(text: str) -> int:
+    return len(re.findall(r"\w+|[^\w\s]", text))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_says_its_answers_and_is_the_same_again(name):
+    lengths = []
+    for seed in range(12):
+        task = TASKS[name](seed, 400, words)
+        assert task == TASKS[name](seed, 400, words)
+        assert task != TASKS[name](seed + 1, 400, words)
+        for asks in task.turns:
+            for ask in asks:
+                assert ask.answer.strip() in task.context
+                assert ask.answer not in ask.opening
+        lengths.append(words(task.context))
+    assert all(400 <= n < 520 for n in lengths)
+
+
+def test_needles_lie_where_they_should():
+    for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
+        task = TASKS["needle"](1, 2000, words, depth=depth)
+        at = task.context.index(task.turns[0][0].answer) / len(task.context)
+        assert abs(at - depth) < 0.06
+    assert [Item("needle", 9, s).depth for s in range(6)] == [0, 0.25, 0.5, 0.75, 1, 0]
+    assert Item("common", 9, 3).depth is None
+
+
+PLANS = [
+    "full",
+    "snapkv:budget=40,window=8,kernel=3",
+    "snapkv:budget=25%,window=16,kernel=5,pool=avg,group=max",
+    "streaming:sink=2,recent=20",
+    "simlayer:threshold=0.3,recent=24",
+    "simlayer:variant=light,recent=24",
+    "simlayer:variant=decode,threshold=0.3,recent=24",
+]
+
+
+@pytest.mark.parametrize("model", ["llama31", "g3", "mistral"])
+def test_one_run_gives_every_plan_what_its_own_run_gives(model, llm_of):
+    llm, ids, then = llm_of(model), text(70, 3), text(9, 4)
+    plans = [parse(p) for p in PLANS] + [Plan(share={2: 0}), Plan(parse(PLANS[1]).keep, share={2: 0})]
+    seen = []
+    for i, start in begin(llm, plans, ids, 9):
+        alone = Session(llm.models, plans[i], 9)
+        expected = [alone.start([ids]), alone.feed(torch.tensor([then]), every=True)]
+        for _ in range(2):  # a plan may be begun again
+            session, before = start()
+            assert torch.equal(before, expected[0])
+            assert torch.equal(session.feed(torch.tensor([then]), every=True), expected[1])
+            assert session.report() == alone.report()
+        seen.append(i)
+    assert sorted(seen) == list(range(len(plans)))
+
+
+def test_feeding_many_tokens_tells_the_logits_after_each(llm_of):
+    llm, ids, then = llm_of("llama31"), text(50, 1), text(8, 2)
+    for plan in ("full", "simlayer:variant=decode,threshold=0.3,recent=24"):
+        sessions = [Session(llm.models, parse(plan), 8) for _ in range(2)]
+        for s in sessions:
+            s.start([ids])
+        every = sessions[0].feed(torch.tensor([then]), every=True)
+        single = torch.stack([sessions[1].feed(torch.tensor([[t]])) for t in then], 1)
+        torch.testing.assert_close(every, single, atol=1e-4, rtol=1e-4)
+        last = Session(llm.models, parse(plan), 8)
+        last.start([ids])
+        torch.testing.assert_close(last.feed(torch.tensor([then])), every[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_solved_is_what_greedy_would_write(llm_of):
+    llm = llm_of("llama31")
+    session = llm.session(16)
+    made, _ = fidelity.follow(session, session.start([text(40, 5)]), 12, fidelity.greedy)
+
+    def score(ids: list[int], answers: list[tuple[int, int]]) -> float:
+        other = llm.session(16)
+        before = other.start([text(40, 5)])
+        return solved(before, other.feed(torch.tensor([ids]), every=True)[0], Turn(ids, answers))
+
+    assert score(made, [(0, 12)]) == score(made, [(3, 9)]) == 1
+    wrong = [*made[:5], (made[5] + 1) % 96, *made[6:]]
+    assert score(wrong, [(0, 5), (5, 6)]) == 0.5 and score(wrong, [(2, 7)]) == 0
+
+
+def test_the_protocols_differ_in_where_the_first_opening_stands(llm_of):
+    words = llm_of("llama31").tokenizer
+    task = TASKS["multiquery"](0, 60, lambda t: len(t) // 4)
+    aware, agnostic = script(task, words, "aware"), script(task, words, "agnostic")
+    assert words.decode(aware[0]) == task.context + task.turns[0][0].opening
+    assert words.decode(agnostic[0]) == task.context
+    for prompt, turns in (aware, agnostic):
+        whole = task.context + "".join(a.opening + a.answer for asks in task.turns for a in asks)
+        assert words.decode(prompt + [i for t in turns for i in t.ids]) == whole
+        for turn, asks in zip(turns, task.turns, strict=True):
+            assert [words.decode(turn.ids[a:b]) for a, b in turn.answers] == [a.answer for a in asks]
+
+
+def test_the_same_seed_gives_the_same_table_twice(llm_of):
+    llm, plans = llm_of("llama31"), [parse("full"), parse("random:budget=64"), parse("snapkv:budget=64")]
+    items = [Item(task, 60, seed) for task in ("needle", "keyvalue") for seed in range(2)]
+    tables = []
+    for _ in range(2):
+        records = {i: judge(llm, plans, i) for i in items}
+        tables.append(quality.summary("a model", ["full", "random", "snapkv"], records, 0.0))
+    assert tables[0] == tables[1] and len(tables[0]) == 2
+    sizes = [tables[0][0]["plans"][n]["aware"] for n in ("full", "random")]
+    assert sizes[0]["full_bytes"] == sizes[1]["full_bytes"] and sizes[1]["bytes"] < 0.5 * sizes[0]["bytes"]
+    assert "full" in show.quality(tables[0])
+
+
+def test_scores_are_refused_where_full_is_below_its_floor():
+    def found(full: float, other: float) -> list[dict]:
+        size = {"bytes": 10, "full_bytes": 20}
+        return [
+            {"plan": p, "protocol": q, "scores": [s, 0.5], **size}
+            for q in quality.PROTOCOLS
+            for p, s in ((0, full), (1, other))
+        ]
+
+    records = {Item("needle", 100, 0): found(1.0, 0.5), Item("keyvalue", 100, 0): found(0.2, 0.9)}
+    good, bad = quality.summary("smollm2-135m", ["full", "x"], records, None)
+    assert "refused" not in good and good["plans"]["x"]["aware"] == {
+        "score": 0.5,
+        "turn2": 0.5,
+        "bytes": 10,
+        "full_bytes": 20,
+    }
+    assert "20%" in bad["refused"] and "30%" in bad["refused"] and list(bad["plans"]) == ["full"]
+    shown = show.quality([good, bad])
+    assert "! the full cache itself solves 20% of keyvalue" in shown and "90" not in shown
+    assert show.averages([good, bad], "x") == {"aware": 0.5, "agnostic": 0.5, "turn2": 0.5}
+    assert "refused" in quality.summary("another model", ["full", "x"], records, None)[1]
+    assert "refused" not in quality.summary("smollm2-135m", ["full", "x"], records, 0.1)[1]
+
+
+def test_a_plan_that_cannot_serve_a_text_says_why(llm_of):
+    found = judge(
+        llm_of("llama31"), [parse("full"), parse("snapkv:budget=1KiB"), parse("simlayer")], Item("keyvalue", 60, 0)
+    )
+    reasons = {r["plan"]: r.get("refused") for r in found}
+    assert reasons[0] is None and "1KiB" in reasons[1] and "threshold" in reasons[2]
+
+
+def test_plans_are_named_once_for_every_budget():
+    plans = quality.named(["full", "snapkv:window=8", "streaming:budget=99", "simlayer"], ["25%", "64"])
+    assert list(plans) == ["full", "snapkv:window=8 25%", "snapkv:window=8 64", "streaming:budget=99", "simlayer"]
+    assert plans["snapkv:window=8 64"].keep.budget == 64
+    from nanokv.plan import POLICIES, STORES
+
+    assert {parse(t).names[0] for t in quality.registered()} == set(POLICIES)
+    assert {parse(t).names[1] for t in quality.registered()} == set(STORES)
+
+
+# ---- fidelity ------------------------------------------------------------------------------------------------------
+
+
+def test_fidelity_is_the_formulas_as_loops():
+    dice = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(40, 7, generator=dice, dtype=torch.float64) * 2 for _ in range(2))
+    words = torch.randint(0, 7, (40,), generator=dice).tolist()
+    kl, same, nll = [], [], [0.0, 0.0]
+    for x, y, w in zip(a.tolist(), b.tolist(), words, strict=True):
+        p, q = ([math.exp(v) / sum(math.exp(u) for u in row) for v in row] for row in (x, y))
+        kl.append(sum(pi * math.log(pi / qi) for pi, qi in zip(p, q, strict=True)))
+        same.append(p.index(max(p)) == q.index(max(q)))
+        nll = [nll[0] - math.log(p[w]), nll[1] - math.log(q[w])]
+    f = fidelity.compare(a, b, words)
+    assert f.kl_mean == pytest.approx(sum(kl) / 40) and f.top1 == pytest.approx(sum(same) / 40)
+    low, high = sorted(kl)[38:]
+    assert f.kl_p99 == pytest.approx(low + 0.61 * (high - low))  # linear between the two largest: 0.99 · 39 = 38.61
+    assert [f.ppl_reference, f.ppl] == pytest.approx([math.exp(n / 40) for n in nll]) and f.first == same.index(False)
+    again = fidelity.compare(a, a, words)
+    assert again.kl_mean == 0 and again.top1 == 1 and again.first is None and "never another choice" in str(again)
+
+
+def test_following_greedily_is_what_an_answer_is(llm_of):
+    llm, ids = llm_of("g3"), text(30, 9)
+    session = llm.session(20)
+    tokens, rows = fidelity.follow(session, session.start([ids]), 20, fidelity.greedy)
+    turn = llm.turn(llm.session(20), [ids], limit=20, ignore_eos=True)
+    list(turn)
+    assert tokens == turn.ids[0] and rows.argmax(-1).tolist() == tokens
+    session = llm.session(20)
+    assert (
+        fidelity.follow(session, session.start([ids]), 20, fidelity.greedy, eos=(tokens[3],))[0]
+        == tokens[: tokens.index(tokens[3]) + 1]
+    )
+
+
+def test_fidelity_of_plans_on_one_run(llm_of):
+    llm, plans = llm_of("llama31"), [parse("full"), parse("full"), parse("random:budget=32,window=8")]
+    found = quality.fidelity(llm, plans, 1, 80, 16)
+    assert [f["plan"] for f in found] == [0, 1, 2]
+    assert found[0]["kl_mean"] == found[1]["kl_mean"] == 0 and found[1]["first"] is None
+    assert found[2]["kl_mean"] > 1e-3 and found[2]["ppl_reference"] == found[0]["ppl"]
+    lines = show.fidelity(["full", "again", "random"], [{**f, "length": 80} for f in found]).splitlines()
+    assert len(lines) == 4 and "+0.0%" in lines[2]
+
+
+# ---- runs that are broken off --------------------------------------------------------------------------------------
+
+
+def test_a_journal_goes_on_and_begins_anew_under_other_settings(tmp_path):
+    file = tmp_path / "x.part"
+    journal = record.Journal(file, {"model": "a"})
+    journal.keep("one", [1, 2])
+    journal.keep("two", {"x": 0.5})
+    with file.open("a") as f:
+        f.write('{"key": "three", "va')  # killed while writing
+    again = record.Journal(file, {"model": "a"})
+    assert again.done == {"one": [1, 2], "two": {"x": 0.5}}
+    again.keep("three", 3)
+    assert set(record.Journal(file, {"model": "a"}).done) == {"one", "two", "three"}
+    assert record.Journal(file, {"model": "b"}).done == {}
+
+
+def run(argv: list[str], capsys) -> tuple[int, str, str]:
+    import bench
+
+    code = bench.main(argv)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_a_full_run_goes_on_where_it_was_broken_off(tiny, tmp_path, capsys, monkeypatch):
+    flags = [
+        "quality",
+        "--full",
+        "--model",
+        str(tiny("llama31")[0]),
+        "--dtype",
+        "float32",
+        "--lengths",
+        "60",
+        "--seeds",
+        "2",
+    ]
+    flags += ["--tasks", "keyvalue", "multikey", "--plans", "snapkv:window=8", "--budgets", "50%", "--floor", "0"]
+    flags += ["--json", str(tmp_path / "q.json")]
+    real, calls = quality.judge, []
+
+    def broken(llm, plans, item):
+        if item.task != "needle":  # those are the estimate's
+            calls.append(item)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+        return real(llm, plans, item)
+
+    monkeypatch.setattr(quality, "judge", broken)
+    code, _, err = run(flags, capsys)
+    assert code == 130 and "plan: 4 plans × 4 texts" in err and "goes on" in err and not (tmp_path / "q.json").exists()
+    code, out, err = run(flags, capsys)
+    assert code == 0 and "2 of these are done already" in err
+    assert (
+        len(calls) == 5 and calls[3] == calls[2] and len(set(calls)) == 4
+    )  # the two finished ones were not done again
+    whole = json.loads(out.splitlines()[-1])
+    assert json.loads((tmp_path / "q.json").read_text()) == whole and not list(tmp_path.glob("*.part"))
+    monkeypatch.setattr(quality, "judge", real)
+    code, out, _ = run(flags, capsys)
+    assert {k: json.loads(out.splitlines()[-1])[k] for k in ("quality", "fidelity")} == {
+        k: whole[k] for k in ("quality", "fidelity")
+    }
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
+def test_quick_speed_and_pictures(tiny, tmp_path, capsys):
+    flags = ["--model", str(tiny("llama31")[0]), "--dtype", "float32", "--floor", "0", "--plans", "snapkv:window=8"]
+    code, out, err = run([*flags, "--lengths", "60", "--seeds", "2", "--plot", str(tmp_path)], capsys)
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert set(result["plans"]) == {"full", "random 25%", "streaming 25%", "snapkv:window=8 25%"}
+    assert {
+        "command",
+        "commit",
+        "machine",
+        "torch",
+        "model",
+        "dtype",
+        "quality",
+        "fidelity",
+        "speed",
+        "seconds",
+    } <= set(result)
+    assert {p["task"] for p in result["quality"]} == set(TASKS)
+    assert len([x for x in out.splitlines() if x.startswith(tuple(result["plans"]))]) == 4
+    code, out, err = run(
+        ["speed", *flags, "--lengths", "40", "80", "--batches", "1", "2", "--plot", str(tmp_path)], capsys
+    )
+    assert code == 0, err
+    rows = json.loads(out.splitlines()[-1])["speed"]
+    assert len(rows) == 16
+    for r in rows:
+        assert sum(r["kinds"].values()) == r["bytes"] and min(r["kinds"].values()) >= 0
+        assert r["decode_tok_s"] > 0 and 0 < r["bus"] < 1
+        # K and V of the receipt by hand: 3 layers, 2 KV heads of 16 dims, fp32
+        tokens = r["length"] + 24 if r["plan"] == 0 else None
+        assert tokens is None or r["kinds"]["K"] == tokens * r["batch"] * 3 * 2 * 16 * 4
+    for name in ("pareto-60", "needles", "bytes", "speed", "speed-batch2"):
+        data = (tmp_path / f"{name}.png").read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 5000
+
+
+@pytest.mark.slow
+def test_memory_is_the_receipt_of_processes_of_their_own(tiny, capsys):
+    flags = ["memory", "--model", str(tiny("llama31")[0]), "--dtype", "float32", "--lengths", "200"]
+    code, out, err = run([*flags, "--plans", "snapkv:budget=64", "simlayer"], capsys)
+    assert code == 0, err
+    rows = json.loads(out.splitlines()[-1])["memory"]
+    full, snap, lazy = rows[0], rows[3], rows[4]
+    assert full["bytes"] >= full["full_bytes"] > 3 * snap["bytes"] and full["peak_bytes"] > 50 * 2**20
+    assert "threshold" in lazy["refused"]
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["nonsense"], "invalid choice"),
+        (["quality", "--plans", "snapvk"], "did you mean snapkv"),
+        (["quality", "--tasks", "poetry"], "invalid choice"),
+        (["speed", "--full"], "--full is of quality"),
+        (["quality", "--lengths", "0"], "at least 1"),
+        (["quality", "--seeds", "0"], "at least 1"),
+        (["quality", "--json", "/no/such/place/x.json"], "no directory"),
+        (["--model", "no-such-thing"], "no-such-thing"),
+        (["quality", "--budgets", "0%"], "out of range"),
+    ],
+)
+def test_what_is_refused(argv, says, capsys):
+    import bench
+
+    try:
+        code = bench.main([*argv])
+    except SystemExit as e:
+        code = e.code
+    out = capsys.readouterr()
+    assert code == 2 and says in out.err and out.err.count("\n") == 1 and not out.out
+
+
+# ---- peers ---------------------------------------------------------------------------------------------------------
+
+
+def test_transformers_stands_beside_us_on_the_same_weights(tiny, llm_of):
+    from evals.peers import Net
+
+    llm, ids, then = llm_of("g3"), text(40, 2), text(6, 3)
+    net = Net(str(tiny("g3")[0]), torch.float32, torch.device("cpu"))
+    net.start(ids)
+    session = llm.session(6)
+    torch.testing.assert_close(net.logits, session.start([ids]), atol=1e-4, rtol=1e-4)
+    assert net.bytes() == 2 * 3 * 40 * 2 * 16 * 4  # K and V, layers, tokens, KV heads, dims, fp32
+    torch.testing.assert_close(net.feed(then), session.feed(torch.tensor([then]), every=True)[0], atol=1e-4, rtol=1e-4)
+    net.start(ids)
+    first = int(net.logits.argmax())
+    net.step()
+    again = llm.session(6)
+    again.start([ids])
+    torch.testing.assert_close(net.logits, again.feed(torch.tensor([[first]])), atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_not_installed_is_a_row_that_says_so(tiny, llm_of, monkeypatch):
+    from evals import peers
+
+    monkeypatch.setitem(sys.modules, "kvpress", None)
+    llm = llm_of("llama31")
+    assert "not installed" in peers.quality(llm, "x", ["needle"], 100, 1, 0.5, int)[0]["absent"]
+    assert "not installed" in peers.llama_bench(512, "no-such-llama-bench", None, 2)["absent"]
+    assert "--gguf" in peers.llama_bench(512, sys.executable, None, 2)["absent"]
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    found = list(peers.runners(llm, str(tiny("llama31")[0]), text(60, 1), 0.5))
+    assert found[-1][0] == "transformers" and "requirements-peers.txt" in found[-1][1]
+    assert {r.name for r in found[:-1]} >= {"nanokv full", "nanokv snapkv", "nanokv streaming"}
+    assert (ROOT / "requirements-peers.txt").is_file()
+
+
+@pytest.mark.slow
+def test_against_kvpress_where_it_is_installed(smollm):
+    """At equal settings the same tokens stay, so the same questions are solved."""
+    pytest.importorskip("kvpress", reason="kvpress is not installed (pip install -r requirements-peers.txt)")
+    from evals import peers
+
+    rows = {r["name"]: r for r in peers.quality(smollm, "smollm2-135m", ["needle"], 500, 4, 0.5, int)}
+    for name in ("full", "snapkv", "streaming"):
+        row = rows[name]
+        assert [row["ours_aware"], row["ours_agnostic"]] == [row["theirs_aware"], row["theirs_agnostic"]], name
