@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from evals import record, show
+from evals.quality import Item
 from evals.tasks import TASKS
+from nanokv.llm import LLM
+from nanokv.plan import Plan
 from weights.registry import DEFAULT, settings
 
-TUNED = ("snapkv:window=8,kernel=13", "simlayer:recent=256")  # what suits prompts of 1,000 tokens of single digits
+# chosen on these very tasks: pooling as wide as a code of single digits, and a window that leaves something to drop at 1,000 tokens
+TUNED = ("snapkv:window=8,kernel=13", "simlayer:recent=256")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     a("--budgets", nargs="+", metavar="B", help="for plans that name none: 512, 25%%, 64MiB")
     a("--lengths", nargs="+", type=int, metavar="N", help="tokens of prompt")
-    a("--batches", nargs="+", type=int, default=[1], metavar="B", help="rows, for speed")
+    a("--batches", nargs="+", type=int, metavar="B", help="rows, for speed and memory (1)")
     a("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     a("--seeds", type=int, metavar="N", help="texts of each task and length")
     a("--floor", type=float, metavar="F", help="what full must solve, 0 … 1, before other scores are shown")
@@ -59,13 +66,20 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     try:
         return run(args, argv)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
+        if isinstance(e, BrokenPipeError):  # the reader of our tables has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         if settings().debug:
             raise
         return complain(str(e))
     except KeyboardInterrupt:
         print("interrupted" + ("; the same command goes on from here" if args.full else ""), file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as e:  # torch says either, and on each device in other words
+        if settings().debug or not (isinstance(e, MemoryError) or "memory" in str(e)):
+            raise
+        return complain("not enough memory; give smaller --lengths or --batches, or fewer --plans")
 
 
 def complain(message: str) -> int:
@@ -75,39 +89,64 @@ def complain(message: str) -> int:
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     check(args)
-    plans_of(args, ())  # a plan or budget with a mistake is told before a model is loaded
+    plans_of(args, ())  # a mistake in a plan is told before a model is loaded
     from nanokv import load
 
     bar = sys.stderr.isatty() and not args.quiet
     llm = load(args.model, device=args.device, dtype=args.dtype, bar=bar)
-    packages = ["torch", "triton"] + ["transformers", "kvpress"] * (args.what in ("peers", "all"))
-    result = {"what": args.what, **record.facts(llm, ["bench.py", *argv], packages)}
-    print(f"{llm.name} · {result['machine']} · {llm.dtypes['prefill']}/{llm.dtypes['decode']}", file=sys.stderr)
-    t0 = time.perf_counter()
+    extra = ["transformers", "kvpress", "optimum-quanto", "hqq"] if args.what in ("peers", "all") else []
+    facts = record.facts(llm, ["torch", "triton", *extra])
+    print(f"{llm.name} · {facts['machine']} · {llm.dtypes['prefill']}/{llm.dtypes['decode']}", file=sys.stderr)
+    job = Job(args, llm, facts, bar)
     parts = {"quick": quick, "quality": quality, "speed": speed, "memory": memory, "peers": peers}
+    result = {"what": args.what, "command": "python " + shlex.join(["bench.py", *argv]), **facts, "plans": {}}
+    t0 = time.perf_counter()
     for name in ("quality", "speed", "memory", "peers") if args.what == "all" else (args.what,):
-        result |= parts[name](args, llm, Bar(bar))
+        made = parts[name](job)
+        result = {**result, **made, "plans": result["plans"] | made.get("plans", {})}
     result["seconds"] = round(time.perf_counter() - t0, 1)
+    print(json.dumps(result), flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if job.journal:
+        job.journal.file.unlink()
     if args.plot:
         from evals.plots import draw
 
         for file in draw(result, Path(args.plot)):
             print(f"wrote {file}", file=sys.stderr)
-    if args.json:
-        write(args.json, json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
     return 0
 
 
+USES = {  # which part listens to which flag; quick is a small one of quality and speed
+    "plans": ("quick", "quality", "speed", "memory"),
+    "budgets": ("quick", "quality", "speed", "memory", "peers"),
+    "lengths": ("quick", "quality", "speed", "memory", "peers"),
+    "batches": ("speed", "memory"),
+    "tasks": ("quick", "quality", "peers"),
+    "seeds": ("quick", "quality", "peers"),
+    "floor": ("quick", "quality"),
+    "full": ("quality",),
+    "gguf": ("peers",),
+}
+
+
 def check(args: argparse.Namespace) -> None:
+    for flag, parts in USES.items():
+        if getattr(args, flag) and args.what not in (*parts, "all"):
+            raise ValueError(f"--{flag} is of {' and '.join(parts)}, not of {args.what}; leave it out")
     for flag in ("lengths", "batches", "seeds"):
         value = getattr(args, flag)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             raise ValueError(f"--{flag} is {value}; give numbers of at least 1")
-    if args.full and args.what not in ("quality", "all"):
-        raise ValueError(f"--full is of quality, not of {args.what}; leave it out, or give `bench.py quality --full`")
-    if args.json and not Path(args.json).parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no directory {Path(args.json).parent}; make it first")
+    if args.what == "quick" and len(args.lengths or [1]) > 1:
+        raise ValueError("without a part to run, bench.py takes one length; give one, or run quality or speed")
+    for flag, file in (("json", args.json), ("plot", args.plot)):
+        folder = Path(file or ".") if flag == "plot" and Path(file or ".").exists() else Path(file or ".").parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK) or (flag == "json" and Path(file or "x").is_dir()):
+            raise ValueError(
+                f"--{flag} {file} cannot be written; give a {'file' if flag == 'json' else 'folder'} in a directory of yours"
+            )
     if args.plot:
         try:
             import matplotlib  # noqa: F401
@@ -115,20 +154,17 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError("--plot needs matplotlib; pip install matplotlib, or leave --plot out") from None
 
 
-def write(file: str, text: str) -> None:
-    try:
-        Path(file).write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise ValueError(f"--json {file} cannot be written ({e.strerror}); the result is on standard output") from None
+@dataclass
+class Job:
+    """What every part of a run needs."""
 
+    args: argparse.Namespace
+    llm: LLM
+    facts: dict
+    on: bool  # a terminal watches
+    journal: record.Journal | None = None
 
-class Bar:
-    """Progress on a terminal, nothing elsewhere."""
-
-    def __init__(self, on: bool):
-        self.on = on
-
-    def __call__(self, things: Sequence, name: str) -> tqdm:
+    def bar(self, things: Sequence, name: str) -> tqdm:
         return tqdm(things, desc=name, leave=False, disable=not self.on)
 
 
@@ -143,9 +179,8 @@ def plans_of(args: argparse.Namespace, budgets: Sequence[str]) -> dict:
 # ---- the parts: each prints its tables and returns its share of the result -------------------------------------------
 
 
-def quality(args: argparse.Namespace, llm, bar: Bar) -> dict:
-    from evals.quality import Item
-
+def quality(job: Job) -> dict:
+    args = job.args
     plans = plans_of(args, ("50%", "25%", "10%") if args.full else ("25%",))
     tasks = args.tasks or list(TASKS)
     lengths, seeds = args.lengths or ([1000, 2000] if args.full else [1000]), args.seeds or (20 if args.full else 5)
@@ -153,72 +188,65 @@ def quality(args: argparse.Namespace, llm, bar: Bar) -> dict:
     if args.full and args.lengths is None and "needle" in tasks:  # the rest of the grid
         items += [Item("needle", n, s) for n in (500, 3000) for s in range(seeds)]
     texts = [(n, seed) for n in lengths for seed in range(3 if args.full else 1)]
-    return judge(args, llm, bar, plans, items, texts, 64 if args.full else 32)
+    found = judge(job, plans, items, texts, 64 if args.full else 32)
+    print(show.quality(found["quality"]))
+    print(
+        f"on the text that follows, and where greedy departs from what it writes under full:\n{show.fidelity(found['fidelity'])}\n"
+    )
+    return found
 
 
-def judge(
-    args: argparse.Namespace, llm, bar: Bar, plans: dict, items: list, texts: list, n: int, quiet: bool = False
-) -> dict:
-    """Tasks and fidelity of all plans; n: tokens of text on which fidelity is taken."""
+def judge(job: Job, plans: dict[str, Plan], items: list[Item], texts: list[tuple[int, int]], n: int) -> dict:
+    """Tasks and fidelity of all plans; texts: (length, seed) of those on whose next n tokens fidelity is taken."""
     from evals import quality as q
 
-    names, chosen = list(plans), list(plans.values())
-    journal = None
+    args, llm, names, chosen = job.args, job.llm, list(plans), list(plans.values())
     if args.full:
-        file = Path((args.json or "quality.json") + ".part")
-        journal = record.Journal(
-            file, {"model": llm.name, "dtype": llm.dtypes, "plans": [str(p) for p in chosen], "n": n}
-        )
-    done = {} if journal is None else journal.done
+        given = {"plans": [str(p) for p in chosen], "fidelity": n}
+        job.journal = record.Journal(Path((args.json or "quality.json") + ".part"), job.facts | given)
+    done = job.journal.done if job.journal else {}
 
     def keep(key: str, work: Callable[[], list[dict]]) -> list[dict]:
         if key not in done:
             found = work()
-            if journal is None:
+            if job.journal is None:
                 return found
-            journal.keep(key, found)
+            job.journal.keep(key, found)
         return done[key]
 
     if args.full:
         estimate(llm, chosen, items, texts, n, done)
-    tests = {i: keep(str(i), lambda i=i: q.judge(llm, chosen, i)) for i in bar(items, "tasks")}
-    held = [
-        {**f, "length": length}
-        for length, seed in bar(texts, "fidelity")
-        for f in keep(f"fidelity {length} {seed}", lambda a=length, s=seed: q.fidelity(llm, chosen, s, a, n))
-    ]
-    summary = q.summary(llm.name, names, tests, args.floor)
-    if not quiet:
-        print(show.quality(summary))
-        print(f"the {n} tokens after a text, and the {n} that full's greedy writes:\n{show.fidelity(names, held)}\n")
-    result = {
-        "plans": {k: str(p) for k, p in plans.items()},
-        "quality": summary,
-        "grid": q.grid(names, tests),
-        "fidelity": held,
+    tests = {i: keep(str(i), lambda i=i: q.judge(llm, chosen, i)) for i in job.bar(items, "tasks")}
+    near = {
+        t: keep(f"fidelity {t}", lambda t=t: q.fidelity(llm, chosen, t[1], t[0], n)) for t in job.bar(texts, "fidelity")
     }
-    if journal is not None:
-        if args.json:
-            write(args.json, json.dumps(result) + "\n")  # before the journal goes
-        journal.file.unlink()
-    return result
+    parts = q.summary(llm.name, names, tests, args.floor)
+    means = {
+        n: show.averages([p for p in parts if p["length"] == n]) for n in dict.fromkeys(p["length"] for p in parts)
+    }
+    texts_of = {k: str(p) for k, p in plans.items()}
+    result = {"plans": texts_of, "averages": means, "quality": parts, "grid": q.grid(names, tests, parts)}
+    return result | {"fidelity": q.merged(names, near)}
 
 
-def estimate(llm, plans: list, items: list, texts: list, n: int, done: dict) -> None:
-    """Say what is to do and how long it will take, by two texts of different length."""
+def estimate(llm: LLM, plans: list[Plan], items: list[Item], texts: list[tuple[int, int]], n: int, done: dict) -> None:
+    """Say what is to do and how long it will take, by two short texts and one stretch of fidelity."""
     from evals import quality as q
 
     left = [i for i in items if str(i) not in done]
-    reads = [t for t in texts if f"fidelity {t[0]} {t[1]}" not in done]
-    q.judge(llm, plans[:1], q.Item("needle", 64, 0))
-    cost = {}
-    for length in (256, 1024):
+    reads = [t for t in texts if f"fidelity {t}" not in done]
+    q.judge(llm, plans[:1], q.Item("needle", 64, 0))  # the process's first products are slow
+    cost, small = [], min(i.length for i in items) // 4
+    for work in (
+        lambda: q.judge(llm, plans, q.Item("multiquery", small, 1)),
+        lambda: q.judge(llm, plans, q.Item("multiquery", 2 * small, 1)),
+        lambda: q.fidelity(llm, plans[:2], 0, 2 * small, 8),
+    ):
         t0 = time.perf_counter()
-        q.judge(llm, plans, q.Item("needle", length, 1))
-        cost[length] = time.perf_counter() - t0
-    slope = max(0.0, cost[1024] - cost[256]) / 768
-    seconds = sum(cost[256] + slope * (i.length - 256) for i in left) * 1.1  # other tasks have more to answer
-    seconds += len(reads) * len(plans) * 2 * n * 0.04
+        work()
+        cost.append(time.perf_counter() - t0)
+    slope = max(0.0, cost[1] - cost[0]) / small
+    seconds = sum(cost[0] + slope * (i.length - small) for i in left) + len(reads) * len(plans) * n / 16 * cost[2]
     print(
         f"plan: {len(plans)} plans × {len(items)} texts under both protocols, fidelity on {len(texts)} texts; "
         f"{len(items) - len(left) + len(texts) - len(reads)} of these are done already; about {seconds / 60:.0f} minutes to go",
@@ -226,94 +254,83 @@ def estimate(llm, plans: list, items: list, texts: list, n: int, done: dict) -> 
     )
 
 
-def speed(args: argparse.Namespace, llm, bar: Bar) -> dict:
+def speed(job: Job) -> dict:
     from evals import speed as s
 
-    plans, limit = plans_of(args, ("25%",)), s.ceiling(llm.device)
+    args, plans, limit = job.args, plans_of(job.args, ("25%",)), s.ceiling(job.llm.device)
     print(f"memory bus: this process reads {limit / 1e9:.1f} GB/s; a step reads weights and cache once")
-    sizes = [(n, b) for n in args.lengths or [512, 2048, 4096] for b in args.batches]
-    found = [r for n, b in bar(sizes, "speed") for r in s.speed(llm, list(plans.values()), n, b, limit)]
-    print(show.speed(list(plans), found) + "\n")
+    sizes = [(n, b) for n in args.lengths or [512, 2048, 4096] for b in args.batches or [1]]
+    found = [r for n, b in job.bar(sizes, "speed") for r in s.speed(job.llm, plans, n, b, limit)]
+    print(show.speed(found) + "\n")
     return {"plans": {k: str(p) for k, p in plans.items()}, "ceiling": limit, "speed": found}
 
 
-def memory(args: argparse.Namespace, llm, bar: Bar) -> dict:
+def memory(job: Job) -> dict:
     from evals import speed as s
 
-    plans = plans_of(args, ("25%",))
-    flags = ["--device", args.device, "--dtype", args.dtype]
-    texts, found = [str(p) for p in plans.values()], []
-    for n in bar(args.lengths or [512, 4096], "memory"):
-        found += s.memory(llm, args.model, texts, [n], flags)
-    print(show.memory(list(plans), found) + "\n")
+    args, plans = job.args, plans_of(job.args, ("25%",))
+    model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
+    sizes = [(n, b) for n in args.lengths or [512, 4096] for b in args.batches or [1]]
+    found = [r for n, b in job.bar(sizes, "memory") for r in s.memory(plans, n, b, model, args.device, args.dtype)]
+    print(show.memory(found) + "\n")
     return {"plans": {k: str(p) for k, p in plans.items()}, "memory": found}
 
 
-def peers(args: argparse.Namespace, llm, bar: Bar) -> dict:
-    import torch
-
+def peers(job: Job) -> dict:
     from evals import peers as p
 
-    kept = float((args.budgets or ["25%"])[0].rstrip("%")) / 100
+    args, llm = job.args, job.llm
+    budgets, tasks, seeds = args.budgets or ["25%", "50%"], args.tasks or ["needle", "multikey"], args.seeds or 20
+    if not all(b.endswith("%") and 0 < p.share(b) <= 1 for b in budgets):
+        raise ValueError(
+            f"--budgets is {' '.join(budgets)}; kvpress takes shares only: give percents, for speed and for quality"
+        )
     found = []
-    for n in bar(args.lengths or [512, 4096], "peers: speed"):
-        found += p.speed(llm, args.model, n, kept)
-        found.append(p.llama_bench(n, args.llama_bench, args.gguf, torch.get_num_threads()))
-    print(f"decode in turns, {kept:.0%} kept by policies\n{show.peers_speed(found)}\n")
-    tasks, seeds = args.tasks or ["needle", "multikey"], args.seeds or 20
-    with bar(range(len(tasks) * seeds), "peers: quality") as progress:
-        scores = p.quality(llm, args.model, tasks, 1000, seeds, 0.5, progress.update)
-    print(f"the same {seeds} texts of 1000 tokens, 50% kept\n{show.peers_quality(scores)}\n")
+    for n in job.bar(args.lengths or [512, 4096], "peers: speed"):
+        found += p.speed(llm, args.model, n, budgets[0])
+        found.append(p.llama_bench(n, args.llama_bench, args.gguf))
+    print(f"decode in turns, {budgets[0]} kept by policies\n{show.peers_speed(found)}\n")
+    with job.bar(range(2 * len(tasks) * seeds), "peers: quality") as progress:
+        scores = p.quality(llm, args.model, tasks, 1000, seeds, budgets[-1], progress.update)
+    print(f"the same {seeds} texts of 1000 tokens, {budgets[-1]} kept\n{show.peers_quality(scores)}\n")
     return {"peers_speed": found, "peers_quality": scores}
 
 
-def quick(args: argparse.Namespace, llm, bar: Bar) -> dict:
+def quick(job: Job) -> dict:
     """Everything small, in one table."""
     from evals import speed as s
-    from evals.quality import Item
+    from nanokv.cache import mib
 
-    plans = plans_of(args, ("25%",))
-    seeds, length = args.seeds or 5, (args.lengths or [1000])[0]
+    args, plans = job.args, plans_of(job.args, ("25%",))
+    seeds, length, top = args.seeds or 5, (args.lengths or [1000])[0], job.llm.config.max_position_embeddings
     items = [Item(t, length, seed) for t in args.tasks or TASKS for seed in range(seeds)]
-    result = judge(args, llm, bar, plans, items, [(length, 0)], 32, quiet=True)
-    limit, long = s.ceiling(llm.device), 4 * length
-    times = s.speed(llm, list(plans.values()), long, 1, limit)
+    found = judge(job, plans, items, [(length, 0)], 32)
+    limit, long = s.ceiling(job.llm.device), max(length, min(4 * length, top - 64))
+    times = s.speed(job.llm, plans, long, 1, limit)
     rows = []
-    for i, name in enumerate(plans):
-        scores = show.averages(result["quality"], name) if name in result["quality"][0]["plans"] else {}
-        near, t = result["fidelity"][i], times[i]
-        cells = ["-" if x is None else f"{x:.0%}" for x in scores.values()] or ["-"] * 3
-        cells += [f"{near['kl_mean']:.3f}", f"{near['top1']:.0%}"]
-        if "refused" in t:
-            cells += ["-"] * 5
-        else:
-            from nanokv.cache import mib
-
-            cells += [f"{t['prefill_s']:.1f}", f"{t['decode_tok_s']:.1f}", f"{t['bus']:.0%}", mib(t["bytes"])]
-            cells.append(f"{t['full_bytes'] / t['bytes']:.1f}x")
-        rows.append([name, *cells])
-    head = [
-        "plan",
-        "aware",
-        "agnostic",
-        "turn 2",
-        "KL",
-        "same top",
-        "prefill s",
-        "tok/s",
-        "of the bus",
-        "cache",
-        "less by",
-    ]
-    print(show.table(head, rows))
-    refused = [p["refused"] for p in result["quality"] if "refused" in p]
-    print("\n".join(f"! {r}" for r in refused) or "no task was refused: full reached its floor in all")
+    for name in plans:
+        mean, near = found["averages"][length].get(name), next(f for f in found["fidelity"] if f["plan"] == name)
+        t = next(t for t in times if t["plan"] == name)
+        cells = [show.percent(mean[k]) for k in ("aware", "agnostic", "turn2")] if mean else ["-"] * 3
+        cells += [mib(int(mean["bytes"])), f"{mean['ratio']:.1f}x"] if mean else ["-"] * 2
+        cells += ["-"] * 2 if "refused" in near else [f"{near['kl_mean']:.3f}", show.percent(near["top1"])]
+        cells += (
+            ["-"] * 3
+            if "refused" in t
+            else [f"{t['prefill_s']:.1f}", f"{t['decode_tok_s']:.1f}", show.percent(t["bus"])]
+        )
+        rows.append([name, *cells, "-" if "refused" in t else f"{t['full_bytes'] / t['bytes']:.1f}x"])
+    head = ["plan", "aware", "agnostic", "turn 2", "cache", "less by", "KL", "same top"]
+    print(show.table([*head, f"at {long}: prefill s", "tok/s", "of the bus", "less by"], rows))
+    refused = [p["refused"] for p in found["quality"] if "refused" in p]
+    refused += [f"{f['plan']}: {f['refused']}" for f in found["fidelity"] if "refused" in f]
+    print("\n".join(f"! {r}" for r in refused) or "nothing was refused: full reached its floor in every task")
     print(
-        f"\naware, agnostic, turn 2: % solved of {len(args.tasks or TASKS)} tasks × {seeds} texts of {length} tokens\n"
-        f"KL in nats, same top token: against full, on 32 tokens of text\n"
-        f"seconds and bytes at {long} tokens; bus: of the {limit / 1e9:.1f} GB/s that this process reads"
+        f"\naware, agnostic, turn 2: % solved of {len(args.tasks or TASKS)} tasks × {seeds} texts of {length} tokens, and the cache there\n"
+        f"KL in nats, same top token: against full, on 32 tokens of text after {length}\n"
+        f"prefill, decode, cache at {long} tokens; bus: of the {limit / 1e9:.1f} GB/s that this process reads"
     )
-    return result | {"ceiling": limit, "speed": times}
+    return found | {"ceiling": limit, "speed": times}
 
 
 if __name__ == "__main__":

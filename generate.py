@@ -74,7 +74,11 @@ def parser() -> argparse.ArgumentParser:
     )
     a("--json", metavar="FILE", help="write the result and the cache report")
     a("--explain", action="store_true", help="show per layer which positions survived")
-    a("--compare", metavar="PLAN", help="how far the answer's odds are from those under another plan, such as full")
+    a(
+        "--compare",
+        metavar="PLAN",
+        help="how far this plan's odds are from another's, such as full, on what that one writes",
+    )
     a("--xray", metavar="FILE.html", help="the text, each token as dark as it is still remembered")
     a(
         "--plan",
@@ -128,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plan:
         return show_sizes(args)
     from nanokv import Sampling, load
+    from nanokv.llm import peak_bytes
 
     plan = parse_plan(args.policy, args.kv_budget)
     reference = parse_plan(args.compare, None) if args.compare else None
@@ -166,11 +171,14 @@ def run(args: argparse.Namespace) -> int:
     show(turn)
     if args.explain:
         draw(session)
-    other = None
+    peak, other, problem = peak_bytes(llm.device), None, None  # the peak is this plan's, before another one runs
     if reference and not turn.interrupted:
-        other = compare(llm, reference, prompt, then, args)
-        say(f"against {args.compare}, over what greedy writes there: {other}")
-    for line in end_block(llm, session, turn, args):
+        try:
+            other = compare(llm, reference, prompt, then, args)
+            say(f"against {args.compare}, on what greedy writes there: {other}")
+        except ValueError as e:  # the answer is there all the same, and its receipt comes first
+            problem = str(e)
+    for line in end_block(llm, session, turn, peak, args):
         say(line)
     if args.xray:
         from nanokv.explain import xray
@@ -178,7 +186,9 @@ def run(args: argparse.Namespace) -> int:
         pieces = [llm.tokenizer.decode([i]) for i in (*prompt, *then, *turn.ids[0])]
         write(args.xray, "--xray", xray(session, pieces))
     if args.json:
-        write_json(args.json, llm, session, turn, other)
+        write_json(args.json, llm, session, turn, peak, other)
+    if problem:
+        return complain(f"--compare {args.compare}: {problem}")
     return 130 if turn.interrupted else 0
 
 
@@ -227,7 +237,7 @@ def compare(llm, reference, prompt: list[int], then: list[int], args: argparse.N
     from nanokv.fidelity import against
 
     eos = () if args.ignore_eos else llm.tokenizer.eos
-    return against(llm, reference, prompt, then, args.max_new_tokens, eos, args.allow_overflow)
+    return against(llm, reference, prompt, then, args.max_new_tokens, eos, args.allow_overflow, args.chunk)
 
 
 def check(args: argparse.Namespace) -> str | None:
@@ -400,9 +410,8 @@ def rate(n: int, seconds: float) -> float:
     return n / seconds if seconds else 0.0
 
 
-def end_block(llm, session, turn, args: argparse.Namespace) -> list[str]:
+def end_block(llm, session, turn, peak: int, args: argparse.Namespace) -> list[str]:
     from nanokv.cache import mib
-    from nanokv.llm import peak_bytes
 
     report, name = session.report(), session.plan.names[0]
     lines = [
@@ -410,7 +419,7 @@ def end_block(llm, session, turn, args: argparse.Namespace) -> list[str]:
         f"prefill {turn.prompt_tokens} tok, {turn.prefill_s:.2f} s, {rate(turn.prompt_tokens, turn.prefill_s):.0f} tok/s",
         f"decode {turn.counted} tok, {turn.decode_s:.2f} s, {rate(turn.counted, turn.decode_s):.1f} tok/s "
         f"(without the first step, the warm-up); ended by {', '.join(dict.fromkeys(turn.reasons))}",
-        f"peak memory {mib(peak_bytes(llm.device))}",
+        f"peak memory {mib(peak)}",
     ]
     if args.chunk:
         lines[-1] += "; prefilled in chunks, so the whole prompt's cache was alive at once"
@@ -422,12 +431,10 @@ def end_block(llm, session, turn, args: argparse.Namespace) -> list[str]:
     return [*lines, str(report)]
 
 
-def write_json(file: str, llm, session, turn, other) -> None:
+def write_json(file: str, llm, session, turn, peak: int, other) -> None:
     from dataclasses import asdict
 
     import torch
-
-    from nanokv.llm import peak_bytes
 
     report = session.report()
     common = {
@@ -445,7 +452,7 @@ def write_json(file: str, llm, session, turn, other) -> None:
         "decode_s": turn.decode_s,
         "prefill_tok_s": rate(turn.prompt_tokens, turn.prefill_s),
         "decode_tok_s": rate(turn.counted, turn.decode_s),
-        "peak_bytes": peak_bytes(llm.device),
+        "peak_bytes": peak,
     }
     rows = [
         {

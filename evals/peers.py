@@ -21,6 +21,7 @@ from evals.quality import PROTOCOLS, Item, mean, script, solved, text_of
 from evals.speed import ROUNDS, STEPS, in_turn, timed
 from nanokv import parse
 from nanokv.llm import LLM
+from nanokv.plan import POLICIES, Plan
 from weights.fetch import locate
 
 INSTALL = "pip install -r requirements-peers.txt"
@@ -28,13 +29,14 @@ INSTALL = "pip install -r requirements-peers.txt"
 
 @dataclass(frozen=True)
 class Pair:
-    """One method in both programs, with the same settings. kept: the share that stays, 0 … 1."""
+    """One method in both programs, as alike as their settings allow. kept: the share that stays, 0 … 1."""
 
     name: str
-    ours: str  # a plan; one that nanokv does not know yet is a row without our figures
+    ours: str  # a plan; of a method that nanokv does not know yet there is their figure alone
     press: str  # of kvpress, by class
     settings: dict[str, Any]
     inner: tuple[str, dict[str, Any]] | None = None  # a press inside the press
+    differs: str = ""  # what no setting makes alike
 
     def build(self, kept: float) -> Any:
         import kvpress
@@ -49,7 +51,6 @@ class Pair:
 
 
 SNAP = {"window_size": 8, "kernel_size": 13}
-# kvpress pools by average, counts the recent tokens of a lazy layer without the last one, and lets it grow
 PAIRS = (
     Pair("snapkv", "snapkv:budget={},window=8,kernel=13,pool=avg", "SnapKVPress", SNAP),
     Pair("snapkv, kvpress's defaults", "snapkv:budget={},window=64,kernel=5,pool=avg", "SnapKVPress", {}),
@@ -59,8 +60,8 @@ PAIRS = (
         "simlayer:threshold=0.9,window=1,recent=255,roll=false",
         "SimLayerKVPress",
         {"lazy_threshold": 0.9, "n_recent": 256},
+        differs="kvpress judges a layer without the last query's attention to itself, so fewer layers are lazy",
     ),
-    Pair("random", "random:budget={},window=1", "RandomPress", {"seed": 0}),
     Pair("tova", "tova:budget={}", "TOVAPress", {}),
     Pair("knorm", "knorm:budget={}", "KnormPress", {}),
     Pair("keydiff", "keydiff:budget={}", "KeyDiffPress", {}),
@@ -147,14 +148,13 @@ class Runner:
     compile_s: float = 0.0
 
 
-def runners(llm: LLM, model: str, ids: list[int], kept: float) -> Iterator[Runner | tuple[str, str]]:
+def runners(llm: LLM, model: str, ids: list[int], budget: str) -> Iterator[Runner | tuple[str, str]]:
     """Every contender after its prefill, or (name, why it is not there)."""
-    room, budget = ROUNDS * STEPS + 3, f"{kept:.0%}"
-    known = [p for p in PAIRS if _plan(p, budget)]
-    plans = {"full": "full"} | {p.name: _plan(p, budget) for p in known}
-    llm.session(1).start([ids[:64]])
+    room, kept = ROUNDS * STEPS + 3, share(budget)
+    plans = {"full": parse("full")} | {p.name: plan for p in PAIRS if (plan := _plan(p, budget))}
+    llm.session(room).start([ids])  # everybody's first prompt of a shape is slow; theirs see it twice too
     for name, plan in plans.items():
-        session, out = llm.session(room, plan=parse(plan)), []
+        session, out = llm.session(room, plan=plan), []
         seconds = timed(lambda s=session, o=out: o.append(s.start([ids])), llm.device)
         yield Runner(f"nanokv {name}", seconds, _ours(session, out), lambda s=session: s.report().bytes)
     try:
@@ -162,19 +162,21 @@ def runners(llm: LLM, model: str, ids: list[int], kept: float) -> Iterator[Runne
     except ImportError:
         yield "transformers", f"not installed ({INSTALL})"
         return
-    types = {
-        t: getattr(torch, t) for t in dict.fromkeys([llm.dtypes["prefill"], "bfloat16", "float32"]) if t != "float16"
-    }
-    for name, dtype in types.items():
-        yield _run(f"transformers DynamicCache {name}", Net(model, dtype, llm.device), ids)
-    dtype = next(iter(types.values()))
-    net = Net(model, dtype, llm.device)
-    yield _guard("transformers StaticCache + compile", lambda: _compiled(net, ids, room))
-    config = net.net.config
+    # every runner has weights of its own: a press leaves marks on the modules that a neighbour's step would meet
+    types = dict.fromkeys([llm.dtypes["prefill"], "bfloat16", "float32"])
+    for t in types:
+        name = f"transformers DynamicCache {t}"
+        yield _guard(name, lambda n=name, t=t: _run(n, Net(model, getattr(torch, t), llm.device), ids))
+    dtype = getattr(torch, next(iter(types)))
+    name = "transformers StaticCache + compile"
+    yield _guard(name, lambda n=name: _compiled(n, Net(model, dtype, llm.device), ids, room))
+
+    def quantised(net: Net, backend: str) -> Callable[[], Any]:
+        return lambda: transformers.QuantizedCache(backend=backend, config=net.net.config, nbits=4)
+
     for backend in ("quanto", "hqq"):
-        make = lambda b=backend: transformers.QuantizedCache(backend=b, config=config, nbits=4)  # noqa: E731
-        name = f"transformers QuantizedCache {backend} 4 bit"
-        yield _guard(name, lambda n=name, m=make: _run(n, Net(model, dtype, llm.device), ids, m()))
+        name, net = f"transformers QuantizedCache {backend} 4 bit", Net(model, dtype, llm.device)
+        yield _guard(name, lambda n=name, net=net, b=backend: _run(n, net, ids, quantised(net, b)))
     try:
         import kvpress  # noqa: F401
     except ImportError:
@@ -187,14 +189,14 @@ def runners(llm: LLM, model: str, ids: list[int], kept: float) -> Iterator[Runne
         )
 
 
-def _plan(pair: Pair, budget: str) -> str | None:
+def _plan(pair: Pair, budget: str) -> Plan | None:
     """Our plan of a pair, if nanokv has that method by now."""
-    plan = pair.ours.format(budget)
-    try:
-        parse(plan)
-    except ValueError:
-        return None
-    return plan
+    return parse(pair.ours.format(budget)) if pair.ours.partition(":")[0] in POLICIES else None
+
+
+def share(budget: str) -> float:
+    """ "25%" → 0.25."""
+    return float(budget[:-1]) / 100
 
 
 def _ours(session, out: list[torch.Tensor]) -> Callable[[], None]:
@@ -204,16 +206,18 @@ def _ours(session, out: list[torch.Tensor]) -> Callable[[], None]:
     return step
 
 
-def _run(name: str, net: Net, ids: list[int], cache: Any = None, press: Any = None) -> Runner:
-    seconds = timed(lambda: net.start(ids, cache, press), net.device)
+def _run(name: str, net: Net, ids: list[int], cache: Callable[[], Any] | None = None, press: Any = None) -> Runner:
+    """After a first prompt that does not count, the timed one, and a step that proves that there can be steps."""
+    net.start(ids, cache and cache(), press)
+    seconds = timed(lambda: net.start(ids, cache and cache(), press), net.device)
+    net.step()
     return Runner(name, seconds, net.step, net.bytes)
 
 
-def _compiled(net: Net, ids: list[int], room: int) -> Runner:
+def _compiled(name: str, net: Net, ids: list[int], room: int) -> Runner:
     from transformers import StaticCache
 
-    cache = StaticCache(config=net.net.config, max_cache_len=len(ids) + room)
-    runner = _run("transformers StaticCache + compile", net, ids, cache)
+    runner = _run(name, net, ids, lambda: StaticCache(config=net.net.config, max_cache_len=len(ids) + room))
     net.call = torch.compile(net.net.forward)
     runner.compile_s = timed(lambda: (net.step(), net.step()), net.device)
     return runner
@@ -224,15 +228,19 @@ def _guard(name: str, make: Callable[[], Runner]) -> Runner | tuple[str, str]:
     try:
         return make()
     except ImportError as e:
-        return name, f"not installed ({str(e).splitlines()[0][:60]}; {INSTALL})"
+        return name, f"not installed ({_line(e)}; {INSTALL})"
     except Exception as e:  # whatever a peer raises
-        return name, f"failed: {type(e).__name__}: {(str(e) or ' ').splitlines()[0][:90]}"
+        return name, f"failed: {type(e).__name__}: {_line(e)}"
 
 
-def speed(llm: LLM, model: str, length: int, kept: float) -> list[dict]:
+def _line(e: Exception) -> str:
+    return (str(e) or " ").splitlines()[0][:90]
+
+
+def speed(llm: LLM, model: str, length: int, budget: str) -> list[dict]:
     """Prefill and decode at one length; decode steps take turns."""
     ids, rows, ready = text_of(llm, 0, length), [], []
-    for made in runners(llm, model, ids, kept):
+    for made in runners(llm, model, ids, budget):
         if isinstance(made, tuple):
             rows.append({"name": made[0], "length": length, "absent": made[1]})
         else:
@@ -245,67 +253,84 @@ def speed(llm: LLM, model: str, length: int, kept: float) -> list[dict]:
     return rows
 
 
-def llama_bench(length: int, program: str, gguf: str | None, threads: int) -> dict:
+def llama_bench(length: int, program: str, gguf: str | None) -> dict:
     """llama.cpp's own benchmark on a .gguf file of the same model: prefill of `length`, and decode at that depth."""
     row, found = {"name": "llama.cpp", "length": length}, shutil.which(program)
     if found is None:
         return row | {"absent": "llama-bench is not installed; build llama.cpp and give --llama-bench PATH"}
     if gguf is None:
         return row | {"absent": "llama-bench is here, but no model for it; give --gguf FILE"}
-    command = [found, "-m", gguf, "-p", str(length), "-n", "0", "-r", "2", "-t", str(threads), "-o", "json"]
-    decode = [*command[:3], "-p", "0", "-n", "24", "-d", str(length), "-r", "2", "-t", str(threads), "-o", "json"]
+    common = [found, "-m", gguf, "-r", "2", "-t", str(torch.get_num_threads()), "-o", "json"]
+    works = (["-p", str(length), "-n", "0"], ["-p", "0", "-n", "24", "-d", str(length)])
     try:
-        made = [
-            json.loads(subprocess.run(c, capture_output=True, text=True, check=True).stdout)[0]
-            for c in (command, decode)
-        ]
-    except (subprocess.CalledProcessError, ValueError, IndexError) as e:
-        return row | {"absent": f"llama-bench failed: {str(e).splitlines()[0][:90]}"}
-    row["name"] += f" {made[0]['model_type']}, its own process"
-    return row | {"prefill_s": length / made[0]["avg_ts"], "compile_s": 0.0, "decode_tok_s": made[1]["avg_ts"]}
+        done = [subprocess.run([*common, *w], capture_output=True, text=True, check=True) for w in works]
+        prefill, decode = (json.loads(d.stdout)[0] for d in done)
+        row["name"] += f" {prefill['model_type']}, a process of its own"
+        return row | {"prefill_s": length / prefill["avg_ts"], "compile_s": 0.0, "decode_tok_s": decode["avg_ts"]}
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError, KeyError) as e:
+        return row | {"absent": f"llama-bench failed: {_line(e)}"}
 
 
 # ---- quality -------------------------------------------------------------------------------------------------------
 
 
 def quality(
-    llm: LLM, model: str, tasks: Sequence[str], length: int, seeds: int, kept: float, tick: Callable[[], Any]
+    llm: LLM, model: str, tasks: Sequence[str], length: int, seeds: int, budget: str, tick: Callable[[], Any]
 ) -> list[dict]:
-    """Both programs' scores on the same texts, and the bytes that their caches hold after the prompt."""
+    """Both programs' scores on the same texts, and the bytes that their caches hold after the turn."""
     try:
         import kvpress  # noqa: F401
     except ImportError:
         return [{"name": "kvpress", "absent": f"not installed ({INSTALL})"}]
     net = Net(model, getattr(torch, llm.dtypes["prefill"]), llm.device)
-    budget = f"{kept:.0%}"
-    plans = {p.name: parse(_plan(p, budget)) for p in PAIRS if _plan(p, budget)}
+    plans = {"full": parse("full")} | {p.name: plan for p in PAIRS if (plan := _plan(p, budget))}
+    presses = {"full": None} | {p.name: p for p in PAIRS}
     found: dict[tuple, list[tuple[float, int]]] = {}
+    failed: dict[str, str] = {}
     for task in tasks:
         for seed in range(seeds):
             made = Item(task, length, seed).make(llm.tokenizer)
             for protocol in PROTOCOLS:
                 ids, turns = script(made, llm.tokenizer, protocol)
-                turn = turns[0]
-                names = ["full", *plans]
-                for i, start in begin(llm, [parse("full"), *plans.values()], ids, len(turn.ids)):
+                for i, start in begin(llm, list(plans.values()), ids, len(turns[0].ids)):
                     session, before = start()
-                    size = session.report().live_bytes
-                    after = session.feed(torch.tensor([turn.ids], device=llm.device), every=True)[0]
-                    found.setdefault((task, names[i], "ours", protocol), []).append((solved(before, after, turn), size))
-                for pair in [None, *PAIRS]:
-                    name = pair.name if pair else "full"
-                    net.start(ids, press=pair.build(kept) if pair else None)
-                    size, before = net.bytes(), net.logits
-                    score = solved(before, net.feed(turn.ids), turn)
-                    found.setdefault((task, name, "theirs", protocol), []).append((score, size))
+                    after = session.feed(torch.tensor([turns[0].ids], device=llm.device), every=True)[0]
+                    got = solved(before, after, turns[0]), session.report().bytes
+                    found.setdefault((task, list(plans)[i], "ours", protocol), []).append(got)
+                for name, pair in presses.items():
+                    try:
+                        net.start(ids, press=pair and pair.build(share(budget)))
+                        before = net.logits
+                        got = solved(before, net.feed(turns[0].ids), turns[0]), net.bytes()
+                        found.setdefault((task, name, "theirs", protocol), []).append(got)
+                    except Exception as e:  # whatever a peer raises; its row says so
+                        failed[name] = f"kvpress failed: {type(e).__name__}: {_line(e)}"
                 tick()
     rows = []
-    for task, name in dict.fromkeys(k[:2] for k in found):
-        row = {"task": task, "name": name, "length": length, "kept": kept, "texts": seeds}
-        for who in ("ours", "theirs"):
-            for protocol in PROTOCOLS:
-                if mine := found.get((task, name, who, protocol)):
-                    row[f"{who}_{protocol}"] = mean([score for score, _ in mine])
-                    row[f"{who}_bytes"] = mean([size for _, size in mine])
-        rows.append(row)
+    for task in tasks:
+        for name, pair in presses.items():
+            row = {"task": task, "name": name, "length": length, "kept": budget, "texts": seeds}
+            if name in failed:
+                rows.append(row | {"absent": failed[name]})
+                continue
+            for who in ("ours", "theirs"):
+                for protocol in PROTOCOLS:
+                    if mine := found.get((task, name, who, protocol)):
+                        row[f"{who}_{protocol}"] = mean([score for score, _ in mine])
+                        row[f"{who}_bytes"] = mean([size for _, size in mine])
+            row["differs"] = _differs(found, task, name, pair)
+            rows.append(row)
     return rows
+
+
+def _differs(found: dict, task: str, name: str, pair: Pair | None) -> str:
+    """How far the two programs' scores are from each other on the same texts, with its standard error, and why."""
+    said = []
+    for protocol in PROTOCOLS:
+        both = [found.get((task, name, who, protocol)) for who in ("ours", "theirs")]
+        if None in both:
+            return ""
+        gaps = torch.tensor([a[0] - b[0] for a, b in zip(*both, strict=True)], dtype=torch.float64)
+        if gaps.any():
+            said.append(f"{protocol} {gaps.mean():+.0%} ± {gaps.std() / len(gaps) ** 0.5:.0%}")
+    return "; ".join(said + [pair.differs] * bool(said and pair and pair.differs))

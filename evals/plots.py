@@ -48,11 +48,8 @@ def pareto(result: dict, folder: Path) -> Iterator[Path]:
             continue  # the other lengths of the grid
         fig, panels = plt.subplots(1, 3, figsize=(9.5, 3.8), sharey=True)
         lines: dict[str, list[tuple]] = {}
-        for name in parts[0]["plans"]:
-            size = [p["plans"][name]["aware"].get("bytes") for p in parts]
-            if None not in size:
-                point = (sum(size) / len(size) / 2**20, averages(parts, name))
-                lines.setdefault(method(name), []).append(point)
+        for name, point in averages(parts).items():
+            lines.setdefault(method(name), []).append((point["bytes"] / 2**20, point))
         for panel, key, title in zip(
             panels,
             ("aware", "agnostic", "turn2"),
@@ -135,8 +132,8 @@ def tokens_per_second(result: dict, folder: Path) -> Iterator[Path]:
         if len(lengths) < 2:
             continue
         fig, panel = plt.subplots(figsize=(6.4, 4))
-        for i, name in enumerate(result["plans"]):
-            mine = sorted((r["length"], r["decode_tok_s"]) for r in rows if r["plan"] == i)
+        for i, name in enumerate(dict.fromkeys(r["plan"] for r in rows)):
+            mine = sorted((r["length"], r["decode_tok_s"]) for r in rows if r["plan"] == name)
             panel.plot(
                 [x for x, _ in mine],
                 [y for _, y in mine],
@@ -165,7 +162,6 @@ def stacked(result: dict, folder: Path) -> Iterator[Path]:
     rows = [r for r in result["speed"] if r["length"] == longest and r["batch"] == 1 and "refused" not in r]
     if not rows:
         return
-    names = list(result["plans"])
     kinds = [*rows[0]["kinds"], "host"]
     fig, panel = plt.subplots(figsize=(6.6, 0.45 * len(rows) + 1.4))
     left = [0.0] * len(rows)
@@ -179,7 +175,7 @@ def stacked(result: dict, folder: Path) -> Iterator[Path]:
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     for y, (r, x) in enumerate(zip(rows, left, strict=True)):
         panel.text(x, y, f" {r['full_bytes'] / r['bytes']:.1f}x", va="center", fontsize=8)
-    panel.set_yticks(range(len(rows)), [names[r["plan"]] for r in rows])
+    panel.set_yticks(range(len(rows)), [r["plan"] for r in rows])
     panel.invert_yaxis()
     panel.set(xlabel=f"MiB after {longest} tokens")
     panel.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=5)

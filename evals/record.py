@@ -1,10 +1,9 @@
-"""What a result needs beside its figures, a run that can be broken off, and tables."""
+"""What a result needs beside its figures, and runs that can be broken off."""
 
 from __future__ import annotations
 
 import json
 import platform
-import shlex
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -16,10 +15,9 @@ import torch
 from nanokv.llm import LLM
 
 
-def facts(llm: LLM, command: Sequence[str], packages: Sequence[str] = ("torch",)) -> dict[str, Any]:
-    """Command, commit, machine, versions, model: what somebody needs to do it again."""
+def facts(llm: LLM, packages: Sequence[str]) -> dict[str, Any]:
+    """Commit, machine, versions, model: what somebody needs to do it again."""
     return {
-        "command": "python " + shlex.join(command),
         "commit": commit(),
         "machine": machine(llm.device),
         "python": platform.python_version(),
@@ -65,16 +63,19 @@ def installed(package: str) -> str | None:
 class Journal:
     """Finished pieces of a long run, a JSON line each, so that the same command goes on where it stopped.
 
-    The first line holds the settings; a file with others, or a line that a kill cut short, is begun anew from there.
+    The first line holds the settings: a file of other settings is refused, not overwritten. A line that a kill cut short is dropped.
     """
 
     def __init__(self, file: Path, settings: dict[str, Any]):
         self.file, self.done = file, {}
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        if lines and _read(lines[0]) == settings:
-            for line in lines[1:]:
-                if (entry := _read(line)) is not None:
-                    self.done[entry["key"]] = entry["value"]
+        if lines and _read(lines[0]) != settings:
+            raise ValueError(
+                f"{file} holds a part of another run (other plans, code or machine); move it away, or go on with that one"
+            )
+        for line in lines[1:]:
+            if (entry := _read(line)) is not None:
+                self.done[entry["key"]] = entry["value"]
         whole = [{"key": k, "value": v} for k, v in self.done.items()]
         file.write_text("".join(json.dumps(x) + "\n" for x in [settings, *whole]), encoding="utf-8")
 

@@ -49,39 +49,43 @@ def _size(found: Sequence[dict]) -> list[str]:
     return [mib(int(size)), f"{mean([f['full_bytes'] for f in found]) / size:.1f}x"]
 
 
-def averages(parts: Sequence[dict], name: str) -> dict[str, float | None]:
-    """A plan's mean over the tasks that full can do: aware, agnostic, turn 2."""
-    good = [p["plans"][name] for p in parts if "refused" not in p and "score" in p["plans"][name]["aware"]]
-    out: dict[str, float | None] = {q: mean([p[q]["score"] for p in good]) if good else None for q in PROTOCOLS}
-    later = [p["aware"]["turn2"] for p in good if "turn2" in p["aware"]]
-    return out | {"turn2": mean(later) if later else None}
+def averages(parts: Sequence[dict]) -> dict[str, dict[str, float]]:
+    """Every plan's means over the tasks that full can do, of the texts of one length: aware, agnostic, turn 2, bytes and how much less."""
+    good = [p["plans"] for p in parts if "refused" not in p]
+    out = {}
+    for name in good[0] if good else ():
+        mine = [p[name] for p in good]
+        if any("refused" in p["aware"] for p in mine):
+            continue
+        size, full = (mean([p["aware"][k] for p in mine]) for k in ("bytes", "full_bytes"))
+        scores = {q: mean([p[q]["score"] for p in mine]) for q in PROTOCOLS}
+        out[name] = scores | {"turn2": mean([p["aware"]["turn2"] for p in mine]), "bytes": size, "ratio": full / size}
+    return out
 
 
-def fidelity(names: Sequence[str], found: Sequence[dict]) -> str:
+def percent(x: float | None) -> str:
+    return "-" if x is None else f"{x:.0%}"
+
+
+def fidelity(found: Sequence[dict]) -> str:
+    """Of records as `quality.merged` makes them."""
     rows = []
-    for i, name in enumerate(names):
-        mine = [f for f in found if f["plan"] == i]
-        for length in sorted({f["length"] for f in mine}):
-            f = merged([x for x in mine if x["length"] == length])
-            change = f"{f['ppl'] / f['ppl_reference'] - 1:+.1%}"
-            first = "none" if f["first"] is None else f"{f['first']:.0f}"
-            cells = [f"{f['kl_mean']:.4f}", f"{f['kl_p99']:.3f}", f"{f['top1']:.1%}", f"{f['ppl']:.2f}", change, first]
-            rows.append([name, str(length), *cells])
-    head = ["plan", "tokens", "KL mean", "KL 99 %", "same top", "perplexity", "to full", "greedy departs after"]
-    return table(head, rows)
+    for f in found:
+        if "refused" in f:
+            rows.append([f["plan"], str(f["length"]), *"-----", f["refused"][:60]])
+            continue
+        first = f"{f['first']:.0f} ({f['departed']} of {f['texts']})" if f["departed"] else f"never in {f['texts']}"
+        cells = [f"{f['kl_mean']:.4f}", f"{f['kl_p99']:.3f}", f"{f['top1']:.1%}", f"{f['ppl']:.2f}"]
+        rows.append([f["plan"], str(f["length"]), *cells, f"{f['ppl'] / f['ppl_full'] - 1:+.1%}", first])
+    return table(
+        ["plan", "tokens", "KL mean", "KL 99 %", "same top", "perplexity", "to full", "greedy departs after"], rows
+    )
 
 
-def merged(found: Sequence[dict]) -> dict:
-    """Means over texts; `first`: the mean of the tokens before the first other choice, of the texts in which there is one."""
-    out = {k: mean([f[k] for f in found]) for k in ("kl_mean", "kl_p99", "top1", "ppl", "ppl_reference")}
-    departed = [f["first"] for f in found if f["first"] is not None]
-    return out | {"first": mean(departed) if departed else None}
-
-
-def speed(names: Sequence[str], found: Sequence[dict]) -> str:
+def speed(found: Sequence[dict]) -> str:
     rows = []
     for r in found:
-        head = [names[r["plan"]], str(r["length"]), str(r["batch"])]
+        head = [r["plan"], str(r["length"]), str(r["batch"])]
         if "refused" in r:
             rows.append([*head, "-", "-", "-", "-", "-"])
             continue
@@ -90,17 +94,16 @@ def speed(names: Sequence[str], found: Sequence[dict]) -> str:
     return table(["plan", "tokens", "batch", "prefill s", "decode tok/s", "of the bus", "cache", "less by"], rows)
 
 
-def memory(names: Sequence[str], found: Sequence[dict]) -> str:
+def memory(found: Sequence[dict]) -> str:
     rows = []
     for r in found:
+        head = [r["plan"], str(r["length"]), str(r["batch"])]
         if "refused" in r:
-            rows.append([names[r["plan"]], str(r["length"]), "-", "-", "-", r["refused"][:60]])
+            rows.append([*head, "-", "-", "-", r["refused"][:60]])
             continue
         less = f"{r['full_bytes'] / r['bytes']:.1f}x"
-        rows.append(
-            [names[r["plan"]], str(r["tokens"]), mib(r["bytes"]), mib(r["full_bytes"]), less, mib(r["peak_bytes"])]
-        )
-    return table(["plan", "tokens", "cache (receipt)", "dense", "less by", "peak of the process"], rows)
+        rows.append([*head, mib(r["bytes"]), mib(r["full_bytes"]), less, mib(r["peak_bytes"])])
+    return table(["plan", "tokens", "batch", "cache (receipt)", "dense", "less by", "peak of the process"], rows)
 
 
 def peers_speed(found: Sequence[dict]) -> str:
@@ -132,14 +135,23 @@ def peers_speed(found: Sequence[dict]) -> str:
 def peers_quality(found: Sequence[dict]) -> str:
     rows = []
     for r in found:
+        name = f"{r['task']}: {r['name']}" if "task" in r else r["name"]
         if "absent" in r:
-            rows.append([r["name"], "-", "-", "-", "-", r["absent"], "-"])
+            rows.append([name, *"------", r["absent"]])
             continue
-
-        def pair(key: str, r: dict = r) -> list[str]:
-            return [f"{r[f'{who}_{key}']:.0%}" if f"{who}_{key}" in r else "-" for who in ("ours", "theirs")]
-
-        size = [mib(int(r[f"{who}_bytes"])) if f"{who}_bytes" in r else "-" for who in ("ours", "theirs")]
-        rows.append([f"{r['task']}: {r['name']}", *pair("aware"), *pair("agnostic"), *size])
-    head = ["task: method", "aware: nanokv", "kvpress", "agnostic: nanokv", "kvpress", "cache: nanokv", "kvpress"]
+        cells = []
+        for protocol in PROTOCOLS:
+            cells += [percent(r.get(f"{who}_{protocol}")) for who in ("ours", "theirs")]
+        cells += [mib(int(r[f"{who}_bytes"])) if f"{who}_bytes" in r else "-" for who in ("ours", "theirs")]
+        rows.append([name, *cells, r["differs"]])
+    head = [
+        "task: method",
+        "aware: nanokv",
+        "kvpress",
+        "agnostic: nanokv",
+        "kvpress",
+        "cache: nanokv",
+        "kvpress",
+        "what differs",
+    ]
     return table(head, rows)

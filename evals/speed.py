@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,31 +12,35 @@ from statistics import median
 
 import torch
 
-from evals.quality import text_of
+from evals.quality import able, text_of
+from nanokv import load
 from nanokv.cache import Report
-from nanokv.llm import LLM
+from nanokv.engine import Session
+from nanokv.llm import LLM, peak_bytes
 from nanokv.plan import Plan
 
+ROOT = Path(__file__).parent.parent
 ROUNDS, STEPS, WARM = (
     3,
     8,
     2,
-)  # steps of every runner in turn, so that each warms its own caches; the first of a round not counted
+)  # steps of every runner in turn, so that each warms its own caches; the first two of a round not counted
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
     """Seconds until it is really done."""
     t0 = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter() - t0
 
 
 def ceiling(device: torch.device) -> float:
-    """Bytes per second that this process reads from the device's memory: the sum of one GiB of fp32, the best of ten."""
+    """Bytes per second that this process reads from the device's memory: sums of one GiB of fp32, the best of ten."""
     data = torch.ones(2**28, device=device)
-    return data.nbytes / min(timed(lambda: data.sum().item(), device) for _ in range(10))
+    times = 1 if device.type == "cpu" else 16  # a launch must not count
+    return times * data.nbytes / min(timed(lambda: [data.sum() for _ in range(times)], device) for _ in range(10))
 
 
 def in_turn(steps: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
@@ -57,31 +60,28 @@ def weight_bytes(llm: LLM) -> int:
     return sum(p.nbytes for p in model.parameters()) - skipped
 
 
-def speed(llm: LLM, plans: Sequence[Plan], length: int, batch: int, limit: float) -> list[dict]:
+def speed(llm: LLM, plans: dict[str, Plan], length: int, batch: int, limit: float) -> list[dict]:
     """Prefill and decode of every plan at one length and batch; the decode steps take turns. limit: bytes per second, see `ceiling`."""
     room, prompts = ROUNDS * STEPS + 1, [text_of(llm, seed, length) for seed in range(batch)]
-    weights, sessions, steps, records = weight_bytes(llm), [], [], []
-    llm.session(1).start([text_of(llm, 0, 64)])  # the process's first products are slow
-    for i, plan in enumerate(plans):
-        try:
-            plan.fit(llm.config, llm.models.context.dtype, length, room, batch)
-        except ValueError as e:
-            records.append({"plan": i, "length": length, "batch": batch, "refused": str(e)})
-            continue
-        session, out = llm.session(room, plan=plan), []
+    good, refused = able(llm, list(plans.values()), length, room, batch)
+    names, weights = list(plans), weight_bytes(llm)
+    records = [{"plan": names[i], "length": length, "batch": batch, "refused": why} for i, why in refused.items()]
+    llm.session(room).start(prompts[:1])  # the first products of a new shape are slow
+    ready, sessions, steps = [], [], []
+    for i in good:
+        session, out = llm.session(room, plan=plans[names[i]]), []
         seconds = timed(lambda s=session, out=out: out.append(s.start(prompts)), llm.device)
         sessions.append(session)
         steps.append(_stepper(session, out[0]))
-        records.append({"plan": i, "length": length, "batch": batch, "prefill_s": seconds})
-    ready = [r for r in records if "refused" not in r]
+        ready.append({"plan": names[i], "length": length, "batch": batch, "prefill_s": seconds})
     for r, session, seconds in zip(ready, sessions, in_turn(steps, llm.device), strict=True):
         report = session.report()
         share = (weights + report.live_bytes) / seconds / limit
         r |= {"decode_tok_s": batch / seconds, "bus": share} | kinds(report, llm.config.head_dim)
-    return records
+    return ready + records
 
 
-def _stepper(session, logits: torch.Tensor) -> Callable[[], None]:
+def _stepper(session: Session, logits: torch.Tensor) -> Callable[[], None]:
     state = [logits]
 
     def step() -> None:
@@ -100,31 +100,34 @@ def kinds(report: Report, dim: int) -> dict:
     return {"bytes": report.bytes, "full_bytes": report.full_bytes, "host": report.host_bytes, "kinds": by_kind}
 
 
-def memory(llm: LLM, name: str, plans: Sequence[str], lengths: Sequence[int], flags: Sequence[str]) -> list[dict]:
-    """Receipt and peak of `generate.py`, one process for every plan and length: a peak belongs to a process."""
+def memory(plans: dict[str, Plan], length: int, batch: int, model: str, device: str, dtype: str) -> list[dict]:
+    """Receipt and peak of every plan, in a process of its own: a peak belongs to a process."""
     records = []
-    for length in lengths:
-        with tempfile.TemporaryDirectory() as tmp:
-            prompt, result = Path(tmp) / "prompt.txt", Path(tmp) / "result.json"
-            prompt.write_text(llm.tokenizer.decode(text_of(llm, 0, length)), encoding="utf-8")
-            for i, plan in enumerate(plans):
-                command = [
-                    sys.executable,
-                    "generate.py",
-                    "--model",
-                    name,
-                    "--policy",
-                    plan,
-                    "--prompt-file",
-                    str(prompt),
-                ]
-                command += ["-n", "8", "--ignore-eos", "--quiet", "--json", str(result), *flags]
-                done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-                if done.returncode:
-                    records.append({"plan": i, "length": length, "refused": done.stderr.strip().partition(": ")[2]})
-                    continue
-                made = json.loads(result.read_text(encoding="utf-8"))
-                cache = {k: made["cache"][k] for k in ("bytes", "live_bytes", "host_bytes", "full_bytes")}
-                row = {"plan": i, "length": length, "tokens": made["prompt_tokens"], "peak_bytes": made["peak_bytes"]}
-                records.append(row | cache)
+    for name, plan in plans.items():
+        row = {"plan": name, "length": length, "batch": batch}
+        what = [str(plan), str(length), str(batch), model, device, dtype]
+        done = subprocess.run([sys.executable, "-m", "evals.speed", *what], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode not in (0, 2):
+            raise RuntimeError(f"{name} at {length} tokens died ({done.returncode}): {done.stderr[-300:]}")
+        found = {"refused": done.stderr.strip()} if done.returncode else json.loads(done.stdout)
+        records.append(row | found)
     return records
+
+
+def one(plan: str, length: int, batch: int, model: str, device: str, dtype: str) -> dict:
+    """One plan in this process: prompts, eight steps, receipt and peak."""
+    llm = load(model, plan, device=device, dtype=dtype)
+    session = llm.session(8)
+    step = _stepper(session, session.start([text_of(llm, seed, length) for seed in range(batch)]))
+    for _ in range(8):
+        step()
+    report = session.report()
+    sizes = {k: getattr(report, k) for k in ("bytes", "live_bytes", "host_bytes", "full_bytes")}
+    return {**sizes, "peak_bytes": peak_bytes(llm.device)}
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(one(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])))
+    except ValueError as e:
+        sys.exit(print(e, file=sys.stderr) or 2)

@@ -20,7 +20,9 @@ class Ask:
     """A question as the beginning of its answer."""
 
     opening: str  # with what separates it from the text before
-    answer: str  # as it must follow, with the space before it if there is one
+    # as it must follow. It begins with a token that says nothing (a space before digits, a quote): the first token after a prompt comes
+    # from the prompt's own dense attention, whatever the cache keeps
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -103,24 +105,26 @@ def variables(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
         value = _code(dice, 5)
         facts += [f"VAR {a} = {value}.", f"VAR {b} = VAR {a}."]
         depths += sorted(dice.random() for _ in range(2))
-        turns.append((Ask(f"\n\nVAR {b} = VAR", f" {a}"), Ask(f".\n\nVAR {a} =", f" {value}")))
+        turns.append((Ask(f"\n\nVAR {b} =", f" VAR {a}"), Ask(f".\n\nVAR {a} =", f" {value}")))
     return Task(_hide(_hay(dice, tokens, count), facts, depths), tuple(turns[:2]))
 
 
 def common(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
-    """A list of word pairs of which half are the same one; the list goes on after a rare pair, and the common one is what comes next.
+    """A list of word pairs of which half are the same one; the list goes on with another pair, and the common one is what comes next.
 
     RULER asks for the ten most common words; a model of 135M parameters cannot count, but it goes on.
     """
     dice = random.Random(seed)
-    pairs = [" ".join(dice.sample(WORDS, 2)) for _ in range(40)]
-    often, last, *rare = dict.fromkeys(pairs)
+    often, first, second, *rare = dict.fromkeys(" ".join(dice.sample(WORDS, 2)) for _ in range(40))
     listed, size = [], 0
     while size < tokens:
         listed += [often, rare[len(listed) // 2 % len(rare)]]
-        size += count(f" {often}, {listed[-1]},")
+        size += count(f' "{often}", "{listed[-1]}",')
     dice.shuffle(listed)
-    return Task(", ".join(listed) + ",", ((Ask(f" {last},", f" {often}"),),))
+    asks = [Ask(f' "{pair}",', f' "{often}') for pair in (first, second)]
+    return Task(
+        ", ".join(f'"{pair}"' for pair in listed) + ",", ((asks[0],), (Ask('",' + asks[1].opening, asks[1].answer),))
+    )
 
 
 def keyvalue(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
@@ -132,7 +136,7 @@ def keyvalue(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
     while size < tokens:
         rows.append((keys.pop(), _code(dice, 4)))
         size += count('"{}": "{}",\n'.format(*rows[-1]))
-    asks = [Ask(f'\n\n"{key}": "', value) for key, value in dice.sample(rows, 2)]
+    asks = [Ask(f'\n\n"{key}":', f' "{value}') for key, value in dice.sample(rows, 2)]
     return Task("\n".join(f'"{k}": "{v}",' for k, v in rows), tuple((a,) for a in asks))
 
 

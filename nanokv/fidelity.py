@@ -55,34 +55,44 @@ def greedy(_: int, logits: Tensor) -> int:
     return int(logits.argmax())
 
 
-def compare(reference: Tensor, other: Tensor, text: Sequence[int]) -> Fidelity:
-    """reference, other (n,vocab): the logits before each of the n tokens of the text."""
+def losses(reference: Tensor, other: Tensor, text: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per token: KL, whether the top tokens are the same, and the negative log-likelihood of the text under each. See `compare`."""
     p, q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1)
-    same = p.argmax(-1) == q.argmax(-1)
     at = torch.tensor(text, device=p.device)[:, None]
-    ppl = [(-x.gather(-1, at).mean()).exp().item() for x in (p, q)]
+    nll = [-x.gather(-1, at)[:, 0] for x in (p, q)]
+    return (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1), *nll
+
+
+def compare(reference: Tensor, other: Tensor, text: Sequence[int], skip: int = 0) -> Fidelity:
+    """reference, other (n,vocab): the logits before each of the n tokens of the text. The first `skip` count for `first` alone."""
+    kl, same, *nll = losses(reference, other, text)
     wrong = (~same).nonzero().flatten().tolist()
-    return Fidelity(
-        len(text),
-        kl.mean().item(),
-        kl.quantile(0.99).item(),
-        same.double().mean().item(),
-        *ppl,
-        wrong[0] if wrong else None,
-    )
+    kl, agree = kl[skip:], same[skip:].double()
+    ppl = [x[skip:].mean().exp().item() for x in nll]
+    share = agree.mean().item()
+    return Fidelity(len(kl), kl.mean().item(), kl.quantile(0.99).item(), share, *ppl, wrong[0] if wrong else None)
 
 
 def against(
-    llm: LLM, reference: Plan, ids: Sequence[int], then: Sequence[int], n: int, eos: Sequence[int], overflow: bool
+    llm: LLM,
+    reference: Plan,
+    ids: Sequence[int],
+    then: Sequence[int],
+    n: int,
+    eos: Sequence[int],
+    overflow: bool,
+    chunk: int | None,
 ) -> Fidelity:
-    """The model's own plan against `reference`, on the up to n tokens that greedy under the latter continues ids + then with."""
+    """The model's own plan against `reference`, on the up to n tokens that greedy under the latter continues ids + then with.
 
-    def run(plan: Plan, n: int, choose: Callable[[int, Tensor], int]) -> tuple[list[int], Tensor]:
-        session = llm.session(len(then) + n, plan=plan)
+    Without `then` the first token's odds come from the prompt's own dense attention, the same under every plan: it is left out.
+    """
+
+    def run(plan: Plan, most: int, choose: Callable[[int, Tensor], int]) -> tuple[list[int], Tensor]:
+        session = llm.session(len(then) + n, chunk, plan)
         turn = llm.turn(session, [ids], then=then, limit=n, overflow=overflow)
-        return follow(session, turn.logits, n, choose, eos)
+        return follow(session, turn.logits, most, choose, eos)
 
     text, right = run(reference, n, greedy)
     _, mine = run(llm.plan, len(text), lambda i, _: text[i])
-    return compare(right, mine, text)
+    return compare(right, mine, text, skip=0 if then or len(text) == 1 else 1)

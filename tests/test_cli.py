@@ -585,3 +585,29 @@ def test_a_plan_is_made_before_anything_is_loaded(capsys):
     assert status == 0 and "at most    2000 tokens" in lines["snapkv:budget=25%"] and "8000 tokens of prompt" in out
     assert set(lines) >= {"full", "random", "streaming", "snapkv", "simlayer"}
     assert "knows no threshold" in call(capsys, "--model", "tinyllama-1.1b", "--plan")[1]
+
+
+def test_compare_says_how_far_the_answer_is_from_another_plans(model, capsys, tmp_path):
+    file, prompt = tmp_path / "o.json", "one two three four five six seven " * 9
+    base = ["--model", model, "--dtype", "float32", "-p", prompt, "-n", 12, "--ignore-eos", "--json", file]
+    status, out, err = call(capsys, *base, "--compare", "full")
+    same = json.loads(file.read_text())["compare"]
+    assert status == 0 and "against full" in err and "never another choice" in err
+    assert (
+        same["kl_mean"] == 0 and same["top1"] == 1 and same["first"] is None and same["tokens"] == 11
+    )  # the first is the prompt's own
+    _, _, err = call(capsys, *base, "--policy", "random:budget=40,window=4", "--compare", "full")
+    far = json.loads(file.read_text())
+    assert far["compare"]["kl_mean"] > 1e-3 and far["compare"]["ppl_reference"] == same["ppl"]
+    # where greedy first departs is where the two texts part
+    full = json.loads((call(capsys, *base), file.read_text())[1])
+    parted = next((i for i, (a, b) in enumerate(zip(far["token_ids"], full["token_ids"], strict=True)) if a != b), None)
+    assert far["compare"]["first"] == parted and parted is not None
+    assert "compare" not in full
+    status, _, err = call(
+        capsys, *base, "--policy", "streaming:recent=20", "--question", " and then?", "--compare", "full"
+    )
+    assert status == 0 and "against full" in err
+    status, out, err = call(capsys, *base, "--compare", "fulll")
+    assert status == 2 and "did you mean full" in err and not out
+    assert call(capsys, *base, "--compare", "full", "--num-samples", 2, "--temperature", 1)[0] == 2
