@@ -183,10 +183,10 @@ def quality(job: Job) -> dict:
     args = job.args
     plans = plans_of(args, ("50%", "25%", "10%") if args.full else ("25%",))
     tasks = args.tasks or list(TASKS)
-    lengths, seeds = args.lengths or ([1000, 2000] if args.full else [1000]), args.seeds or (20 if args.full else 5)
+    lengths, seeds = args.lengths or [1000], args.seeds or (20 if args.full else 5)
     items = [Item(t, n, s) for n in lengths for t in tasks for s in range(seeds)]
     if args.full and args.lengths is None and "needle" in tasks:  # the rest of the grid
-        items += [Item("needle", n, s) for n in (500, 3000) for s in range(seeds)]
+        items += [Item("needle", n, s) for n in (500, 2000, 3000) for s in range(seeds // 2)]
     texts = [(n, seed) for n in lengths for seed in range(3 if args.full else 1)]
     found = judge(job, plans, items, texts, 64 if args.full else 32)
     print(show.quality(found["quality"]))
