@@ -333,4 +333,4 @@ def _differs(found: dict, task: str, name: str, pair: Pair | None) -> str:
         gaps = torch.tensor([a[0] - b[0] for a, b in zip(*both, strict=True)], dtype=torch.float64)
         if gaps.any():
             said.append(f"{protocol} {gaps.mean():+.0%} ± {gaps.std() / len(gaps) ** 0.5:.0%}")
-    return "; ".join(said + [pair.differs] * bool(said and pair and pair.differs))
+    return "; ".join([*said, pair.differs] if said and pair and pair.differs else said)

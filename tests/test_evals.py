@@ -441,6 +441,23 @@ def test_transformers_stands_beside_us_on_the_same_weights(tiny, llm_of):
     torch.testing.assert_close(net.logits, again.feed(torch.tensor([[first]])), atol=1e-4, rtol=1e-4)
 
 
+def test_a_gap_between_the_programs_is_told_with_its_error():
+    from evals.peers import PAIRS, PROTOCOLS, _differs
+
+    lazy = next(p for p in PAIRS if p.name == "simlayer")
+    ours, theirs = [(1.0, 9), (0.0, 9), (1.0, 9), (1.0, 9)], [(0.0, 9), (0.0, 9), (1.0, 9), (0.0, 9)]
+    found = {
+        ("t", name, who, q): v
+        for name in ("full", "simlayer")
+        for q in PROTOCOLS
+        for who, v in (("ours", ours), ("theirs", theirs))
+    }
+    assert _differs(found, "t", "full", None) == "aware +50% ± 29%; agnostic +50% ± 29%"
+    assert _differs(found, "t", "simlayer", lazy).endswith(lazy.differs)
+    same = dict.fromkeys(found, ours)
+    assert _differs(same, "t", "simlayer", lazy) == "" == _differs({}, "t", "full", None)
+
+
 def test_what_is_not_installed_is_a_row_that_says_so(tiny, llm_of, monkeypatch):
     from evals import peers
 
@@ -479,3 +496,24 @@ def test_against_kvpress_where_it_is_installed(tiny, llm_of):
             for head in range(2):  # as sets: their order is another
                 gap = torch.cdist(theirs.keys[0, head], mine.k[0, head], compute_mode="donot_use_mm_for_euclid_dist")
                 assert gap.min(0).values.max() < 1e-3 and gap.min(1).values.max() < 1e-3, name
+
+
+@pytest.mark.slow
+def test_the_whole_of_peers_beside_kvpress(roomy, capsys):
+    pytest.importorskip("kvpress", reason="kvpress is not installed (pip install -r requirements-peers.txt)")
+    flags = ["peers", "--model", roomy, "--dtype", "float32", "--lengths", "300", "--seeds", "2", "--tasks", "needle"]
+    code, out, err = run(flags, capsys)
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    rows = {r["name"]: r for r in result["peers_quality"]}
+    assert all(
+        {"ours_aware", "theirs_aware", "ours_bytes", "theirs_bytes"} <= set(rows[n])
+        for n in ("full", "snapkv", "streaming")
+    )
+    assert "theirs_aware" in rows["tova"]
+    assert {r["name"] for r in result["peers_speed"]} >= {
+        "nanokv full",
+        "transformers DynamicCache float32",
+        "kvpress tova",
+        "llama.cpp",
+    }
