@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -99,7 +98,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     print(f"{llm.name} · {facts['machine']} · {llm.dtypes['prefill']}/{llm.dtypes['decode']}", file=sys.stderr)
     job = Job(args, llm, facts, bar)
     parts = {"quick": quick, "quality": quality, "speed": speed, "memory": memory, "peers": peers}
-    result = {"what": args.what, "command": "python " + shlex.join(["bench.py", *argv]), **facts, "plans": {}}
+    result = {"what": args.what, "command": record.command(argv), **facts, "plans": {}}
     t0 = time.perf_counter()
     for name in ("quality", "speed", "memory", "peers") if args.what == "all" else (args.what,):
         made = parts[name](job)

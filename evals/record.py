@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,11 @@ def facts(llm: LLM, packages: Sequence[str]) -> dict[str, Any]:
         "model": llm.name,
         "dtype": llm.dtypes,
     }
+
+
+def command(argv: Sequence[str]) -> str:
+    """The command line, without the places where this machine keeps things."""
+    return "python " + shlex.join(["bench.py", *(Path(a).name if Path(a).is_absolute() else a for a in argv)])
 
 
 def commit() -> str | None:

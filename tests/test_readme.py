@@ -40,14 +40,34 @@ def test_every_command_has_flags_that_exist(line):
     assert generate.parser().parse_args(argv)
 
 
-def test_every_measured_figure_lies_in_results():
+@pytest.mark.parametrize("table", ["quality", "decode", "kvpress"])
+def test_every_measured_table_is_made_from_results(table):
+    from evals import readme
+
+    made = getattr(readme, table)()
+    assert made.count("\n") >= 5 and made in README, (
+        f"run python -m evals.readme and put the table {table} into the README"
+    )
+
+
+def test_every_result_says_how_it_was_made():
     import json
 
-    found = " ".join(p.read_text(encoding="utf-8") for p in sorted((ROOT / "results").glob("*.json")))
-    numbers = {f"{float(x):.2f}" for x in re.findall(r"-?\d+\.\d+", found)} | {
-        f"{float(x):.1f}" for x in re.findall(r"-?\d+\.\d+", found)
-    }
-    table = README.split("## Measured")[1].split("\n## ")[0]
-    quoted = re.findall(r"\| *(\d+\.\d+)x? *(?=\|)", table)
-    assert quoted and not [q for q in quoted if q not in numbers]
-    assert all(json.loads(p.read_text())["command"] in README for p in (ROOT / "results").glob("*.json"))
+    files = sorted((ROOT / "results").glob("*.json"))
+    for file in files:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        assert {"command", "commit", "machine", "torch", "model", "dtype"} <= set(found) and found["commit"], file.name
+        assert found["command"].split(" --plans")[0] in README and file.name in found["command"], file.name
+    assert len(files) >= 3
+
+
+def test_every_figure_in_the_text_under_measured_is_in_a_table_or_a_result():
+    """What the sentences quote: percentages, factors and sizes must stand in one of the tables beside them."""
+    section = README.split("## Measured")[1].split("\n## ")[0]
+    tables = "\n".join(x for x in section.splitlines() if x.startswith("|"))
+    prose = "\n".join(x for x in section.splitlines() if not x.startswith("|"))
+    quoted = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?(?:%|x| MiB))", prose)
+    assert quoted and not [q for q in quoted if q not in tables and q not in ALLOWED]
+
+
+ALLOWED = {"10%", "25%", "50%"}  # budgets

@@ -1,0 +1,68 @@
+"""The README's tables, made from the files in results/: `python -m evals.readme` prints them, a test finds them in the README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evals.show import percent
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows])
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def quality() -> str:
+    """Means over tasks at the smallest length that has them all, and fidelity at the same."""
+    found = _read("quality.json")
+    length = min(
+        (n for n in found["averages"]), key=lambda n: (-sum(str(p["length"]) == n for p in found["quality"]), int(n))
+    )
+    rows = []
+    for name, a in found["averages"][length].items():
+        f = next(x for x in found["fidelity"] if x["plan"] == name and str(x["length"]) == length)
+        size = [f"{a['bytes'] / 2**20:.1f} MiB", f"{a['ratio']:.1f}x"]
+        near = [f"{f['kl_mean']:.3f}", percent(f["top1"]), f"{f['ppl'] / f['ppl_full'] - 1:+.1%}"]
+        rows.append([f"`{name}`", *size, *(percent(a[k]) for k in ("aware", "agnostic", "turn2")), *near])
+    head = ["plan", "cache", "less by", "aware", "agnostic", "turn 2", "KL", "same top", "perplexity"]
+    return markdown(head, rows)
+
+
+def decode() -> str:
+    """Tokens per second beside the others."""
+    found = _read("peers.json")["peers_speed"]
+    lengths = sorted({r["length"] for r in found})
+    rows = []
+    for name in dict.fromkeys(r["name"] for r in found if "absent" not in r):
+        mine = {r["length"]: r for r in found if r["name"] == name}
+        cells = []
+        for n in lengths:
+            r = mine[n]
+            size = f"{r['bytes'] / 2**20:.1f} MiB" if "bytes" in r else "–"
+            cells += [f"{n / r['prefill_s']:.0f}", f"{r['decode_tok_s']:.1f}", size]
+        rows.append([name, *cells])
+    return markdown(["", *(x for n in lengths for x in (f"prefill {n}", f"decode at {n}", "cache"))], rows)
+
+
+def kvpress() -> str:
+    """Scores at equal settings, where both programs have the method."""
+    rows = []
+    for r in _read("peers.json")["peers_quality"]:
+        if "ours_aware" not in r:
+            continue
+        pairs = [f"{percent(r[f'ours_{q}'])} / {percent(r[f'theirs_{q}'])}" for q in ("aware", "agnostic")]
+        size = " / ".join(f"{r[f'{who}_bytes'] / 2**20:.1f}" for who in ("ours", "theirs"))
+        rows.append([r["task"], r["name"], *pairs, size])
+    return markdown(["task", "method", "aware: nanokv / kvpress", "agnostic", "cache, MiB"], rows)
+
+
+if __name__ == "__main__":
+    print("\n\n".join(f"{t.__name__}\n{t()}" for t in (quality, decode, kvpress)))
