@@ -20,9 +20,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from evals import record, show
-from evals.quality import Item
+from evals.quality import Item, named, registered
 from evals.tasks import TASKS
-from nanokv.llm import LLM
+from nanokv.llm import LLM, load
 from nanokv.plan import Plan
 from weights.registry import DEFAULT, settings
 
@@ -89,8 +89,6 @@ def complain(message: str) -> int:
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     check(args)
     plans_of(args, ())  # a mistake in a plan is told before a model is loaded
-    from nanokv import load
-
     bar = sys.stderr.isatty() and not args.quiet
     llm = load(args.model, device=args.device, dtype=args.dtype, bar=bar)
     extra = ["transformers", "kvpress", "optimum-quanto", "hqq"] if args.what in ("peers", "all") else []
@@ -167,10 +165,8 @@ class Job:
         return tqdm(things, desc=name, leave=False, disable=not self.on)
 
 
-def plans_of(args: argparse.Namespace, budgets: Sequence[str]) -> dict:
+def plans_of(args: argparse.Namespace, budgets: Sequence[str]) -> dict[str, Plan]:
     """Name → plan: the registered ones, or the asked ones with full, random and streaming; full always first."""
-    from evals.quality import named, registered
-
     texts = [*registered(), *TUNED] if args.plans is None else ["full", "random", "streaming", *args.plans]
     return named(texts, args.budgets or budgets)
 

@@ -15,9 +15,8 @@ from nanokv.ops import Ops
 from nanokv.plan import Plan
 from nanokv.prompt import PromptCache
 
-Begin = Callable[
-    [], tuple[Session, Tensor]
-]  # a session at the end of its prompt, and the prompt's last logits (1,vocab)
+# makes a session at the end of its prompt, with the prompt's last logits (1,vocab)
+Begin = Callable[[], tuple[Session, Tensor]]
 
 
 class DenseRun(PromptCache):
@@ -54,10 +53,8 @@ def begin(llm: LLM, plans: Sequence[Plan], ids: Sequence[int], room: int) -> Ite
             continue
         run = DenseRun([fitted[i] for i in members], llm.config, torch.tensor(ids, device=llm.device), models.ops)
         logits = prefill(models.prefill, run)
-        rows, run.rows = (
-            run.rows,
-            [],
-        )  # a cache and its layers hold each other: what it held would wait for the collector
+        # a cache and its layers hold each other: what it goes on holding would wait for the collector
+        rows, run.rows = run.rows, []
         for i, row in zip(members, rows, strict=True):
             yield i, lambda i=i, row=row, logits=logits: (_resume(llm, fitted[i], row, len(ids), room), logits)
 

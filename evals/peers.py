@@ -18,7 +18,7 @@ import torch
 
 from evals.dense import begin
 from evals.quality import PROTOCOLS, Item, mean, script, solved, text_of
-from evals.speed import ROUNDS, STEPS, in_turn, timed
+from evals.speed import ROUNDS, STEPS, in_turn, stepper, timed
 from nanokv import parse
 from nanokv.llm import LLM
 from nanokv.plan import POLICIES, Plan
@@ -156,7 +156,7 @@ def runners(llm: LLM, model: str, ids: list[int], budget: str) -> Iterator[Runne
     for name, plan in plans.items():
         session, out = llm.session(room, plan=plan), []
         seconds = timed(lambda s=session, o=out: o.append(s.start([ids])), llm.device)
-        yield Runner(f"nanokv {name}", seconds, _ours(session, out), lambda s=session: s.report().bytes)
+        yield Runner(f"nanokv {name}", seconds, stepper(session, out[0]), lambda s=session: s.report().bytes)
     try:
         import transformers
     except ImportError:
@@ -195,15 +195,8 @@ def _plan(pair: Pair, budget: str) -> Plan | None:
 
 
 def share(budget: str) -> float:
-    """ "25%" → 0.25."""
+    """Of a budget in percent: 25% → 0.25."""
     return float(budget[:-1]) / 100
-
-
-def _ours(session, out: list[torch.Tensor]) -> Callable[[], None]:
-    def step() -> None:
-        out[0] = session.feed(out[0].argmax(-1)[:, None])
-
-    return step
 
 
 def _run(name: str, net: Net, ids: list[int], cache: Callable[[], Any] | None = None, press: Any = None) -> Runner:

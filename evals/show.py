@@ -37,8 +37,9 @@ def quality(parts: Sequence[dict]) -> str:
 def _cell(plan: dict | None) -> str:
     if plan is None or "refused" in plan["aware"]:
         return "-"
-    scores = [plan["aware"]["score"], plan["agnostic"]["score"], plan["aware"].get("turn2")]
-    return " ".join("  ." if s is None else f"{s:3.0%}"[:-1].rjust(3) for s in scores)
+    return " ".join(
+        f"{100 * s:3.0f}" for s in (plan["aware"]["score"], plan["agnostic"]["score"], plan["aware"]["turn2"])
+    )
 
 
 def _size(found: Sequence[dict]) -> list[str]:

@@ -20,11 +20,8 @@ from nanokv.llm import LLM, peak_bytes
 from nanokv.plan import Plan
 
 ROOT = Path(__file__).parent.parent
-ROUNDS, STEPS, WARM = (
-    3,
-    8,
-    2,
-)  # steps of every runner in turn, so that each warms its own caches; the first two of a round not counted
+# steps of every runner in turn, so that each warms its own caches; the first WARM of a round are not counted
+ROUNDS, STEPS, WARM = 3, 8, 2
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
@@ -72,7 +69,7 @@ def speed(llm: LLM, plans: dict[str, Plan], length: int, batch: int, limit: floa
         session, out = llm.session(room, plan=plans[names[i]]), []
         seconds = timed(lambda s=session, out=out: out.append(s.start(prompts)), llm.device)
         sessions.append(session)
-        steps.append(_stepper(session, out[0]))
+        steps.append(stepper(session, out[0]))
         ready.append({"plan": names[i], "length": length, "batch": batch, "prefill_s": seconds})
     for r, session, seconds in zip(ready, sessions, in_turn(steps, llm.device), strict=True):
         report = session.report()
@@ -81,7 +78,8 @@ def speed(llm: LLM, plans: dict[str, Plan], length: int, batch: int, limit: floa
     return ready + records
 
 
-def _stepper(session: Session, logits: torch.Tensor) -> Callable[[], None]:
+def stepper(session: Session, logits: torch.Tensor) -> Callable[[], None]:
+    """One greedy step after another, from the logits (B,vocab) that stand."""
     state = [logits]
 
     def step() -> None:
@@ -118,7 +116,7 @@ def one(plan: str, length: int, batch: int, model: str, device: str, dtype: str)
     """One plan in this process: prompts, eight steps, receipt and peak."""
     llm = load(model, plan, device=device, dtype=dtype)
     session = llm.session(8)
-    step = _stepper(session, session.start([text_of(llm, seed, length) for seed in range(batch)]))
+    step = stepper(session, session.start([text_of(llm, seed, length) for seed in range(batch)]))
     for _ in range(8):
         step()
     report = session.report()
