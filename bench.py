@@ -161,6 +161,9 @@ class Job:
     on: bool  # a terminal watches
     journal: record.Journal | None = None
 
+    def plans(self, *budgets: str) -> dict[str, Plan]:
+        return {name: self.llm.ready(plan) for name, plan in plans_of(self.args, budgets).items()}
+
     def bar(self, things: Sequence, name: str) -> tqdm:
         return tqdm(things, desc=name, leave=False, disable=not self.on)
 
@@ -176,7 +179,7 @@ def plans_of(args: argparse.Namespace, budgets: Sequence[str]) -> dict[str, Plan
 
 def quality(job: Job) -> dict:
     args = job.args
-    plans = plans_of(args, ("50%", "25%", "10%") if args.full else ("25%",))
+    plans = job.plans(*(("50%", "25%", "10%") if args.full else ("25%",)))
     tasks = args.tasks or list(TASKS)
     lengths, seeds = args.lengths or [1000], args.seeds or (20 if args.full else 5)
     items = [Item(t, n, s) for n in lengths for t in tasks for s in range(seeds)]
@@ -252,7 +255,7 @@ def estimate(llm: LLM, plans: list[Plan], items: list[Item], texts: list[tuple[i
 def speed(job: Job) -> dict:
     from evals import speed as s
 
-    args, plans, limit = job.args, plans_of(job.args, ("25%",)), s.ceiling(job.llm.device)
+    args, plans, limit = job.args, job.plans("25%"), s.ceiling(job.llm.device)
     print(f"memory bus: this process reads {limit / 1e9:.1f} GB/s; a step reads weights and cache once")
     sizes = [(n, b) for n in args.lengths or [512, 2048, 4096] for b in args.batches or [1]]
     found = [r for n, b in job.bar(sizes, "speed") for r in s.speed(job.llm, plans, n, b, limit)]
@@ -263,7 +266,7 @@ def speed(job: Job) -> dict:
 def memory(job: Job) -> dict:
     from evals import speed as s
 
-    args, plans = job.args, plans_of(job.args, ("25%",))
+    args, plans = job.args, job.plans("25%")
     model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     sizes = [(n, b) for n in args.lengths or [512, 4096] for b in args.batches or [1]]
     found = [r for n, b in job.bar(sizes, "memory") for r in s.memory(plans, n, b, model, args.device, args.dtype)]
@@ -296,7 +299,7 @@ def quick(job: Job) -> dict:
     from evals import speed as s
     from nanokv.cache import mib
 
-    args, plans = job.args, plans_of(job.args, ("25%",))
+    args, plans = job.args, job.plans("25%")
     seeds, length, top = args.seeds or 5, (args.lengths or [1000])[0], job.llm.config.max_position_embeddings
     items = [Item(t, length, seed) for t in args.tasks or TASKS for seed in range(seeds)]
     found = judge(job, plans, items, [(length, 0)], 32)

@@ -31,8 +31,7 @@ class DenseRun(PromptCache):
     def finish(self, owner: int) -> None:
         run = self.runs.pop(owner)
         for i, plan in enumerate(self.plans):
-            prompt = run.close(owner, self.ids, self.config, plan.keep.ask)
-            self.rows[i][owner] = plan.keep.keep(prompt)
+            self.rows[i][owner] = plan.keep.keep(run.close(owner, self, plan.keep.ask))
             self.rows[i] = plan.keep.settle(self.rows[i])
 
 

@@ -35,12 +35,13 @@ def decode(
     now: Tensor,
     sliding_window: int | None,
     group: str | None = None,
+    noise: tuple[int, float, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Attention of new tokens over everything stored before them; every stored token that the model may see is seen.
 
     q (B,H,T,D), k and v (B,Hkv,S,D), length (B,Hkv): how many slots of each head are valid, or None if all S are; kpos (B,Hkv,S) and
     now (B,T): absolute positions, only read under a sliding window W (visible: kpos > now − W).
-    group mean | max: also return the votes, the attention each slot received from the query heads of its KV head.
+    group mean | max: also return the votes, the attention each slot received from the query heads of its KV head; `noise` as for `mass`.
     → out (B,H,T,D) in q's dtype, lse (B,H,T) fp32 natural log of the summed exponentials (−inf and out 0 where
     nothing is visible), votes (B,Hkv,S) fp32 summed over T, or None.
     """
@@ -50,21 +51,68 @@ def decode(
         score = score.masked_fill(~seen[:, :, None], -torch.inf)
     lse = score.logsumexp(-1)
     weight = (score - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
-    votes = None if group is None else _group(weight.sum(3), group)
+    votes = None
+    if group is not None:
+        heard = weight if noise is None else _noisy(score, noise, now[:, None, None, :, None], kpos[:, :, None, None])
+        votes = _group(heard.sum(3), group)
     return _values(weight, v).to(q.dtype), lse.flatten(1, 2), votes
 
 
-def mass(q: Tensor, k: Tensor, start: int, sliding_window: int | None, group: str) -> Tensor:
-    """Attention that each key receives from a run of queries: softmax over the keys each query sees, summed over queries.
+def mass(
+    q: Tensor,
+    k: Tensor,
+    start: int,
+    sliding_window: int | None,
+    group: str,
+    stat: str = "sum",
+    noise: tuple[int, float, int] | None = None,
+) -> Tensor:
+    """What each key receives from a run of queries, softmax over the keys each query sees.
 
     q (B,H,w,D): the queries of tokens start … start+w−1; k (B,Hkv,S,D): keys of tokens 0 … S−1 → votes (B,Hkv,S) fp32, reduced over the G
     query heads of a KV head by group mean | max. The [H,w,S] weights exist for a block of queries at a time only.
+    stat sum: attention, summed over queries. low: how many queries gave less than 1/(keys they see). hit: the token of the last query
+    that gave at least that, −1 if none did. noise (seed, tau, h): of the logits plus Gumbel noise, divided by tau; the noise depends
+    on the seed, the query head counted from h, and the tokens of query and key alone.
     """
-    votes = q.new_zeros(q.shape[0], q.shape[1], k.shape[2], dtype=torch.float32)  # per query head
+    B, H, Hkv, S = q.shape[0], q.shape[1], k.shape[1], k.shape[2]
+    votes = q.new_full((B, H if stat == "sum" else Hkv, S), -1.0 if stat == "hit" else 0.0, dtype=torch.float32)
     for rows, keys, seen in blocks(q.shape[2], start, sliding_window, q.device):
-        score = _scores(q[:, :, rows], k[:, :, keys]).masked_fill(~seen, -torch.inf)
-        votes[:, :, keys] += score.softmax(-1).sum(3).flatten(1, 2)
-    return _group(votes.unflatten(1, (k.shape[1], -1)), group)
+        score = _scores(q[:, :, rows], k[:, :, keys]).masked_fill(~seen, -torch.inf)  # (B,Hkv,G,t,s)
+        token = torch.arange(rows.start + start, rows.stop + start, device=q.device)[:, None]
+        if noise is None:
+            weight = score.softmax(-1)
+        else:
+            weight = _noisy(score, noise, token, torch.arange(keys.start, keys.stop, device=q.device))
+        if stat == "sum":
+            votes[:, :, keys] += weight.sum(3).flatten(1, 2)
+            continue
+        weight = _group(weight, group)  # (B,Hkv,t,s)
+        even = 1 / seen.sum(-1, keepdim=True)
+        if stat == "low":
+            votes[:, :, keys] += ((weight < even) & seen).sum(2)
+        else:
+            hit = torch.where((weight >= even) & seen, token.float(), -1.0).amax(2)
+            votes[:, :, keys] = votes[:, :, keys].maximum(hit)
+    return _group(votes.unflatten(1, (Hkv, -1)), group) if stat == "sum" else votes
+
+
+def _noisy(score: Tensor, noise: tuple[int, float, int], i: Tensor, j: Tensor) -> Tensor:
+    """softmax((score + Gumbel noise)/tau) of (B,Hkv,G,t,s) logits between tokens i and j (both broadcast to that shape)."""
+    seed, tau, h = noise
+    heads = (
+        h + torch.arange(score.shape[1] * score.shape[2], device=score.device).view(score.shape[1:3])[..., None, None]
+    )
+    bits = (seed * 0x9E3779B1 + heads * 0x85EBCA77 + i.long() * 0xC2B2AE3D + j.long() * 0x27D4EB2F) & 0xFFFFFFFF
+    for shift, factor in (
+        (16, 0x7FEB352D),
+        (15, 0x846CA68B),
+        (16, 0x2C1B3C6D),
+    ):  # a counter-based hash: the same for chunks and batches
+        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
+    uniform = ((bits >> 8) + 0.5) / 2**24
+    noisy = (score - (-uniform.log()).log()) / tau
+    return (noisy - noisy.logsumexp(-1, keepdim=True).masked_fill(score.isneginf().all(-1, keepdim=True), 0)).exp()
 
 
 BLOCK = 128  # queries whose scores exist at once: 128 × 32,768 keys × 32 heads in fp32 are 0.5 GiB

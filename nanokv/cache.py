@@ -8,54 +8,120 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor
 
-from nanokv.contract import Context, Kept, Store
+from nanokv.contract import Context, Kept, Prompt, Store
 from nanokv.ops import merge
 from nanokv.plan import Plan
+from nanokv.prompt import moments, unrotated
+from nanokv.rope import angles, rotate
 
 
 class KVCache:
-    def __init__(self, plan: Plan, stores: dict[int, Store], scores: dict[int, list[float]], room: int, ctx: Context):
-        self.plan, self.stores, self.scores, self.room, self.ctx = plan, stores, scores, room, ctx
+    """One plan lays out all rows; each row's own, fitted to its prompt, says what stays of it."""
+
+    def __init__(
+        self, plans: list[Plan], stores: dict[int, Store], scores: dict[int, list[float]], room: int, ctx: Context
+    ):
+        plan = plans[0]
+        self.plans, self.plan, self.stores, self.scores, self.room, self.ctx = plans, plan, stores, scores, room, ctx
+        self.fresh = 0  # tokens since the policy looked last
         self.layers: list[Owner | Reader] = []
+        rows = next(iter(stores.values())).slots.cursor.shape[0]
         for i in range(ctx.config.num_hidden_layers):
             owner = plan.owner(i)
-            last = plan.last_reader(owner) == i
-            self.layers.append(Owner(stores[i], plan, i, ctx) if owner == i else Reader(self.layers[owner], last))
+            tail = Tail(plan.keep.ask.tail, rows, ctx) if plan.keep.every and not plan.keep.watches else None
+            if owner == i:
+                self.layers.append(Owner(stores[i], plan, i, ctx, tail))
+            else:
+                self.layers.append(Reader(self.layers[owner], plan.last_reader(owner) == i, tail))
 
     @classmethod
-    def pack(cls, plan: Plan, rows: list[dict[int, Kept]], room: int, ctx: Context) -> KVCache:
+    def pack(cls, plans: list[Plan], rows: list[dict[int, Kept]], room: int, ctx: Context) -> KVCache:
         """A cache over the survivors of each row (owner → Kept), with slots for `room` more tokens in heads that grow.
 
         Takes the survivors out of `rows` layer by layer, so that no layer is held twice; pass copies of the dicts to keep them.
         """
-        stores, scores = {}, {}
+        stores, scores, plan = {}, {}, plans[0]
         for owner in sorted(rows[0]):
             kept = [row.pop(owner) for row in rows]
             scores[owner] = [k.score for k in kept]
-            stores[owner] = plan.store.pack(kept, plan.keep, room, ctx)
-        return cls(plan, stores, scores, room, ctx)
+            stores[owner] = plan.store.pack(kept, plan.keep, plan.ahead(room), ctx)
+        return cls(plans, stores, scores, room, ctx)
 
-    def spend(self, n: int) -> None:
-        """Note on the host that n tokens come; a full cache raises instead of overwriting what it promised to keep."""
+    def piece(self, n: int) -> int:
+        """How many of n tokens may come at once: one if the policy watches each step, none beyond its next look."""
+        keep = self.plan.keep
+        return 1 if keep.watches else min(n, keep.every - self.fresh) if keep.every else n
+
+    def expect(self, n: int) -> None:
+        """A full cache raises instead of overwriting what it promised to keep."""
         if n > self.room:
             raise ValueError(f"the cache has room for {self.room} more tokens and {n} come; reserve() more first")
-        self.room -= n
 
     def reserve(self, room: int) -> None:
         """Make room for `room` tokens from here on. Reallocates the stores whose heads grow; what they hold stays."""
         if room <= self.room:
             return
         for i in self.stores:
-            held = self.stores[i].unpack()
-            self.stores[i] = self.layers[i].store = self.plan.store.pack(held, self.plan.keep, room, self.ctx)
+            self._pack(i, self.stores[i].unpack(), self.plan.ahead(room, self.fresh))
         self.room = room
 
-    def maintain(self, written: int) -> None:
-        """Stores' upkeep between steps, on a schedule the host knows: `written` tokens just came."""
+    def _pack(self, i: int, rows: list[Kept], ahead: int) -> None:
+        frozen = self.stores[i].slots.frozen
+        self.stores[i] = self.layers[i].store = self.plan.store.pack(rows, self.plan.keep, ahead, self.ctx)
+        if frozen:
+            self.stores[i].slots.freeze()
+
+    def maintain(self, written: int, seen: list[int]) -> None:
+        """Upkeep between steps, on a schedule the host knows: `written` tokens just came, each row's text is `seen` long."""
         for store in self.stores.values():
             store.maintain(written)
+        self.fresh += written
+        if self.plan.keep.every and self.fresh >= self.plan.keep.every:
+            self.fresh = 0
+            for i in self.stores:
+                self._look_again(i, seen)
+
+    def _look_again(self, i: int, seen: list[int]) -> None:
+        """Ask the policy what stays of what layer i holds, as it was asked after the prompt."""
+        readers = [x for x in self.layers if x.of is self.layers[i]]
+        held = self.stores[i].unpack()
+        rows = [self.plans[b].keep.keep(self._prompt(i, b, k, readers, seen)) for b, k in enumerate(held)]
+        ahead = self.plan.ahead(self.room)
+        if not self.stores[i].refill(rows, ahead):
+            self._pack(i, rows, ahead)
+
+    def _prompt(self, i: int, b: int, kept: Kept, readers: list[Owner | Reader], seen: list[int]) -> Prompt:
+        """Row b of what layer i holds, as the policy sees it, with what the last queries of all that read it say."""
+        plan, config, ask = self.plan, self.ctx.config, self.plan.keep.ask
+        rank, owners = plan.rank(i), config.num_hidden_layers - len(plan.share)
+        kept = kept.within(seen[b], config.sliding_window)
+        visible = min(seen[b], config.sliding_window - 1) if config.sliding_window else seen[b]
+        place = i, rank, owners, seen[b], visible
+        found = Prompt(*place, kept.k, kept.v, kept.pos, kept.votes, 0, inv_freq=self.ctx.inv_freq)
+        if readers[0].tail is None or not ask.tail:
+            return found
+        tails = [x.tail.ordered(b, seen) for x in readers]  # (1,H,w,D) each
+        if ask.rows:
+            found.votes = torch.cat([self._heard(q, kept) for q in tails])
+            found.n_votes = ask.rows
+        if ask.moments is not None:
+            pos = torch.arange(seen[b] - ask.tail, seen[b], device=self.ctx.device)[None]
+            raw = [unrotated(q, pos, self.ctx.inv_freq) for q in tails]
+            found.q_mean, found.q_cov = moments([(q.sum(2), q.transpose(-1, -2) @ q, q.shape[2]) for q in raw])
+        return found
+
+    def _heard(self, q: Tensor, kept: Kept) -> Tensor:
+        """The votes of the last w queries (1,H,w,D) for kept keys, of which each head's last w are theirs → (1,Hkv,N)."""
+        ask, (_, heads, n, _) = self.plan.keep.ask, kept.k.shape
+        votes = torch.zeros(1, heads, n, device=q.device)
+        for h, group in enumerate(q.chunk(heads, 1)):
+            m = int(kept.length[0, h])
+            k, noise = kept.k[:, h : h + 1, :m], ask.noises(h * group.shape[1])
+            votes[:, h : h + 1, :m] = self.ctx.ops.mass(group, k, m - q.shape[2], None, ask.group, ask.stat, noise)
+        return votes
 
     def freeze(self) -> None:
         """From now on every step has the same shapes: for a compiled or captured step."""
@@ -71,9 +137,10 @@ class KVCache:
             owner = self.plan.owner(i)
             store = self.stores[owner]
             length = store.slots.length.tolist()
-            own = owner == i
-            lines.append(LayerReport(i, owner, _nbytes(store.tensors()) if own else 0, length, k_bits, v_bits))
-            held.append(store.live_bytes() if own else 0)
+            tail = [self.layers[i].tail.q] if self.layers[i].tail else []
+            size = _nbytes([*(store.tensors() if owner == i else []), *tail])
+            lines.append(LayerReport(i, owner, size, length, k_bits, v_bits))
+            held.append((store.live_bytes() if owner == i else 0) + _nbytes(tail))
         heads = cfg.num_hidden_layers * cfg.num_key_value_heads
         full = sum(seen) * heads * 2 * cfg.head_dim * dtype.itemsize
         return Report(sum(x.bytes for x in lines), sum(held), 0, full, seen, lines)
@@ -84,8 +151,16 @@ class Owner:
 
     owns = True
 
-    def __init__(self, store: Store, plan: Plan, index: int, ctx: Context):
-        self.store, self.policy, self.ops, self.dtype = store, plan.keep, ctx.ops, ctx.dtype
+    def __init__(self, store: Store, plan: Plan, index: int, ctx: Context, tail: Tail | None):
+        self.store, self.policy, self.ops, self.dtype, self.ctx, self.tail = (
+            store,
+            plan.keep,
+            ctx.ops,
+            ctx.dtype,
+            ctx,
+            tail,
+        )
+        self.of = self
         self.sliding_window = ctx.config.sliding_window
         self.alone = plan.last_reader(index) == index
         self.new: tuple[Tensor, Tensor] | None = None  # a turn's k, v, until the last reader has seen them
@@ -97,23 +172,35 @@ class Owner:
             self.store.append(k, v, pos)
         else:
             self.new = (k, v)
-        return self.answer(q, pos, last=self.alone)
+        return self.answer(q, pos, self.alone, self.tail)
 
-    def answer(self, q: Tensor, pos: Tensor, last: bool) -> Tensor:
+    def answer(self, q: Tensor, pos: Tensor, last: bool, tail: Tail | None) -> Tensor:
         """What one reader's queries get. A turn may come in the prefill's type; the cache keeps its own."""
         state = q.to(self.dtype)
-        out, lse, votes = self.store.read(state, pos)
+        if tail is not None:
+            tail.hear(state, pos)
+        near = self._near(state, pos) if self.policy.positions == "cache" else None
+        out, lse, votes = self.store.read(state, pos, near)
         if q.shape[2] > 1:
             out, _ = merge([(out, lse), self.ops.turn(state, *self.new, 0, self.sliding_window)])
             if last:
                 self.store.extend(*self.new, pos)
                 self.new = None
         elif votes is not None:
-            self.heard = votes if self.heard is None else self.heard + votes
+            join = torch.maximum if self.policy.watches.group == "max" else torch.add
+            self.heard = votes if self.heard is None else join(self.heard, votes)
             if last:
-                self.policy.watch(self.store.slots, self.heard, pos)
+                self.store.slots.votes = self.policy.watch(self.store.slots, self.heard, pos)
                 self.heard = None
         return out.to(q.dtype)
+
+    def _near(self, q: Tensor, pos: Tensor) -> Tensor:
+        """The queries turned back to their place in the cache: what lies between the sinks and the rest takes no room."""
+        s, T = self.store.slots, q.shape[2]
+        before = s.length[:, :1] - (1 if T == 1 else 0)  # a single token is stored already, a turn is not yet
+        gap = before + torch.arange(T, device=pos.device) - pos
+        gap = torch.where(s.sink[:, :1] < s.protected, 0, gap)  # where the model's own window has passed the sinks
+        return rotate(q.transpose(1, 2), angles(self.ctx.inv_freq, gap)).transpose(1, 2)
 
 
 class Reader:
@@ -121,11 +208,28 @@ class Reader:
 
     owns = False
 
-    def __init__(self, owner: Owner, last: bool):
-        self.owner, self.last = owner, last
+    def __init__(self, of: Owner, last: bool, tail: Tail | None):
+        self.of, self.last, self.tail = of, last, tail
 
     def attend(self, q: Tensor, k: None, v: None, pos: Tensor) -> Tensor:
-        return self.owner.answer(q, pos, self.last)
+        return self.of.answer(q, pos, self.last, self.tail)
+
+
+class Tail:
+    """The last w queries of one reading layer, for a policy that looks again; none if it asks for none."""
+
+    def __init__(self, w: int, rows: int, ctx: Context):
+        self.w = w
+        self.q = ctx.empty(rows, ctx.config.num_attention_heads, w, ctx.config.head_dim).zero_()
+
+    def hear(self, q: Tensor, pos: Tensor) -> None:
+        """q (B,H,T,D) at pos (B,T). All rows advance together, so the first one's positions name the places."""
+        if self.w:
+            self.q.index_copy_(2, pos[0, -self.w :] % self.w, q[:, :, -self.w :])
+
+    def ordered(self, row: int, seen: list[int]) -> Tensor:
+        """(1,H,w,D): of one row, the oldest first."""
+        return self.q[row : row + 1].roll(-(seen[0] % self.w), 2)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,21 @@
 
 A compressed cache is keep × store × share: which tokens stay (`Policy`), how they lie in memory and are read (`StoreSpec`,
 `Store`), which layers own storage (a map in `plan.py`). Between prefill and decode passes a plain value, `Kept`.
-This module knows no method by name and imports nothing from nanokv. Shapes follow the legend at the top of `model.py`.
+This module knows no method by name and imports nothing of nanokv's when it runs. Shapes follow the legend at the top of `model.py`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from nanokv.slots import Slots
 
 # ---- what the model sees -------------------------------------------------------------------------------------------
 
@@ -39,36 +42,62 @@ class Ask:
     """Attention statistics a policy wants, as data; `ops.mass` serves them all.
 
     rows: how many of the last prompt queries vote; 0 nobody, None all. group: how the G query heads of a KV head vote
-    together: mean | max.
+    together: mean | max. stat: what a key gets from them: sum, the attention received; low, by how many queries it was given less
+    than an even share; hit, the position of the last query that gave it at least an even share, −1 if none did.
+    noise: votes of the logits plus Gumbel noise under this seed, divided by tau. moments: also mean and covariance of the queries
+    before rotation, the first so many of the text left out.
     """
 
     rows: int | None = 0
     group: str = "mean"
+    stat: str = "sum"
+    noise: int | None = None
+    tau: float = 1.0
+    moments: int | None = None
+
+    def noises(self, head: int) -> tuple[int, float, int] | None:
+        """As `ops` take it, where the first query head is this one."""
+        return None if self.noise is None else (self.noise, self.tau, head)
+
+    @property
+    def tail(self) -> int:
+        """How many of the last queries must be at hand to answer once more while decoding."""
+        return self.rows or (0 if self.moments is None else 128)
 
 
 @dataclass
 class Prompt:
-    """One layer of one prompt, after its prefill attention. What a policy looks at; it never sees a batch."""
+    """One layer of one prompt after its prefill attention, or what a cache still holds of it later. A policy never sees a batch."""
 
     layer: int
-    n_layers: int
-    ids: Tensor  # (T,) token ids
-    k: Tensor  # (1,Hkv,T,D) rotated
-    v: Tensor  # (1,Hkv,T,D)
-    pos: Tensor  # (1,Hkv,T) int32 absolute
-    votes: Tensor | None  # (readers,Hkv,T) fp32 attention mass received, one plane per layer that reads these keys
+    rank: int  # this layer is the rank-th …
+    owners: int  # … of so many with storage of their own
+    seen: int  # tokens of text so far …
+    visible: int  # … and how many of them the model's own window still shows the next one
+    k: Tensor  # (1,Hkv,N,D) rotated
+    v: Tensor  # (1,Hkv,N,D)
+    pos: Tensor  # (1,Hkv,N) int32 absolute, ascending; −1 behind a head that holds fewer
+    votes: Tensor | None  # (readers,Hkv,N) fp32, one plane per layer that reads these keys; or as `watch` left them
     n_votes: int  # from how many queries
+    q_mean: Tensor | None = None  # (readers,H,D) fp32, of queries before rotation
+    q_cov: Tensor | None = None  # (readers,H,D,D)
+    inv_freq: Tensor | None = None  # (D/2,) the rotation's angle per position
 
     def __len__(self) -> int:
         return self.k.shape[2]
 
+    @property
+    def real(self) -> Tensor:
+        """bool (1,Hkv,N): a token, not padding."""
+        return self.pos >= 0
+
     def first(self, n: int) -> Tensor:
-        """bool (1,Hkv,T): the n first tokens of the text (the sinks), as far as they are still here."""
-        return self.pos < n
+        """bool (1,Hkv,N): the n first tokens of the text (the sinks), as far as they are still here."""
+        return self.real & (self.pos < n)
 
     def last(self, n: int) -> Tensor:
-        """bool (1,Hkv,T): the n most recent tokens."""
-        return self.pos > self.pos[..., -1:] - n
+        """bool (1,Hkv,N): the n most recent tokens of the text, as far as they are still here."""
+        return self.pos >= max(0, self.seen - n)
 
 
 @dataclass(frozen=True)
@@ -85,26 +114,52 @@ class Kept:
     score: float = 0.0  # of the whole layer, for rules across layers
 
     @classmethod
-    def all(cls, p: Prompt, limit: int = -1, sink: int = 0, score: float = 0.0) -> Kept:
-        """Every token of the prompt."""
-        heads = p.pos.new_ones(1, p.k.shape[1])
-        return cls(_own(p.k), _own(p.v), _own(p.pos), heads * len(p), heads * limit, heads * sink, score=score)
+    def all(
+        cls, p: Prompt, limit: int | Tensor = -1, sink: int = 0, votes: Tensor | None = None, score: float = 0.0
+    ) -> Kept:
+        """Every token of the prompt; votes (1,Hkv,N) go with them."""
+        length = p.real.sum(-1, dtype=torch.int32)
+        heads = torch.ones_like(length)
+        return cls(_own(p.k), _own(p.v), _own(p.pos), length, heads * limit, heads * sink, votes, score)
 
     @classmethod
-    def top(cls, p: Prompt, score: Tensor, n: int | Tensor, limit: int = -1, sink: int = 0) -> Kept:
+    def top(
+        cls,
+        p: Prompt,
+        score: Tensor,
+        n: int | Tensor,
+        limit: int | Tensor = -1,
+        sink: int = 0,
+        votes: Tensor | None = None,
+    ) -> Kept:
         """The n best tokens of each head in temporal order; equal scores: the earlier token wins.
 
-        score (1,Hkv,T), +inf for what must stay; n: one number, or (1,Hkv) where heads have budgets of their own.
+        score (1,Hkv,N), +inf for what must stay; n, limit: one number, or (1,Hkv) where heads have budgets of their own.
         """
-        n = torch.as_tensor(n, dtype=torch.int32, device=score.device).expand(score.shape[:2]).clamp(max=len(p))
+        n = torch.as_tensor(n, dtype=torch.int32, device=score.device).expand(score.shape[:2])
+        n = n.minimum(p.real.sum(-1, dtype=torch.int32))
+        score = score.masked_fill(~p.real, -torch.inf)
         rank = score.argsort(dim=-1, descending=True, stable=True)[..., : int(n.max())]
         real = torch.arange(rank.shape[-1], device=n.device) < n[..., None]
         at = rank.masked_fill(~real, len(p)).sort(dim=-1).values
         real, at = at < len(p), at.clamp(max=len(p) - 1)
         row = at[..., None].expand(-1, -1, -1, p.k.shape[-1])
         k, v, pos = p.k.gather(2, row), p.v.gather(2, row), p.pos.gather(2, at).masked_fill(~real, -1)
-        heads = torch.ones_like(n)
-        return cls(k, v, pos, n.clone(), heads * limit, heads * sink)
+        heads, votes = torch.ones_like(n), None if votes is None else votes.gather(2, at)
+        return cls(k, v, pos, n.clone(), heads * limit, heads * sink, votes)
+
+    def within(self, seen: int, sliding_window: int | None) -> Kept:
+        """Without what a model with this window will not see again after `seen` tokens."""
+        if sliding_window is None:
+            return self
+        gone = ((self.pos >= 0) & (self.pos <= seen - sliding_window)).sum(-1)  # of each head the first so many
+        at = torch.arange(self.pos.shape[2], device=self.pos.device) + gone[..., None]
+        real = at < self.length[..., None]
+        at = at.masked_fill(~real, 0)
+        row = at[..., None].expand_as(self.k)
+        votes = None if self.votes is None else self.votes.gather(2, at)
+        pos, length = self.pos.gather(2, at).masked_fill(~real, -1), self.length - gone.to(torch.int32)
+        return replace(self, k=self.k.gather(2, row), v=self.v.gather(2, row), pos=pos, length=length, votes=votes)
 
     def edges(self, sink: int, recent: int, roll: bool, score: float = 0.0) -> Kept:
         """The text's first `sink` and last `recent` tokens, of a row whose heads hold the same ones.
@@ -126,91 +181,6 @@ def _own(x: Tensor) -> Tensor:
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
 
 
-class Slots:
-    """The bookkeeping of every store: static slots per (row, KV head), valid ones always the prefix [0, length).
-
-    Slot order means nothing; `pos` says when. Everything that differs between rows, heads or steps is a tensor here;
-    `bound` and `even` are what the host knows, so that the eager path may slice instead of mask.
-    """
-
-    def __init__(self, rows: Sequence[Kept], room: int, sliding_window: int | None):
-        length = torch.cat([r.length for r in rows])  # (B,Hkv)
-        self.wanted = torch.cat([r.limit for r in rows])  # as the policy gave it: −1 grows
-        self.sink = torch.cat([r.sink for r in rows])
-        self.limit = torch.where(self.wanted < 0, length + room, self.wanted)
-        # a ring takes no more slots than there can be tokens; `reserve` packs anew, from `wanted`
-        self.limit = torch.minimum(self.limit, torch.maximum(length + room, self.sink + 1))
-        if sliding_window is not None:  # a slot behind the sinks is out of the window by the time its turn comes
-            self.limit = torch.minimum(self.limit, self.sink + sliding_window)
-        self.cursor = length.clone()  # tokens ever written
-        self.capacity = int(self.limit.max())
-        heads = torch.arange(length.numel(), device=length.device)  # int64, as torch wants an index
-        self.first = (heads * self.capacity).view(*length.shape, 1)  # (B,Hkv,1): row of each head's slot 0 in `flat`
-        self.pos = length.new_full((*length.shape, self.capacity), -1)  # (B,Hkv,S)
-        for b, r in enumerate(rows):
-            self.pos[b, :, : r.pos.shape[2]] = r.pos[0]
-        self.votes: Tensor | None = None  # (B,Hkv,S) fp32, only under a policy that keeps votes
-        if rows[0].votes is not None:
-            self.votes = self.pos.new_zeros(self.pos.shape, dtype=torch.float32)
-            for b, r in enumerate(rows):
-                self.votes[b, :, : r.votes.shape[2]] = r.votes[0]
-        self.span = int((self.limit - self.sink).min())  # tokens that surely land in distinct slots
-        self.bound = int(length.max())
-        self.even = all(bool((x == x[0, 0]).all()) for x in (length, self.limit, self.sink))
-        self.protected, self.written = int(self.sink[0, 0]), self.bound  # of every head, where `even`
-
-    @property
-    def length(self) -> Tensor:
-        """(B,Hkv) int32: how many slots are valid."""
-        return torch.minimum(self.cursor, self.limit)
-
-    def ring(self, n: int) -> Tensor:
-        """(B,Hkv,n): the default rule. Fill up to the limit, then overwrite the oldest behind the sinks."""
-        at = self.cursor[..., None] + torch.arange(n, dtype=torch.int32, device=self.cursor.device)
-        sink, limit = self.sink[..., None], self.limit[..., None]
-        # the `where` matters: with fewer tokens than sinks, the bare modulo would write to a wrong slot
-        return torch.where(at < limit, at, sink + (at - sink) % (limit - sink))
-
-    def host_ring(self) -> int:
-        """`ring` for one token, as the host knows it where `even`."""
-        cursor, sink = self.written, self.protected
-        return cursor if cursor < self.capacity else sink + (cursor - sink) % (self.capacity - sink)
-
-    def flat(self, at: Tensor) -> Tensor:
-        """Slots (B,Hkv,T) as rows of a store seen as (B·Hkv·S, ·): int64 (B·Hkv·T,)."""
-        return (at + self.first).flatten()
-
-    def place(self, row: Tensor, pos: Tensor) -> None:
-        """Note that the slots `row`, as `flat` gives them, now hold the tokens at pos (B,T)."""
-        B, T = pos.shape
-        when = pos[:, None].expand(B, self.pos.shape[1], T)
-        self.pos.view(-1).index_copy_(0, row, when.flatten().to(torch.int32))
-        if self.votes is not None:
-            self.votes.view(-1).index_fill_(0, row, 0.0)
-        self._count(T)
-
-    def place_at(self, at: int, pos: Tensor) -> None:
-        """`place` for one token that takes the same slot in every head."""
-        self.pos[:, :, at] = pos
-        if self.votes is not None:
-            self.votes[:, :, at] = 0
-        self._count(1)
-
-    def _count(self, n: int) -> None:
-        self.cursor += n
-        if self.even:  # a number that grows each step would recompile a compiled step, which is never `even`
-            self.written += n
-        self.bound = min(self.bound + n, self.capacity)
-
-    def freeze(self) -> None:
-        """From now on the host promises nothing: shapes stay at capacity, as a compiled or captured step needs."""
-        self.bound, self.even = self.capacity, False
-
-    def tensors(self) -> list[Tensor]:
-        kept = [self.cursor, self.limit, self.wanted, self.sink, self.first, self.pos]
-        return kept if self.votes is None else [*kept, self.votes]
-
-
 # ---- axis 1: keep (policies/*) -------------------------------------------------------------------------------------
 
 
@@ -226,12 +196,13 @@ class Case:
     token_bytes: float  # one token in one owning layer, all KV heads, as the store lays it out
     fixed_bytes: int  # per row and owning layer, whatever its length
 
-    def tokens(self, budget: int | str, least: int, grows: bool = True) -> int:
+    def tokens(self, budget: int | str, least: int, most_new: int | None = None) -> int:
         """A budget as a number of kept prompt tokens per KV head.
 
-        "25%" is of this prompt, never under `least`; "64MiB" is of the whole cache, with the slots of generated tokens if it grows.
+        "25%" is of this prompt, never under `least`; "64MiB" is of the whole cache, with the slots of at most `most_new` generated
+        tokens (none: all of them).
         """
-        room = self.room if grows else 0
+        room = self.room if most_new is None else min(self.room, most_new)
         if isinstance(budget, int):
             return budget
         if budget.endswith("%"):
@@ -281,12 +252,17 @@ class Policy(ABC):
     """Which tokens of a layer stay. Holds hyper-parameters only, never tensors; one instance serves every layer.
 
     Class attributes (not fields): `ask`, the prompt statistics wanted; `watches`, the statistics wanted of each decode
-    step; `wait`, how many tokens after the prompt still belong to the dense prompt before `keep` is asked.
+    step; `wait`, how many tokens after the prompt still belong to the dense prompt before `keep` is asked; `every`, after how many
+    tokens `keep` is asked again about what is held then (0: never); `positions`, absolute | cache: whether slots behind the sinks
+    push them away or not (see `Store.read`); `store`, the one that suits it where a plan names none.
     """
 
     ask = Ask()
     watches = None  # un-annotated on purpose: annotated, it would become a field of every policy
     wait = 0
+    every = 0
+    positions = "absolute"
+    store = "dense"
 
     def fit(self, case: Case) -> Policy:
         """This policy with percents, bytes and family thresholds turned into numbers. ValueError if it cannot."""
@@ -312,8 +288,12 @@ class Policy(ABC):
         """(B,Hkv,T): where the tokens at pos (B,T) go."""
         return s.ring(pos.shape[1])
 
-    def watch(self, s: Slots, votes: Tensor, pos: Tensor) -> None:  # noqa: B027 a policy that does not watch has none
-        """What the step at pos (B,1) paid to the first n slots: votes (B,Hkv,n). Only called if the policy `watches`."""
+    def watch(self, s: Slots, votes: Tensor, pos: Tensor) -> Tensor:
+        """What the step at pos (B,1) paid to the first n slots, votes (B,Hkv,n) → what `s.votes` shall be there from now on.
+
+        Only called if the policy `watches`.
+        """
+        return votes
 
 
 # ---- axis 2: store (stores/*) --------------------------------------------------------------------------------------
@@ -327,6 +307,7 @@ class Context:
     ops: Any  # nanokv.ops.Ops
     device: torch.device
     dtype: torch.dtype
+    inv_freq: Tensor  # (D/2,) fp32, the model's: for queries and keys that must be turned once more
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
@@ -343,14 +324,20 @@ class Store(Protocol):
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         """k, v (B,Hkv,T,D), pos (B,T), T > 1: host-level, after these tokens have attended."""
 
-    def read(self, q: Tensor, pos: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """q (B,H,T,D) → out, lse (B,H,T) and the step's votes if the policy watches, over all that is stored."""
+    def read(self, q: Tensor, pos: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """q (B,H,T,D) → out, lse (B,H,T) and the step's votes if the policy watches, over all that is stored.
+
+        near (B,H,T,D): the same queries turned as if no gap lay between sinks and the rest; the sinks are read with these.
+        """
 
     def maintain(self, written: int) -> None:
         """Host-scheduled upkeep between steps; `written` counts tokens."""
 
     def unpack(self) -> list[Kept]:
         """What is held, a value per row, in temporal order."""
+
+    def refill(self, rows: list[Kept], room: int) -> bool:
+        """Hold these instead, in the same memory; False if they do not fit. `room` as for `pack`."""
 
     def tensors(self) -> list[Tensor]:
         """Everything it holds on the device, for the receipt."""

@@ -29,7 +29,7 @@ class Models:
     @property
     def context(self) -> Context:
         weight = self.decode.embed_tokens.weight
-        return Context(self.decode.config, self.ops, weight.device, weight.dtype)
+        return Context(self.decode.config, self.ops, weight.device, weight.dtype, self.decode.inv_freq)
 
 
 def prefill(
@@ -93,13 +93,13 @@ class Session:
         """Go on from survivors of one row that were kept somewhere, instead of `start`."""
         self.plans, self.seen = [plan], [seen]
         self.pos = torch.tensor([[seen]], device=self.context.device)
-        self.cache = KVCache.pack(plan, [kept], self.room, self.context)
+        self.cache = KVCache.pack([plan], [kept], self.room, self.context)
 
     def _pack(self, caches: list[PromptCache]) -> None:
         rows = [dict(c.kept) for c in caches]
         for c in caches:
             c.kept = {}  # the rows own the survivors now, and pack takes them out of there
-        self.cache = KVCache.pack(self.plans[0], rows, self.room, self.context)
+        self.cache = KVCache.pack(self.plans, rows, self.room, self.context)
 
     @torch.inference_mode()
     def feed(self, tokens: Tensor, every: bool = False) -> Tensor:
@@ -107,15 +107,19 @@ class Session:
         self.whole = False
         parts = self._feed_open(tokens) if self.open else []
         tokens = tokens[:, len(parts) :]
-        T = tokens.shape[1]
-        if T:
-            self.cache.spend(T)
+        if tokens.shape[1]:
+            self.cache.expect(tokens.shape[1])
+        while tokens.shape[1]:
+            T = self.cache.piece(tokens.shape[1])
+            self.cache.room -= T
             pos = self.pos if T == 1 else self.pos + torch.arange(T, device=self.pos.device)
             model = self.models.decode if T == 1 else self.models.prefill
-            hidden = model.hidden(tokens, pos, self.cache)
-            parts.append(model.logits(hidden if every else hidden[:, -1:]))
+            hidden = model.hidden(tokens[:, :T], pos, self.cache)
+            tokens = tokens[:, T:]
+            if every or not tokens.shape[1]:
+                parts.append(model.logits(hidden if every else hidden[:, -1:]))
             self._advance(T)
-            self.cache.maintain(T)
+            self.cache.maintain(T, self.seen)
         self.whole = True
         return torch.cat(parts, 1) if every else parts[-1][:, -1]
 
@@ -133,7 +137,7 @@ class Session:
         if all(c.length == c_seen for c, c_seen in zip(self.open, self.seen, strict=True)):
             caches, self.open = self.open, []
             self._pack(caches)
-            self.cache.spend(n)
+            self.cache.room -= n
         return parts
 
     def _advance(self, n: int) -> None:

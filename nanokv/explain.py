@@ -68,19 +68,20 @@ def xray(session: Session, pieces: Sequence[str], row: int = 0) -> str:
 
 def sizes(config: ModelConfig, plans: dict[str, Plan], n: int, room: int, dtype: torch.dtype, free: int) -> list[str]:
     """A table of what each plan keeps of n tokens: tokens per KV head, bytes with room for `room` more, whether that fits `free`."""
-    layers = config.num_hidden_layers
-    full = layers * (n + room) * config.num_key_value_heads * 2 * config.head_dim * dtype.itemsize
+    n_layers = config.num_hidden_layers
+    full = n_layers * (n + room) * config.num_key_value_heads * 2 * config.head_dim * dtype.itemsize
     lines = [
         f"{n} tokens of prompt and {room} new ones; weights {mib(config.parameters() * dtype.itemsize)}, {mib(free)} free"
     ]
     for name, plan in plans.items():
+        plan = plan.sketch(n_layers)
         per_token, fixed = plan.store.cost(config, dtype)
         try:
             keep = plan.fit(config, dtype, n, room).keep
         except ValueError as e:
             lines.append(f"{name:12} {e}")
             continue
-        size = int(layers * ((keep.holds(n) + room) * per_token + fixed))
+        size = int((n_layers - len(plan.share)) * ((keep.holds(n) + plan.ahead(room)) * per_token + fixed))
         fits = "fits" if size + config.parameters() * dtype.itemsize <= free else "does not fit"
         lines.append(
             f"{name:12} at most {keep.holds(n):>7} tokens per head  {mib(size):>10}  {full / size:5.1f}x  {fits}"

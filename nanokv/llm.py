@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from nanokv import loader, tokenizer
 from nanokv.cache import Report, mib
@@ -22,6 +24,7 @@ from nanokv.engine import Models, Session, generate
 from nanokv.ops import BACKENDS, linear, row_linear
 from nanokv.plan import Plan, nearest, parse
 from nanokv.sampler import Sampling, sample
+from nanokv.shares import KVSharer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -124,8 +127,46 @@ class LLM:
 
     def session(self, room: int, chunk: int | None = None, plan: Plan | None = None) -> Session:
         """A new text; room: tokens that will follow its prompt."""
-        self.last = Session(self.models, plan or self.plan, room, chunk)
+        self.last = Session(self.models, self.ready(plan or self.plan), room, chunk)
         return self.last
+
+    def fingerprint(self) -> str:
+        """Of the shape and of weights that are fp32 in every precision."""
+        weights = self.models.prefill.norm.weight.cpu().numpy().tobytes()
+        return hashlib.sha256(repr(self.config).encode() + weights).hexdigest()[:32]
+
+    def ready(self, plan: Plan) -> Plan:
+        """The plan with its map of shared layers: that of its file, of an earlier search, or of one made now and kept."""
+        if plan.ready:
+            return plan
+        from nanokv import share
+        from weights.registry import settings
+
+        want, found = plan.sharer, share.place(settings().weights, self.fingerprint(), plan.sharer)
+        if want.map or found.is_file():
+            layers = share.stored(
+                Path(want.map) if want.map else found, self.fingerprint(), self.config.num_hidden_layers
+            )
+        else:
+            layers = self.search(want, found)
+        return replace(plan, share=layers, ready=True)
+
+    def search(self, want: KVSharer, file: Path, say: Callable[[object], None] | None = None) -> dict[int, int]:
+        """Search for the layers that can share and write the map. say(pair) is told of those that are accepted."""
+        from nanokv import share
+
+        texts = share.calibration(self.tokenizer).to(self.device)
+        with tqdm(total=want.layers, desc="shared layers", unit="", disable=not sys.stderr.isatty()) as bar:
+
+            def tick(pair: share.Pair, good: bool) -> None:
+                bar.set_postfix_str(f"{pair.reader} ← {pair.owner} {pair.similarity:.3f}")
+                if good:
+                    bar.update()
+                    (say or (lambda _: None))(pair)
+
+            layers, pairs = share.search(self.models.prefill, self.models.ops, texts, want, tick)
+        share.write(file, self.name, self.fingerprint(), want, layers, pairs)
+        return layers
 
     def report(self) -> Report | None:
         """The receipt of the last text."""
@@ -177,11 +218,12 @@ class LLM:
         """Raise before the work if the cache cannot fit: kept tokens of all layers and one layer's whole prompt."""
         context, plan = self.models.context, session.plan
         per_token, fixed = plan.store.cost(self.config, context.dtype)
-        layers, need, n = self.config.num_hidden_layers, 0.0, len(prompts) * copies
+        layers, need, n = self.config.num_hidden_layers - len(plan.share), 0.0, len(prompts) * copies
         for p in prompts:
             keep = plan.fit(self.config, context.dtype, len(p), room, n).keep
             whole = layers if session.chunk or keep.wait else 1
-            need += copies * layers * ((keep.holds(len(p)) + room) * per_token + fixed) + whole * len(p) * per_token
+            held = keep.holds(len(p)) + plan.ahead(room)
+            need += copies * layers * (held * per_token + fixed) + whole * len(p) * per_token
         free = free_bytes(self.device)
         if need > free:
             fits = max(0, int(free / (layers * per_token * n)) - room)

@@ -83,6 +83,7 @@ def sdpa_decode(
     now: Tensor,
     sliding_window: int | None,
     group: str | None = None,
+    noise: tuple[int, float, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `reference.decode`. On the CPU by torch's flash kernel, which also returns lse; it has no votes.
 
@@ -91,7 +92,7 @@ def sdpa_decode(
     B, H, T, D = q.shape
     some_see_nothing = sliding_window is not None and T > 1  # torch's kernel has no answer for such a row
     if group is not None or q.device.type != "cpu" or some_see_nothing:
-        return reference.decode(q, k, v, length, kpos, now, sliding_window, group)
+        return reference.decode(q, k, v, length, kpos, now, sliding_window, group, noise)
     bias = None
     seen = reference.mask(length, kpos, now, sliding_window, k.shape[2])
     if seen is not None:

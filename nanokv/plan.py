@@ -1,4 +1,4 @@
-"""A plan is keep × store × share: `snapkv:budget=1024,window=32+dense`. Parsing, printing, and fitting it to a prompt."""
+"""A plan is keep × store × share: `snapkv:budget=1024,window=32+dense+kvsharer:layers=4`. Parsing, printing, fitting it to a prompt."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from nanokv.config import ModelConfig
 from nanokv.contract import Case, Policy, StoreSpec
 from nanokv.policies import POLICIES
+from nanokv.shares import SHARES, KVSharer
 from nanokv.stores import STORES
 
 
@@ -23,19 +24,44 @@ class Plan:
     store: StoreSpec = STORES["dense"]
     share: Mapping[int, int] = field(default_factory=dict)
     names: tuple[str, str] = ("full", "dense")
+    sharer: KVSharer | None = None  # whose map `share` is …
+    ready: bool = True  # … and whether it is there yet; `LLM.ready` sees to that
 
     def owner(self, layer: int) -> int:
         return self.share.get(layer, layer)
 
+    def rank(self, owner: int) -> int:
+        """How many layers before this one own storage."""
+        return owner - sum(reader < owner for reader in self.share)
+
     def last_reader(self, owner: int) -> int:
         return max([owner, *(i for i, o in self.share.items() if o == owner)])
 
+    def ahead(self, room: int, fresh: int = 0) -> int:
+        """Slots for new tokens: for all that may come, or until the policy looks again, `fresh` tokens after it looked last."""
+        return min(room, self.keep.every - fresh) if self.keep.every else room
+
     def fit(self, config: ModelConfig, dtype: torch.dtype, prompt_len: int, room: int, rows: int = 1) -> Plan:
         """This plan for one prompt: percents, bytes and thresholds as numbers."""
+        if not self.ready:
+            raise ValueError(f"{self} has no map of layers yet; LLM.ready finds or makes the one of a loaded model")
         token_bytes, fixed = self.store.cost(config, dtype)
+        if self.keep.watches:  # a vote beside each position
+            token_bytes, fixed = token_bytes + 4 * config.num_key_value_heads, fixed + 4
         owners = config.num_hidden_layers - len(self.share)
+        tail = (
+            config.num_hidden_layers / owners * self.keep.ask.tail if self.keep.every and not self.keep.watches else 0
+        )
+        fixed += int(tail * config.num_attention_heads * config.head_dim * dtype.itemsize)
         return replace(
             self, keep=self.keep.fit(Case(config.family, owners, prompt_len, room, rows, token_bytes, fixed))
+        )
+
+    def sketch(self, n_layers: int) -> Plan:
+        """For sizes before there is a map: as many layers share as asked, whichever they will be."""
+        readers = min(self.sharer.layers, n_layers - 1) if not self.ready else 0
+        return (
+            replace(self, share=dict.fromkeys(range(n_layers - readers, n_layers), 0), ready=True) if readers else self
         )
 
     def with_budget(self, text: str) -> Plan:
@@ -43,10 +69,15 @@ class Plan:
         return replace(self, keep=self.keep.with_budget(int(text) if text.lstrip("-").isdigit() else text))
 
     def __str__(self) -> str:
-        return "+".join(canonical(name, part) for name, part in zip(self.names, (self.keep, self.store), strict=True))
+        parts = [canonical(name, part) for name, part in zip(self.names, (self.keep, self.store), strict=True)]
+        return "+".join(parts if self.sharer is None else [*parts, canonical("kvsharer", self.sharer)])
 
 
-AXES = {"decide which tokens stay": POLICIES, "decide how they are stored": STORES}
+AXES = {
+    "decide which tokens stay": POLICIES,
+    "decide how they are stored": STORES,
+    "decide which layers own storage": SHARES,
+}
 
 
 def parse(text: str) -> Plan:
@@ -57,15 +88,19 @@ def parse(text: str) -> Plan:
         axis = next((a for a, parts in AXES.items() if name in parts), None)
         if axis is None:
             names = [n for parts in AXES.values() for n in parts]
-            lists = "; ".join((f"policies: {', '.join(POLICIES)}", f"stores: {', '.join(STORES)}"))
+            kinds = zip(("policies", "stores", "share"), AXES.values(), strict=True)
+            lists = "; ".join(f"{kind}: {', '.join(parts)}" for kind, parts in kinds)
             raise ValueError(f"unknown policy {name!r}{nearest(name, names)}; {lists}")
         if axis in chosen:
             raise ValueError(f"{chosen[axis][0]} and {name} both {axis}; choose one")
         chosen[axis] = name, configure(name, AXES[axis][name], _pairs(name, rest))
-    keep, store = (chosen.get(a, (n, AXES[a][n])) for a, n in zip(AXES, ("full", "dense"), strict=True))
+    keep_axis, store_axis, share_axis = AXES
+    keep = chosen.get(keep_axis, ("full", POLICIES["full"]))
+    store = chosen.get(store_axis, (keep[1].store, STORES[keep[1].store]))
+    _, sharer = chosen.get(share_axis, ("", None))
     if keep[1].watches and not store[1].reports_votes:
         raise ValueError(f"{keep[0]} watches decode attention, which store {store[0]} does not report; use store dense")
-    return Plan(keep[1], store[1], names=(keep[0], store[0]))
+    return Plan(keep[1], store[1], names=(keep[0], store[0]), sharer=sharer, ready=sharer is None)
 
 
 def _pairs(name: str, text: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from nanokv.config import ModelConfig
 from nanokv.contract import Ask, Kept, Prompt
 from nanokv.ops import Ops
 from nanokv.plan import Plan
+from nanokv.rope import angles, inverse_frequencies, rotate
 
 
 class PromptCache:
@@ -23,6 +24,7 @@ class PromptCache:
         self.ids = ids  # (T,)
         self.length = len(ids) + plan.keep.wait
         self.asks = {plan.keep.ask}
+        self.inv_freq = inverse_frequencies(config).to(ids.device)
         self.kept: dict[int, Kept] = {}
         self.runs: dict[int, Run] = {}
         self.layers = [PromptLayer(self, i) for i in range(config.num_hidden_layers)]
@@ -34,8 +36,7 @@ class PromptCache:
 
     def finish(self, owner: int) -> None:
         """Ask the policy what stays of this owner's run, and let go of the rest."""
-        prompt = self.runs.pop(owner).close(owner, self.ids, self.config, self.plan.keep.ask)
-        self.kept[owner] = self.plan.keep.keep(prompt)
+        self.kept[owner] = self.plan.keep.keep(self.runs.pop(owner).close(owner, self, self.plan.keep.ask))
         self.kept = self.plan.keep.settle(self.kept)
 
 
@@ -53,7 +54,7 @@ class PromptLayer:
         start = run.filled - q.shape[2]
         window = cache.config.sliding_window
         out = cache.ops.prefill(q, run.k[:, :, : run.filled], run.v[:, :, : run.filled], start, window)
-        run.listen(self.index, q, start, cache)
+        run.listen(self.index, q, pos, start, cache)
         if self.last and run.filled == run.length:
             cache.finish(self.owner)
         return out
@@ -68,6 +69,9 @@ class Run:
         self.v: Tensor | None = None
         self.tail: dict[int, Tensor] = {}  # reader → its last queries so far (1,H,w,D)
         self.votes: dict[tuple[Ask, int], Tensor] = {}  # (ask, reader) → (1,Hkv,T)
+        self.sums: dict[
+            tuple[int, int], tuple[Tensor, Tensor, int]
+        ] = {}  # (left out, reader) → Σq (1,H,D), Σqqᵀ, how many
 
     def extend(self, k: Tensor, v: Tensor) -> None:
         n = k.shape[2]
@@ -81,15 +85,18 @@ class Run:
             self.v[:, :, self.filled : self.filled + n] = v
         self.filled += n
 
-    def listen(self, reader: int, q: Tensor, start: int, cache: PromptCache) -> None:
+    def listen(self, reader: int, q: Tensor, pos: Tensor, start: int, cache: PromptCache) -> None:
         """Let queries vote: all of them as they come, or the last w once the prompt is complete."""
-        window, mass = cache.config.sliding_window, cache.ops.mass
+        window = cache.config.sliding_window
         for ask in cache.asks:
             if ask.rows is None:
-                votes = mass(q, self.k[:, :, : self.filled], start, window, ask.group)
-                if (ask, reader) in self.votes:
-                    votes[:, :, :start] += self.votes[ask, reader]
+                votes = _vote(ask, q, self.k[:, :, : self.filled], start, window, cache.ops)
+                if (before := self.votes.get((ask, reader))) is not None:
+                    old = votes[:, :, :start]
+                    votes[:, :, :start] = old.maximum(before) if ask.stat == "hit" else old + before
                 self.votes[ask, reader] = votes
+        for skip in {ask.moments for ask in cache.asks} - {None}:
+            self._sum(skip, reader, q, pos, start, cache.inv_freq)
         rows = max(ask.rows or 0 for ask in cache.asks)
         if rows == 0:
             return
@@ -101,16 +108,44 @@ class Run:
         for ask in cache.asks:
             if ask.rows:
                 last = tail[:, :, -ask.rows :]
-                self.votes[ask, reader] = mass(last, self.k, self.length - last.shape[2], window, ask.group)
+                self.votes[ask, reader] = _vote(ask, last, self.k, self.length - last.shape[2], window, cache.ops)
 
-    def close(self, layer: int, ids: Tensor, config: ModelConfig, ask: Ask) -> Prompt:
+    def _sum(self, skip: int, reader: int, q: Tensor, pos: Tensor, start: int, inv_freq: Tensor) -> None:
+        """Add to the moments of the queries before rotation. A text no longer than what is left out counts as it is."""
+        skip = skip if self.length > skip else 0
+        raw = unrotated(q, pos, inv_freq)[:, :, max(0, skip - start) :]
+        old = self.sums.get((skip, reader), (0, 0, 0))
+        new = raw.sum(2), raw.transpose(-1, -2) @ raw, raw.shape[2]
+        self.sums[skip, reader] = tuple(a + b for a, b in zip(old, new, strict=True))
+
+    def close(self, layer: int, cache: PromptCache, ask: Ask) -> Prompt:
         """The run as a policy with this ask sees it: without what the model's sliding window will never show again."""
-        lo = 0 if config.sliding_window is None else max(0, self.length - config.sliding_window + 1)
-        heads = self.k.shape[1]
-        pos = torch.arange(lo, self.length, dtype=torch.int32, device=self.k.device).expand(1, heads, -1)
+        window, plan = cache.config.sliding_window, cache.plan
+        lo = 0 if window is None else max(0, self.length - window + 1)
+        pos = torch.arange(lo, self.length, dtype=torch.int32, device=self.k.device).expand(1, self.k.shape[1], -1)
         votes = [x[:, :, lo:] for (asked, _), x in self.votes.items() if asked == ask]  # readers came in their order
         n_votes = self.length if ask.rows is None else min(ask.rows, self.length)
-        k, v = self.k[:, :, lo:], self.v[:, :, lo:]
+        mean = cov = None
+        if ask.moments is not None:
+            skip = ask.moments if self.length > ask.moments else 0
+            mean, cov = moments([x for (left_out, _), x in self.sums.items() if left_out == skip])
+        rank, owners = plan.rank(layer), cache.config.num_hidden_layers - len(plan.share)
+        k, v, votes = self.k[:, :, lo:], self.v[:, :, lo:], torch.cat(votes) if votes else None
         return Prompt(
-            layer, config.num_hidden_layers, ids[lo:], k, v, pos, torch.cat(votes) if votes else None, n_votes
+            layer, rank, owners, self.length, self.length - lo, k, v, pos, votes, n_votes, mean, cov, cache.inv_freq
         )
+
+
+def _vote(ask: Ask, q: Tensor, k: Tensor, start: int, window: int | None, ops: Ops) -> Tensor:
+    return ops.mass(q, k, start, window, ask.group, ask.stat, ask.noises(0))
+
+
+def unrotated(q: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:
+    """q (B,H,T,D) rotated to pos (B,T) → as it was before, fp32."""
+    return rotate(q.transpose(1, 2).float(), angles(inv_freq, -pos)).transpose(1, 2)
+
+
+def moments(sums: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """Σq, Σqqᵀ and their count, per reader → mean (readers,H,D) and covariance (readers,H,D,D)."""
+    mean = torch.cat([q / n for q, _, n in sums])
+    return mean, torch.cat([qq / n for _, qq, n in sums]) - mean[..., None] * mean[..., None, :]

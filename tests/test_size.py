@@ -8,15 +8,17 @@ CEILINGS = {
     "generate.py": 445,
     "bench.py": 290,
     "nanokv/fidelity.py": 80,
-    "nanokv/contract.py": 290,
+    "nanokv/contract.py": 280,
+    "nanokv/slots.py": 175,
     "nanokv/config.py": 230,
     "nanokv/model.py": 120,
     "nanokv/loader.py": 165,
-    "nanokv/llm.py": 390,
+    "nanokv/llm.py": 430,
     "nanokv/engine.py": 170,
-    "nanokv/prompt.py": 110,
-    "nanokv/cache.py": 180,
-    "nanokv/plan.py": 140,
+    "nanokv/prompt.py": 145,
+    "nanokv/cache.py": 265,
+    "nanokv/plan.py": 160,
+    "nanokv/share.py": 180,
     "nanokv/ops.py": 120,
     "nanokv/tokenizer.py": 200,
     "nanokv/chat.py": 70,
@@ -24,12 +26,12 @@ CEILINGS = {
     "nanokv/save.py": 80,
     "nanokv/sampler.py": 55,
     "nanokv/rope.py": 45,
-    "kernels/reference.py": 110,
+    "kernels/reference.py": 160,
     "weights/fetch.py": 260,
     "weights/from_gguf.py": 290,
     "weights/registry.py": 80,
 }
-METHOD, STORE, TOTAL = 80, 90, 4000
+METHOD, STORE, TOTAL = 120, 110, 5300
 
 
 def lines(path) -> int:
@@ -43,7 +45,7 @@ def test_every_file_keeps_within_its_ceiling():
             sizes[str(path.relative_to(ROOT))] = lines(path)
     over = {n: (size, CEILINGS.get(n, 40)) for n, size in sizes.items() if size > CEILINGS.get(n, 40)}
     assert not over
-    for folder, ceiling in (("policies", METHOD), ("stores", STORE)):
+    for folder, ceiling in (("policies", METHOD), ("stores", STORE), ("shares", METHOD)):
         for path in (ROOT / "nanokv" / folder).glob("*.py"):
             sizes[str(path.relative_to(ROOT))] = lines(path)
             assert lines(path) <= ceiling, path.name

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from nanokv.contract import Case, Kept, Policy, Prompt, check_budget
+from nanokv.contract import Prompt
+from nanokv.policies.scorer import Scorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(Policy):
+class Random(Scorer):
     """The last `window` tokens and uniformly random others, per KV head (no paper).
 
     The window is SnapKV's, so that the difference to it is the score alone. Reproducible: the choice depends on seed,
     layer and prompt length, not on the batch.
     """
 
-    budget: int | str = 1024
     window: int = 32
     seed: int = 0
 
@@ -26,18 +27,12 @@ class Random(Policy):
             raise ValueError(
                 f"random:window={self.window},seed={self.seed} is out of range; window ≥ 1, seed from 0 to 2^40 − 1"
             )
-        check_budget(self.budget, self.window, f"the window of {self.window} is always kept")
+        super().__post_init__()
 
-    def fit(self, case: Case) -> Random:
-        return replace(self, budget=case.tokens(self.budget, self.window))
+    @property
+    def least(self) -> int:
+        return self.window
 
-    def with_budget(self, budget: int | str) -> Random:
-        return replace(self, budget=budget)
-
-    def holds(self, n: int) -> int:
-        return min(n, self.budget)
-
-    def keep(self, p: Prompt) -> Kept:
+    def score(self, p: Prompt) -> Tensor:
         dice = torch.Generator().manual_seed(self.seed * 1_000_003 + p.layer)
-        score = torch.rand(p.pos.shape, generator=dice).to(p.k.device)
-        return Kept.top(p, score.masked_fill(p.last(self.window), torch.inf), self.budget)
+        return torch.rand(p.pos.shape, generator=dice).to(p.k.device).masked_fill(p.last(self.window), torch.inf)

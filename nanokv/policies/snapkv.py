@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanokv.contract import Ask, Case, Kept, Policy, Prompt, check_budget
+from nanokv.contract import Ask, Prompt
+from nanokv.policies.scorer import Scorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(Policy):
+class SnapKV(Scorer):
     """SnapKV (Li et al. 2024, arXiv:2404.14469, §4): the last `window` queries vote, votes are pooled over `kernel`
     neighbouring tokens, the best `budget − window` tokens of each head stay, and the window itself.
 
@@ -22,7 +23,6 @@ class SnapKV(Policy):
     to the earlier token; a prompt as long as the budget is left alone.
     """
 
-    budget: int | str = 1024
     window: int = 32
     kernel: int = 7
     pool: str = "max"  # max | avg
@@ -35,31 +35,18 @@ class SnapKV(Policy):
             )
         if self.pool not in ("max", "avg") or self.group not in ("mean", "max"):
             raise ValueError(f"snapkv:pool={self.pool},group={self.group}: pool is max or avg, group is mean or max")
-        check_budget(self.budget, self.window, f"the window of {self.window} is always kept")
+        super().__post_init__()
 
     @property
     def ask(self) -> Ask:
         return Ask(rows=self.window, group=self.group)
 
-    def fit(self, case: Case) -> SnapKV:
-        return replace(self, budget=case.tokens(self.budget, self.window))
-
-    def with_budget(self, budget: int | str) -> SnapKV:
-        return replace(self, budget=budget)
-
-    def holds(self, n: int) -> int:
-        return min(n, self.budget)
-
-    def keep(self, p: Prompt) -> Kept:
-        if len(p) <= self.budget:
-            return Kept.all(p)
-        return Kept.top(p, self.score(p), self.budget)
+    @property
+    def least(self) -> int:
+        return self.window
 
     def score(self, p: Prompt) -> Tensor:
-        """(1,Hkv,T) fp32; +inf in the window. The window's own columns are cut off before pooling."""
-        votes = p.votes.sum(0, keepdim=True)[..., : len(p) - self.window]
-        pool = (
-            F.max_pool1d if self.pool == "max" else F.avg_pool1d
-        )  # avg counts the zeros beyond the edge, as theirs does
-        pooled = pool(votes, self.kernel, stride=1, padding=self.kernel // 2)
-        return torch.cat((pooled, pooled.new_full((*pooled.shape[:2], self.window), torch.inf)), -1)
+        recent = p.last(self.window)
+        votes = p.votes.sum(0, keepdim=True).masked_fill(recent, 0)  # the window's own columns are not pooled
+        pool = F.max_pool1d if self.pool == "max" else F.avg_pool1d  # avg counts zeros beyond the edge, as theirs does
+        return pool(votes, self.kernel, stride=1, padding=self.kernel // 2).masked_fill(recent, torch.inf)

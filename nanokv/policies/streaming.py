@@ -11,16 +11,20 @@ from nanokv.contract import Case, Kept, Policy, Prompt, check_budget
 class StreamingLLM(Policy):
     """StreamingLLM (Xiao et al. 2023, arXiv:2309.17453, §3.2): the first `sink` and the last `recent` tokens, forever.
 
-    Deviations from the authors' code: keys stay rotated at their absolute positions, where theirs are rotated anew by their
-    place in the cache (the distances within the window are the same, that to the sinks grows); the prompt itself attends in
-    full and is trimmed once, where theirs is fed token by token.
+    positions=cache is the paper's: a token's position is its place in the cache, so a text may run far past the model's context. Keys
+    stay rotated at their absolute positions; turning the query back for the sinks gives the same distances.
+    Deviations from the authors' code: positions=absolute, the default, where the distance to the sinks grows with the text; the
+    prompt itself attends in full and is trimmed once, where theirs is fed token by token.
     """
 
     sink: int = 4
     recent: int = 1020
     budget: int | str | None = None  # if given, recent = budget − sink
+    positions: str = "absolute"  # absolute | cache
 
     def __post_init__(self):
+        if self.positions not in ("absolute", "cache"):
+            raise ValueError(f"streaming:positions={self.positions}; positions are absolute and cache")
         if self.sink < 0 or self.recent < 1:
             raise ValueError(
                 f"streaming:sink={self.sink},recent={self.recent} is out of range; give sink ≥ 0 and recent ≥ 1"
@@ -35,7 +39,7 @@ class StreamingLLM(Policy):
     def fit(self, case: Case) -> StreamingLLM:
         if self.budget is None:
             return self
-        return replace(self, recent=case.tokens(self.budget, self.sink + 1, grows=False) - self.sink, budget=None)
+        return replace(self, recent=case.tokens(self.budget, self.sink + 1, 0) - self.sink, budget=None)
 
     def with_budget(self, budget: int | str) -> StreamingLLM:
         return replace(self, budget=budget)

@@ -2,5 +2,6 @@
 
 from nanokv.contract import StoreSpec
 from nanokv.stores.dense import Dense
+from nanokv.stores.ragged import Ragged
 
-STORES: dict[str, StoreSpec] = {"dense": Dense()}
+STORES: dict[str, StoreSpec] = {"dense": Dense(), "ragged": Ragged()}

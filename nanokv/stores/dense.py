@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanokv.contract import Context, Kept, Policy, Slots, StoreSpec
+from nanokv.contract import Ask, Context, Kept, Policy, StoreSpec
+from nanokv.ops import merge
+from nanokv.slots import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +35,19 @@ class DenseStore:
         n, heads, dim = len(rows), ctx.config.num_key_value_heads, ctx.config.head_dim
         self.k = ctx.empty(n, heads, self.slots.capacity, dim)  # (B,Hkv,S,D)
         self.v = ctx.empty(n, heads, self.slots.capacity, dim)
+        self._fill(rows)
+
+    def _fill(self, rows: list[Kept]) -> None:
         for b, r in enumerate(rows):
             n = r.k.shape[2]
             self.k[b, :, :n], self.v[b, :, :n] = r.k[0], r.v[0]
             self.k[b, :, n:], self.v[b, :, n:] = 0, 0  # a masked slot must still be a number: 0 · NaN is NaN
+
+    def refill(self, rows: list[Kept], room: int) -> bool:
+        if not self.slots.refill(rows, room):
+            return False
+        self._fill(rows)
+        return True
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         s = self.slots
@@ -59,34 +70,38 @@ class DenseStore:
         for a in range(0, k.shape[2], step):
             self.append(k[:, :, a : a + step], v[:, :, a : a + step], pos[:, a : a + step])
 
-    def read(self, q: Tensor, pos: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def read(self, q: Tensor, pos: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         s, n = self.slots, self.slots.bound
-        group = self.policy.watches.group if self.policy.watches and q.shape[2] == 1 else None
         length = None if s.even else s.length
-        window = self.ctx.config.sliding_window
-        return self.ctx.ops.decode(q, self.k[:, :, :n], self.v[:, :, :n], length, s.pos[:, :, :n], pos, window, group)
+        if near is None:
+            return self._decode(q, pos, slice(0, n), length, self.policy.watches)
+        m = min(s.protected, n)
+        parts = [self._decode(near, pos, slice(0, m), None if length is None else length.clamp(max=m))[:2]]
+        if n > m:
+            behind = None if length is None else (length - m).clamp(min=0)
+            parts.append(self._decode(q, pos, slice(m, n), behind)[:2])
+        return *merge(parts), None
+
+    def _decode(
+        self, q: Tensor, pos: Tensor, part: slice, length: Tensor | None, watches: Ask | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        k, v, kpos = self.k[:, :, part], self.v[:, :, part], self.slots.pos[:, :, part]
+        window, ops = self.ctx.config.sliding_window, self.ctx.ops
+        if watches is None or q.shape[2] > 1:
+            return ops.decode(q, k, v, length, kpos, pos, window)
+        return ops.decode(q, k, v, length, kpos, pos, window, watches.group, watches.noises(0))
 
     def maintain(self, written: int) -> None:
         """Nothing to do: slots are written in place."""
 
     def unpack(self) -> list[Kept]:
-        s, rows = self.slots, []
-        for b, n in enumerate(s.length):
-            real = torch.arange(int(n.max()), device=n.device) < n[:, None]  # (Hkv,N)
-            when = s.pos[b, :, : real.shape[1]].masked_fill(~real, torch.iinfo(torch.int32).max)
-            at = when.argsort(-1)
-            row = at[..., None].expand(*at.shape, self.k.shape[3])
-            pos = s.pos[b].gather(1, at).masked_fill(~real, -1)
-            votes = None if s.votes is None else s.votes[b].gather(1, at)[None]
-            k, v = self.k[b].gather(1, row)[None], self.v[b].gather(1, row)[None]
-            rows.append(Kept(k, v, pos[None], n[None].clone(), s.wanted[b : b + 1], s.sink[b : b + 1], votes=votes))
-        return rows
+        return self.slots.unpack(self.k.view(-1, self.k.shape[3]), self.v.view(-1, self.v.shape[3]))
 
     def tensors(self) -> list[Tensor]:
         return [self.k, self.v, *self.slots.tensors()]
 
     def live_bytes(self) -> int:
-        spare = self.slots.pos.numel() - int(self.slots.length.sum())
-        votes = 0 if self.slots.votes is None else 4
+        spare = self.slots.total - int(self.slots.length.sum())
+        votes = 0 if self.slots.flat_votes is None else 4
         per_slot = 2 * self.k.shape[3] * self.k.itemsize + 4 + votes
         return sum(t.nbytes for t in self.tensors()) - spare * per_slot

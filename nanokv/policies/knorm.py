@@ -1,0 +1,21 @@
+"""Keys of small norm are the ones that are looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nanokv.contract import Prompt
+from nanokv.policies.scorer import Scorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knorm(Scorer):
+    """Knorm (Devoto et al. 2024, arXiv:2406.11430, §3): the keys with the smallest L2 norm stay; no query is asked.
+
+    Deviation: every layer is compressed; the paper leaves the first two whole.
+    """
+
+    def score(self, p: Prompt) -> Tensor:
+        return -p.k.float().norm(dim=-1)

@@ -1,0 +1,52 @@
+"""What was looked at stays looked at: tokens that queries pass over go, many at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanokv.contract import Ask, Kept, Prompt
+from nanokv.policies.scorer import Scorer
+from nanokv.slots import Slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scissorhands(Scorer):
+    """Scissorhands (Liu et al. 2023, arXiv:2305.17118, §4, algorithms 1 and 2): a token's count goes up with each query that gives it less
+    than an even share of its attention; when the budget is reached, the `every` tokens of highest count go, but the last `recent`.
+
+    Deviations: the prompt's last `window` queries count and then every one, where the paper forgets those more than `window` ago;
+    `every` is a number of tokens, half the budget in the paper; a KV head counts the mean of its query heads.
+    """
+
+    every: int = 128
+    window: int = 400
+    recent: int = 10
+    watches = Ask()
+    beside = 0
+
+    def __post_init__(self):
+        if min(self.every, self.window, self.recent) < 1:
+            raise ValueError(
+                f"scissorhands:every={self.every},window={self.window},recent={self.recent} is out of range; each at least 1"
+            )
+        super().__post_init__()
+
+    @property
+    def ask(self) -> Ask:
+        return Ask(rows=self.window, stat="low")
+
+    @property
+    def least(self) -> int:
+        return self.recent + self.every
+
+    def keep(self, p: Prompt) -> Kept:
+        return self.best(p, self.count(p) - self.every, votes=p.votes.sum(0, keepdim=True))
+
+    def score(self, p: Prompt) -> Tensor:
+        return (-p.votes.sum(0, keepdim=True)).masked_fill(p.last(self.recent), torch.inf)
+
+    def watch(self, s: Slots, votes: Tensor, pos: Tensor) -> Tensor:
+        return s.votes[:, :, : votes.shape[2]] + (votes < 1 / s.length[..., None])
