@@ -1,7 +1,8 @@
 """Quality, speed and bytes of KV-cache policies: `python bench.py` alone takes some minutes and prints one table.
 
 quality   tasks under both protocols, a second turn, fidelity to the full cache       speed    prefill, decode, share of the memory bus
-memory    receipt and peak, one process a row       peers    transformers, kvpress, llama.cpp on the same prompts       all    all of them
+memory    receipt and peak, one process a row       peers    transformers, kvpress, llama.cpp on the same prompts       all    these four
+endless   20,000 generated tokens: speed and bytes at both ends       prose    perplexity of a text, far beyond the context if you like
 
 The last line on stdout is the result as one JSON document; --json writes it to a file, with machine, versions and commit.
 """
@@ -23,11 +24,17 @@ from evals import record, show
 from evals.quality import Item, named, registered
 from evals.tasks import TASKS
 from nanokv.llm import LLM, load
-from nanokv.plan import Plan
+from nanokv.plan import Plan, parse
 from weights.registry import DEFAULT, settings
 
 # chosen on these very tasks: pooling as wide as a code of single digits, and a window that leaves something to drop at 1,000 tokens
 TUNED = ("snapkv:window=8,kernel=13", "simlayer:recent=256")
+
+
+PARTS = ("quick", "quality", "speed", "memory", "peers", "endless", "prose")
+# what holds a budget of 512 over any length, and the ways to read a long text
+ENDLESS = ("streaming:budget=512", "h2o:budget=512", "tova:budget=512", "snapkv:budget=512,every=128")
+PROSE = tuple(f"streaming:positions=cache,sink={sink},recent={recent}" for sink, recent in ((4, 1020), (0, 1024)))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.error = lambda message: sys.exit(complain(message))
     a = p.add_argument
-    a("what", nargs="?", default="quick", choices=("quick", "quality", "speed", "memory", "peers", "all"))
+    a("what", nargs="?", default="quick", choices=(*PARTS, "all"))
     a("--model", default=DEFAULT, metavar="M")
     a("--device", default="auto", metavar="D")
     a("--dtype", default="auto", metavar="T")
@@ -95,7 +102,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     facts = record.facts(llm, ["torch", "triton", *extra])
     print(f"{llm.name} · {facts['machine']} · {llm.dtypes['prefill']}/{llm.dtypes['decode']}", file=sys.stderr)
     job = Job(args, llm, facts, bar)
-    parts = {"quick": quick, "quality": quality, "speed": speed, "memory": memory, "peers": peers}
+    parts = dict(zip(PARTS, (quick, quality, speed, memory, peers, endless, prose), strict=True))
     result = {"what": args.what, "command": record.command(argv), **facts, "plans": {}}
     t0 = time.perf_counter()
     for name in ("quality", "speed", "memory", "peers") if args.what == "all" else (args.what,):
@@ -116,9 +123,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 USES = {  # which part listens to which flag; quick is a small one of quality and speed
-    "plans": ("quick", "quality", "speed", "memory"),
+    "plans": ("quick", "quality", "speed", "memory", "endless", "prose"),
     "budgets": ("quick", "quality", "speed", "memory", "peers"),
-    "lengths": ("quick", "quality", "speed", "memory", "peers"),
+    "lengths": ("quick", "quality", "speed", "memory", "peers", "endless", "prose"),
     "batches": ("speed", "memory"),
     "tasks": ("quick", "quality", "peers"),
     "seeds": ("quick", "quality", "peers"),
@@ -292,6 +299,33 @@ def peers(job: Job) -> dict:
         scores = p.quality(llm, args.model, tasks, 1000, seeds, budgets[-1], progress.update)
     print(f"the same {seeds} texts of 1000 tokens, {budgets[-1]} kept\n{show.peers_quality(scores)}\n")
     return {"peers_speed": found, "peers_quality": scores}
+
+
+def endless(job: Job) -> dict:
+    from evals import long
+
+    plans, found = {text: job.llm.ready(parse(text)) for text in job.args.plans or ENDLESS}, []
+    for n in job.args.lengths or [20_000]:
+        for name, plan in plans.items():
+            with job.bar(range(n), name) as progress:
+                found.append({"plan": name, **long.endless(job.llm, plan, n, progress.update)})
+    print(show.endless(found) + "\n")
+    return {"plans": {k: str(p) for k, p in plans.items()}, "endless": found}
+
+
+def prose(job: Job) -> dict:
+    from evals import long
+    from evals.quality import text_of
+
+    plans, found = {text: job.llm.ready(parse(text)) for text in job.args.plans or PROSE}, []
+    for n in job.args.lengths or [20_000]:
+        ids = text_of(job.llm, 0, n)
+        found.append({"plan": f"full, pieces of {long.PIECE}", "tokens": n, "ppl": long.pieces(job.llm, ids)})
+        for name, plan in plans.items():
+            with job.bar(range(n), name) as progress:
+                found.append({"plan": name, **long.prose(job.llm, plan, ids, long.CHUNK, progress.update)})
+    print(show.prose(found) + "\n")
+    return {"plans": {k: str(p) for k, p in plans.items()}, "prose": found}
 
 
 def quick(job: Job) -> dict:

@@ -156,3 +156,38 @@ def peers_quality(found: Sequence[dict]) -> str:
         "what differs",
     ]
     return table(head, rows)
+
+
+def endless(found: Sequence[dict]) -> str:
+    """A row per plan: speed and bytes near the beginning and at the end."""
+    rows = [
+        [
+            f["plan"],
+            str(f["new_tokens"]),
+            f"{f['early_tok_s']:.1f}",
+            f"{f['late_tok_s']:.1f}",
+            f"{f['late_tok_s'] / f['early_tok_s'] - 1:+.1%}",
+            mib(f["bytes"][0]),
+            mib(f["bytes"][-1]),
+            str(max(f["held"])),
+            mib(f["peak_grew"]),
+        ]
+        for f in found
+    ]
+    head = ["plan", "tokens", "tok/s early", "late", "change", "cache early", "late", "most held", "peak grew by"]
+    return table(head, rows)
+
+
+def prose(found: Sequence[dict]) -> str:
+    """Perplexities of one text, against the first row's."""
+    rows = [
+        [
+            f["plan"],
+            str(f["tokens"]),
+            f"{f['ppl']:.2f}",
+            f"{f['ppl'] / next(x['ppl'] for x in found if x['tokens'] == f['tokens']) - 1:+.1%}",
+            mib(f["bytes"]) if "bytes" in f else "-",
+        ]
+        for f in found
+    ]
+    return table(["plan", "tokens", "perplexity", "against the first", "cache at the end"], rows)

@@ -179,7 +179,8 @@ class Owner:
         state = q.to(self.dtype)
         if tail is not None:
             tail.hear(state, pos)
-        near = self._near(state, pos) if self.policy.positions == "cache" else None
+        sinks = self.store.slots.protected if self.policy.positions == "cache" else 0
+        near = self._near(state, pos) if sinks else None
         out, lse, votes = self.store.read(state, pos, near)
         if q.shape[2] > 1:
             out, _ = merge([(out, lse), self.ops.turn(state, *self.new, 0, self.sliding_window)])
