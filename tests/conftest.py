@@ -46,6 +46,7 @@ VARIANTS = {
     "tied": ("Llama", {"tie_word_embeddings": True}),
     "head-dim": ("Llama", {"head_dim": 32}),
     "bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "deep": ("Llama", {"num_hidden_layers": 8, "initializer_range": 0.1}),
     "qwen2": ("Qwen2", {"use_sliding_window": False}),
 }
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 class MaskedCache:
     """A cache of everything, in which query token i of head h sees key token j only if `seen(layer, h, i, j)` and j ≤ i and the
-    model's sliding window allow it. Plain loops over softmax rows, fp64 inside.
+    model's sliding window allow it. Plain loops over softmax rows, fp64 inside. A layer in `share` uses another one's keys and values
+    instead of those that it is given.
     """
 
     owns = True
 
-    def __init__(self, config, seen):
-        self.config, self.seen = config, seen
+    def __init__(self, config, seen, share=None):
+        self.config, self.seen, self.share = config, seen, share or {}
         self.layers = [MaskedLayer(self, i) for i in range(config.num_hidden_layers)]
 
 
@@ -27,16 +28,16 @@ class MaskedLayer:
         self.cache, self.index, self.k, self.v = cache, index, [], []
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
-        cfg = self.cache.config
+        cfg, of = self.cache.config, self.cache.layers[self.cache.share.get(self.index, self.index)]
         self.k += list(k[0].transpose(0, 1).double())  # one (Hkv,D) per token
         self.v += list(v[0].transpose(0, 1).double())
-        keys, values, out = torch.stack(self.k), torch.stack(self.v), torch.zeros_like(q)
+        keys, values, out = torch.stack(of.k), torch.stack(of.v), torch.zeros_like(q)
         group = cfg.num_attention_heads // cfg.num_key_value_heads
         for t, i in enumerate(pos[0].tolist()):
             for h in range(cfg.num_attention_heads):
                 kv = h // group
                 near = (j for j in range(i + 1) if cfg.sliding_window is None or j > i - cfg.sliding_window)
-                cols = [j for j in near if j == i or self.cache.seen(self.index, kv, i, j)]
+                cols = [j for j in near if j == i or self.cache.seen(of.index, kv, i, j)]
                 score = keys[cols, kv] @ q[0, h, t].double() / math.sqrt(cfg.head_dim)
                 out[0, h, t] = (score.softmax(0) @ values[cols, kv]).to(q.dtype)
         return out
@@ -84,3 +85,164 @@ def laziness(weight: Tensor, sink: int, recent: int) -> float:
     H, rows, T = weight.shape
     edge = [j for j in range(T) if j < sink or j >= T - recent]
     return sum(weight[h, r, j].item() for h in range(H) for r in range(rows) for j in edge) / (H * rows)
+
+
+# ---- the rules of the scorers, over lists; score[j] is of the token at position j -------------------------------------
+
+
+def top(score: list[float], n: int, always: list[int] = ()) -> list[int]:
+    """The n best positions, earlier ones first among equals; those in `always` whatever their score."""
+    order = sorted(range(len(score)), key=lambda j: (j not in always, -score[j], j))
+    return sorted(order[:n])
+
+
+def heavy(weight: Tensor) -> list[float]:
+    """H2O's score. weight (G,rows,T) of one KV head's query heads: attention received, mean over heads."""
+    G, rows, T = weight.shape
+    return [sum(weight[g, i, j].item() for g in range(G) for i in range(rows)) / G for j in range(T)]
+
+
+def pyramid(budget: int, window: int, T: int, layers: int, beta: float) -> list[int]:
+    """PyramidKV's line, before rounding."""
+    mean = budget - window
+    low, high = mean / beta, 2 * mean - mean / beta
+    if high >= T - window:
+        low, high = 2 * mean - (T - window), T - window
+    return [window + high - i * (high - low) / (layers - 1) for i in range(layers)]
+
+
+def ada(scores: list[list[float]], n: int, floor: float, always: list[int]) -> list[list[int]]:
+    """Ada-KV: each head's own best first, then the best of all heads until heads × n are kept."""
+    kept = [set(top(s, max(1, int(floor * n)), always)) | set(always) for s in scores]
+    rest = [(-s[j], h, j) for h, s in enumerate(scores) for j in range(len(s)) if j not in kept[h]]
+    for _, h, j in sorted(rest)[: n * len(scores) - sum(map(len, kept))]:
+        kept[h].add(j)
+    return [sorted(k) for k in kept]
+
+
+def chunkkv(scores: list[list[float]], n: int, size: int, always: list[int]) -> list[int]:
+    """ChunkKV: tokens get the mean of their run over tokens and heads; what always stays is outside the runs."""
+    T, out = len(scores[0]), []
+    for j in range(T):
+        run = [i for i in range(j // size * size, min(T, (j // size + 1) * size)) if i not in always]
+        out.append(sum(s[i] for s in scores for i in run) / len(run) if run else 0.0)
+    return top(out, n, always)
+
+
+def keydiff(k: Tensor) -> list[float]:
+    """k (T,D): minus the cosine to the mean direction."""
+    mean = sum(x / x.norm() for x in k.double()) / len(k)
+    return [-(x @ mean / x.norm() / mean.norm()).item() for x in k.double()]
+
+
+def expected(
+    raw: Tensor, k: Tensor, v: Tensor, inv: Tensor, sink: int, future: int, now: int | None = None
+) -> list[float]:
+    """Expected Attention for one KV head. raw (G,T,D): queries before rotation; k, v (N,D); the rotation as a matrix, token by token."""
+    G, T, D = raw.shape
+    turn, now = torch.zeros(D, D, dtype=torch.float64), T if now is None else now
+    for p in range(now, now + future):
+        for c, angle in enumerate((p * inv.double()).tolist()):
+            block = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+            turn[[[c], [c + D // 2]], [c, c + D // 2]] += torch.tensor(block, dtype=torch.float64) / future
+    score = torch.zeros(len(k) - sink, dtype=torch.float64)
+    for q in raw[:, sink:].double():
+        mean, cov = turn @ q.mean(0), turn @ torch.cov(q.T, correction=0) @ turn.T
+        logit = torch.stack([x @ mean / math.sqrt(D) + x @ cov @ x / (2 * D) for x in k[sink:].double()])
+        score += logit.softmax(0) / G
+    return [math.inf] * sink + (score * v[sink:].double().norm(dim=-1)).tolist()
+
+
+def gumbel(seed: int, head: int, i: int, j: int) -> float:
+    """Keyformer's noise between query token i and key token j, in whole numbers."""
+    x = (seed * 0x9E3779B1 + head * 0x85EBCA77 + i * 0xC2B2AE3D + j * 0x27D4EB2F) % 2**32
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 0x2C1B3C6D)):
+        x = ((x ^ (x >> shift)) * factor) % 2**32
+    return -math.log(-math.log(((x >> 8) + 0.5) / 2**24))
+
+
+# ---- eviction while decoding: what one KV head holds when each new token attends, and after it ------------------------
+
+
+def look(q: Tensor, k: Tensor, held: list[int], noise=lambda g, j: 0.0, tau: float = 1.0) -> list[dict[int, float]]:
+    """q (G,D) over the keys k (·,D) at the positions held → per query head the attention of each."""
+    rows = []
+    for g in range(len(q)):
+        logit = [(q[g].double() @ k[j].double()).item() / math.sqrt(k.shape[1]) + noise(g, j) for j in held]
+        rows.append(dict(zip(held, (torch.tensor(logit, dtype=torch.float64) / tau).softmax(0).tolist(), strict=True)))
+    return rows
+
+
+def h2o(q, k, T: int, steps: int, budget: int, recent: int, noise=lambda h, i, j: 0.0, tau: float = 1.0):
+    """H2O, and with noise Keyformer. q (G,T+steps,D), k (T+steps,D) of one KV head → what is held at each step."""
+    score = dict.fromkeys(range(T + steps), 0.0)
+    for i in range(T):
+        for row in look(q[:, i], k, list(range(i + 1)), lambda g, j, i=i: noise(g, i, j), tau):
+            for j, p in row.items():
+                score[j] += p / len(q)
+    held = top([score[j] for j in range(T)], budget, list(range(T - recent, T)))
+    for t in range(T, T + steps):
+        if len(held) == budget:
+            held.remove(min((j for j in held if j <= t - recent), key=lambda j: (score[j], j)))
+        held = [*held, t]
+        for row in look(q[:, t], k, held, lambda g, j, t=t: noise(g, t, j), tau):
+            for j, p in row.items():
+                score[j] += p / len(q)
+        yield held
+
+
+def tova(q, k, T: int, steps: int, budget: int):
+    """TOVA. q (H,T+steps,D), k (Hkv,T+steps,D) of a whole layer: one choice for all heads → what is held at each step."""
+    G, held = len(q) // len(k), list(range(T))
+
+    def last(t: int) -> dict[int, float]:
+        rows = [row for h in range(len(k)) for row in look(q[h * G : (h + 1) * G, t], k[h], held)]
+        return {j: sum(row[j] for row in rows) for j in held}
+
+    score = last(T - 1)
+    held = top([score[j] for j in range(T)], budget)
+    for t in range(T, T + steps):
+        if len(held) == budget:
+            held.remove(min(held, key=lambda j: (score[j], j)))
+        held = [*held, t]
+        score = last(t)
+        yield held
+
+
+def scissorhands(q, k, T: int, steps: int, budget: int, every: int, window: int, recent: int):
+    """Scissorhands for one KV head → what is held at each step, before tokens go."""
+    low = dict.fromkeys(range(T + steps), 0)
+
+    def count(t: int, held: list[int]) -> None:
+        rows = look(q[:, t], k, held)
+        for j in held:
+            low[j] += sum(row[j] for row in rows) / len(rows) < 1 / len(held)
+
+    for i in range(max(0, T - window), T):
+        count(i, list(range(i + 1)))
+    held = sorted(range(T), key=lambda j: (j < T - recent, low[j], j))[: budget - every]
+    for n, t in enumerate(range(T, T + steps), 1):
+        held = [*held, t]
+        count(t, held)
+        yield sorted(held)
+        if n % every == 0:
+            held = sorted(held, key=lambda j: (j <= t - recent, low[j], j))[: budget - every]
+
+
+def corm(q, k, T: int, steps: int, window: int, recent: int, every: int):
+    """CORM for one KV head, remembering for each of the last `window` queries what it hit → what is held at each step."""
+    hits: list[set[int]] = []
+
+    def hear(t: int, held: list[int]) -> None:
+        rows = look(q[:, t], k, held)
+        hits.append({j for j in held if max(row[j] for row in rows) >= 1 / len(held)})
+
+    for i in range(T):
+        hear(i, list(range(i + 1)))
+    held = list(range(T))
+    for n, t in enumerate(range(T, T + steps)):
+        if n % every == 0:
+            held = [j for j in held if j >= t - recent or any(j in h for h in hits[-window:])]
+        held = [*held, t]
+        hear(t, held)
+        yield held

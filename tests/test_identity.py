@@ -8,7 +8,9 @@ from conftest import text
 from oracle import MaskedCache
 
 from nanokv import parse
+from nanokv.plan import Plan
 from nanokv.policies import POLICIES
+from nanokv.policies.scorer import Evicting, Scorer
 
 # each registered policy, small enough to drop something of 60 tokens
 SMALL = {
@@ -43,9 +45,10 @@ PLANS = [plan for plans in SMALL.values() for plan in plans]
 STEPS = 14
 
 
-def run(llm, plan: str, prompts: list[list[int]], more: list[list[int]], chunk: int | None = None):
+def run(llm, plan: str | Plan, prompts: list[list[int]], more: list[list[int]], chunk: int | None = None):
     """Teacher-forced: logits (rows, 1+STEPS, vocab), and what each step saw: {row: {token: {layer: [set of positions per head]}}}."""
-    session, held = llm.session(STEPS, chunk, parse(plan)), [{} for _ in prompts]
+    plan = parse(plan) if isinstance(plan, str) else plan
+    session, held = llm.session(STEPS, chunk, plan), [{} for _ in prompts]
     logits = [session.start(prompts)]
     for t in range(STEPS):
         waits = session.cache is None
@@ -77,13 +80,13 @@ def positions(cache, row: int) -> dict[int, list[list[int]]]:
     return found
 
 
-def masked(llm, ids: list[int], T: int, held: dict) -> torch.Tensor:
+def masked(llm, ids: list[int], T: int, held: dict, share: dict | None = None) -> torch.Tensor:
     """The same logits by the oracle: queries of the prompt see all, each later one what was held at its step (see `run`)."""
 
     def seen(layer: int, head: int, i: int, j: int) -> bool:
         return i not in held or j in held[i][layer][head]  # a waiting policy still shows its first token everything
 
-    cache = MaskedCache(llm.config, seen)
+    cache = MaskedCache(llm.config, seen, share)
     pos = torch.arange(len(ids))[None]
     model = llm.models.prefill
     with torch.no_grad():
@@ -181,3 +184,48 @@ def test_the_oracle_notices_one_wrong_token(llm_of):
         mine = layers[1][0]
         mine[0] = min(set(range(50)) - set(mine))
     assert (logits[0] - masked(llm, prompt + more, 60, held[0])).abs().max() > 1e-3
+
+
+SCORERS = [n for n, p in POLICIES.items() if isinstance(p, Scorer) and n not in ("pyramidkv", "adakv", "chunkkv")]
+SPLITS = ["heads=ada", "layers=pyramid", "layers=pyramid,heads=ada", "select=chunk,chunk=4", "heads=ada,every=9"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", SCORERS)
+def test_every_scorer_takes_every_split_of_its_budget(name, split, llm_of):
+    never = isinstance(POLICIES[name], Evicting) or name == "expected"  # or not as often as that
+    if (name == "tova" and "ada" in split) or (never and "every" in split):
+        with pytest.raises(ValueError, match=r"leave it out|use heads=flat|too often"):
+            parse(f"{name}:budget=24,{split}")
+        return
+    small = {"snapkv": "window=4", "random": "window=4", "scissorhands": "window=8,recent=3"}
+    extra = small.get(name, "") + (",every=6" if name == "scissorhands" and "every" not in split else "")
+    llm, prompt, more = llm_of("g3"), text(60, seed=5), text(STEPS, seed=6)
+    plan = parse(f"{name}:budget=24,{split},{extra}")
+    logits, held = run(llm, plan, [prompt], [more])
+    torch.testing.assert_close(logits[0], masked(llm, prompt + more, 60, held[0]), atol=1e-4, rtol=1e-4)
+    left = plan.keep.every if name == "scissorhands" else 0  # it keeps fewer, to have room
+    counts = [[len(p) - 1 for p in layer] for layer in held[0][60].values()]  # the first step's own token left out
+    if not isinstance(plan.keep, Evicting):
+        assert sum(map(sum, counts)) == 3 * 2 * (24 - left)
+    assert (len({tuple(c) for c in counts}) > 1) == ("pyramid" in split or "ada" in split)
+
+
+SHARED = [
+    "full",
+    "snapkv:budget=20,window=4",
+    "streaming:sink=2,recent=10",
+    "h2o:budget=20",
+    "tova:budget=20",
+    "expected:budget=20",
+]
+SHARED += ["snapkv:budget=20,window=4,every=5", "adakv:budget=20,window=4,every=6", "corm:window=6,recent=8,every=4"]
+
+
+@pytest.mark.parametrize("plan", SHARED)
+def test_shared_layers_equal_a_full_cache_with_substituted_keys_and_a_mask(plan, llm_of):
+    """The model computes every layer's keys and values for the oracle, which throws the readers' away."""
+    llm, prompt, more, part = llm_of("g3"), text(60, seed=5), text(STEPS, seed=6), parse(plan)
+    logits, held = run(llm, Plan(part.keep, part.store, {2: 0}, part.names), [prompt], [more])
+    assert sorted(held[0][61]) == [0, 1]
+    torch.testing.assert_close(logits[0], masked(llm, prompt + more, 60, held[0], {2: 0}), atol=1e-4, rtol=1e-4)

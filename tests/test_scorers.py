@@ -1,0 +1,264 @@
+"""Each scorer against its rule as loops over lists: what a prompt leaves, and what is held at every one of 200 steps."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from test_policies import compress, positions, shape
+
+from nanokv import parse
+from nanokv.cache import KVCache
+from nanokv.contract import Context
+from nanokv.ops import EAGER
+from nanokv.plan import Plan
+from nanokv.prompt import PromptCache, unrotated
+from nanokv.rope import inverse_frequencies
+
+STEPS = 200
+
+
+def stepped(text: str, T: int, steps: int = STEPS, share: dict | None = None, seed: int = 0):
+    """Random q, k, v through prompt and steps → ([step][layer][head]: positions held when it attends, q (L,H,·,D), k, the cache)."""
+    config, part = shape(layers=3 if share else 2), parse(text)
+    plan = Plan(part.keep, part.store, share or {}, part.names).fit(config, torch.float32, T, steps)
+    dice, L = torch.Generator().manual_seed(seed), config.num_hidden_layers
+    q, k, v = (torch.randn(L, 1, n, T + steps, 16, generator=dice) * 1.5 for n in (6, 2, 2))
+    first = PromptCache(plan, config, torch.arange(T), EAGER)
+    ctx = Context(config, EAGER, torch.device("cpu"), torch.float32, inverse_frequencies(config))
+
+    def attend(cache, a: int, b: int) -> None:
+        for i, layer in enumerate(cache.layers):
+            kv = (k[i, :, :, a:b], v[i, :, :, a:b]) if layer.owns else (None, None)
+            layer.attend(q[i, :, :, a:b], *kv, torch.arange(a, b)[None])
+
+    attend(first, 0, T)
+    cache, seen = KVCache.pack([plan], [first.kept], steps, ctx), []
+    for t in range(T, T + steps):
+        cache.room -= 1
+        attend(cache, t, t + 1)
+        seen.append({i: [positions(x, h) for h in range(2)] for i, s in cache.stores.items() for x in s.unpack()})
+        cache.maintain(1, [t + 1])
+    return seen, q[:, 0], k[:, 0], cache
+
+
+def mine(q: torch.Tensor, h: int) -> torch.Tensor:
+    """The query heads of KV head h: (6,·,D) → (3,·,D)."""
+    return q[3 * h : 3 * h + 3]
+
+
+@pytest.mark.parametrize(("T", "budget", "recent"), [(60, 24, 0.5), (60, 24, 0.2), (60, 24, 0.0), (10, 24, 0.5)])
+def test_h2o_holds_the_papers_set_at_every_step(T, budget, recent):
+    seen, q, k, _ = stepped(f"h2o:budget={budget},recent={recent}", T)
+    for layer in range(2):
+        for h in range(2):
+            right = oracle.h2o(mine(q[layer], h), k[layer, h], T, STEPS, budget, int(budget * recent))
+            for step, held in enumerate(right):
+                assert seen[step][layer][h] == sorted(held), (layer, h, step)
+                assert len(held) <= budget
+
+
+def test_keyformer_holds_its_noisy_set_at_every_step():
+    seen, q, k, _ = stepped("keyformer:budget=24,recent=0.25,seed=7,tau=1.5", 60)
+    for h in range(2):
+        right = oracle.h2o(
+            mine(q[0], h), k[0, h], 60, STEPS, 24, 6, lambda g, i, j, h=h: oracle.gumbel(7, 3 * h + g, i, j), 1.5
+        )
+        assert all(seen[step][0][h] == sorted(held) for step, held in enumerate(right))
+
+
+def test_without_much_noise_keyformer_is_h2o():
+    noise = {oracle.gumbel(0, h, i, j) for h in range(3) for i in range(40) for j in range(40)}
+    mean = sum(noise) / len(noise)
+    assert len(noise) > 4700 and mean == pytest.approx(0.577, abs=0.05)  # Euler's constant, that of a Gumbel variable
+    hot, plain = (compress(p, shape(), 60)[0] for p in ("keyformer:budget=20,tau=1", "h2o:budget=20,recent=0.3"))
+    assert positions(hot[0], 0) != positions(plain[0], 0)
+
+
+@pytest.mark.parametrize("T", [60, 10])
+def test_tova_holds_the_papers_set_at_every_step(T):
+    seen, q, k, _ = stepped("tova:budget=24", T)
+    for layer in range(2):
+        for step, held in enumerate(oracle.tova(q[layer], k[layer], T, STEPS, 24)):
+            assert seen[step][layer] == [sorted(held)] * 2, (layer, step)
+
+
+@pytest.mark.parametrize("T", [60, 10])
+def test_scissorhands_holds_the_papers_set_at_every_step(T):
+    seen, q, k, _ = stepped("scissorhands:budget=30,every=8,window=20,recent=5", T)
+    for layer in range(2):
+        for h in range(2):
+            right = oracle.scissorhands(mine(q[layer], h), k[layer, h], T, STEPS, 30, 8, 20, 5)
+            for step, held in enumerate(right):
+                assert seen[step][layer][h] == held and len(held) <= 30, (layer, h, step)
+
+
+@pytest.mark.parametrize("store", ["ragged", "dense"])
+def test_corm_holds_what_was_hit_at_every_step(store):
+    seen, q, k, _ = stepped(f"corm:window=9,recent=12,every=5+{store}", 60)
+    sizes = set()
+    for layer in range(2):
+        for h in range(2):
+            right = oracle.corm(mine(q[layer], h), k[layer, h], 60, STEPS, 9, 12, 5)
+            for step, held in enumerate(right):
+                assert seen[step][layer][h] == held, (layer, h, step)
+                sizes.add(len(held))
+    assert len(sizes) > 5  # heads keep as much as they use
+
+
+def test_streaming_holds_sinks_and_recent_at_every_step():
+    seen, *_ = stepped("streaming:sink=3,recent=20", 60)
+    assert all(held[1] == [oracle.streaming(0, 3, 20, now=60 + t)] * 2 for t, held in enumerate(seen))
+
+
+@pytest.mark.parametrize("text", ["knorm:budget=20", "keydiff:budget=20"])
+def test_keys_alone_decide(text):
+    kept, _, k = compress(text, shape(), 60)
+    for layer in range(3):
+        for h in range(2):
+            keys = k[layer][h]
+            score = [-x.double().norm().item() for x in keys] if text.startswith("knorm") else oracle.keydiff(keys)
+            assert positions(kept[layer], h) == oracle.top(score, 20)
+
+
+def test_keydiff_drops_a_copy_of_the_mean_key_first():
+    config = shape(layers=1)
+    plan = parse("keydiff:budget=59").fit(config, torch.float32, 60, 8)
+    q, k, v = (torch.randn(1, n, 60, 16, generator=torch.Generator().manual_seed(1)) for n in (6, 2, 2))
+    k[0, :, 33] = torch.nn.functional.normalize(k[0], dim=-1).mean(1)
+    cache = PromptCache(plan, config, torch.arange(60), EAGER)
+    cache.layers[0].attend(q, k, v, torch.arange(60)[None])
+    assert all(33 not in positions(cache.kept[0], h) for h in range(2))
+
+
+@pytest.mark.parametrize("chunk", [None, 13])
+def test_expected_attention_is_the_closed_form(chunk):
+    config, T = shape(), 60
+    plan = parse("expected:budget=20,sink=3,future=50").fit(config, torch.float32, T, 8)
+    q, k, v = (torch.randn(3, 1, n, T, 16, generator=torch.Generator().manual_seed(4)) for n in (6, 2, 2))
+    cache, inv = PromptCache(plan, config, torch.arange(T), EAGER), inverse_frequencies(config)
+    for a in range(0, T, chunk or T):
+        part = slice(a, min(T, a + (chunk or T)))
+        for i, layer in enumerate(cache.layers):
+            layer.attend(q[i, :, :, part], k[i, :, :, part], v[i, :, :, part], torch.arange(T)[None, part])
+    raw = [unrotated(q[i], torch.arange(T)[None], inv)[0] for i in range(3)]
+    for i in range(3):
+        for h in range(2):
+            score = oracle.expected(mine(raw[i], h), k[i, 0, h], v[i, 0, h], inv, 3, 50)
+            assert positions(cache.kept[i], h) == oracle.top(score, 20)
+
+
+@pytest.mark.parametrize(("budget", "T"), [(20, 60), (30, 45), (21, 300), (8, 60)])
+@pytest.mark.parametrize("beta", [1, 2, 20])
+def test_pyramid_follows_the_line_and_sums_to_the_flat_budget(budget, T, beta):
+    kept, *_ = compress(f"pyramidkv:budget={budget},window=4,kernel=3,beta={beta}", shape(layers=7), T)
+    counts = [kept[i].length[0, 0].item() for i in range(7)]
+    line = oracle.pyramid(budget, 4, T, 7, beta)
+    assert sum(counts) == 7 * budget and counts == sorted(counts, reverse=True) and min(counts) >= 4
+    assert all(abs(a - b) < 1 for a, b in zip(counts, line, strict=True))
+    assert (len(set(counts)) == 1) == (beta == 1)
+
+
+def test_pyramid_counts_the_layers_that_own_storage():
+    part = parse("pyramidkv:budget=20,window=4,kernel=3")
+    kept, *_ = compress(Plan(part.keep, part.store, {2: 0, 5: 4}), shape(layers=7), 60)
+    assert sorted(kept) == [0, 1, 3, 4, 6]
+    counts = [kept[i].length[0, 0].item() for i in sorted(kept)]
+    assert sum(counts) == 5 * 20 and counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("scorer", ["snapkv", "h2o"])
+def test_ada_lets_heads_compete_and_keeps_the_total(floor, scorer):
+    text = f"{scorer}:heads=ada,floor={floor},budget=20," + (
+        "window=4,kernel=1" if scorer == "snapkv" else "recent=0.2"
+    )
+    kept, q, k = compress(text, shape(4, 4), 60)
+    uneven = False
+    for i in range(3):
+        weight = oracle.attention(q[i], k[i])
+        scores = [oracle.heavy(weight[h : h + 1, -4:] if scorer == "snapkv" else weight[h : h + 1]) for h in range(4)]
+        right = oracle.ada(scores, 20, floor, list(range(56, 60)))
+        assert [positions(kept[i], h) for h in range(4)] == right
+        counts = kept[i].length[0].tolist()
+        assert sum(counts) == 80 and min(counts) >= int(20 * floor)
+        uneven |= len(set(counts)) > 1
+    assert uneven == (floor < 1)
+
+
+def test_chunks_stay_or_go_together():
+    kept, q, k = compress("chunkkv:budget=25,window=4,kernel=1,chunk=7", shape(), 60)
+    for i in range(3):
+        weight = oracle.attention(q[i, :, -4:], k[i])
+        scores = [oracle.heavy(mine(weight, h)) for h in range(2)]
+        right = oracle.chunkkv(scores, 25, 7, list(range(56, 60)))
+        assert [positions(kept[i], h) for h in range(2)] == [right, right]
+
+
+@pytest.mark.parametrize(
+    "text", ["snapkv:budget=24,window=4,kernel=3,every=10", "adakv:budget=24,window=4,kernel=3,every=10"]
+)
+def test_what_is_held_is_judged_anew_every_so_often(text):
+    """After ten tokens the last four queries vote over what is held, as they did over the prompt."""
+    seen, q, k, _ = stepped(text, 60, 40)
+    for t in (10, 20, 30):
+        for layer in range(2):
+            scores, before = [], [seen[t - 1][layer][h] for h in range(2)]
+            for h, held in enumerate(before):
+                votes = dict.fromkeys(held, 0.0)
+                for i in range(60 + t - 4, 60 + t):
+                    for row in oracle.look(mine(q[layer], h)[:, i], k[layer, h], [j for j in held if j <= i]):
+                        for j, p in row.items():
+                            votes[j] += p / 3
+                old = [0 if j >= 60 + t - 4 else votes[j] for j in held]
+                scores.append([max(old[max(0, n - 1) : n + 2]) for n in range(len(old))])
+            if text.startswith("ada"):
+                window = [list(range(len(s) - 4, len(s))) for s in scores]
+                longest = max(map(len, scores))
+                padded = [[*s[:-4], *[-1.0] * (longest - len(s)), *s[-4:]] for s in scores]  # windows side by side
+                right = oracle.ada(padded, 24, 0.2, list(range(longest - 4, longest)))
+                count = [len(r) for r in right]
+            else:
+                window, count = [list(range(len(s) - 4, len(s))) for s in scores], [24, 24]
+            after = [sorted(set(x) - {60 + t}) for x in seen[t][layer]]
+            for h in range(2):
+                assert after[h] == [before[h][n] for n in oracle.top(scores[h], count[h], window[h])], (t, layer, h)
+    assert all(len(x) <= 34 for x in seen[-1][0]) or text.startswith("ada")
+
+
+@pytest.mark.parametrize(
+    "text", ["snapkv:budget=24,window=4", "h2o:budget=24", "tova:budget=24", "knorm:budget=24", "expected:budget=24"]
+)
+def test_readers_of_a_shared_layer_are_heard(text):
+    """The set that a shared layer keeps depends on who reads it, and is the same for every reader."""
+    plan = text if text.startswith(("h2o", "tova")) else f"{text},every=128"
+    shared, *_ = stepped(plan, 60, 30, {2: 0})
+    alone, *_ = stepped(plan, 60, 30, {2: 1})
+    assert sorted(shared[0]) == sorted(alone[0]) == [0, 1]
+    assert (shared[-1][0] == alone[-1][0]) == text.startswith("knorm")
+
+
+def test_a_shared_h2o_adds_up_the_votes_of_its_readers():
+    seen, q, k, _ = stepped("h2o:budget=24,recent=0.25", 60, 60, {2: 0})
+    for h in range(2):
+        both = torch.cat(
+            (mine(q[0], h), mine(q[2], h))
+        )  # six heads' mean is half the sum of two threes': the order is the same
+        for step, held in enumerate(oracle.h2o(both, k[0, h], 60, 60, 24, 6)):
+            assert seen[step][0][h] == sorted(held), step
+
+
+def test_expected_attention_looks_again_by_the_queries_since_the_prompt():
+    config, T, steps, inv = shape(layers=2), 60, 130, inverse_frequencies(shape())
+    seen, q, k, _ = stepped("expected:budget=20,sink=3,future=50,every=128", T, steps)
+    dice = torch.Generator().manual_seed(0)  # the values that `stepped` drew
+    _, _, v = (torch.randn(2, 1, n, T + steps, 16, generator=dice) * 1.5 for n in (6, 2, 2))
+    raw = [unrotated(x[None, :, T : T + 128], torch.arange(T, T + 128)[None], inv)[0] for x in q]
+    for i in range(config.num_hidden_layers):
+        for h in range(2):
+            before, after = seen[127][i][h], sorted(set(seen[128][i][h]) - {T + 128})
+            mean_of = torch.cat(
+                (torch.zeros(3, 3, 16), mine(raw[i], h)), 1
+            )  # the oracle leaves the first three queries out
+            score = oracle.expected(mean_of, k[i, h, before], v[i, 0, h, before], inv, 3, 50, now=T + 128)
+            assert after == [before[n] for n in oracle.top(score, 20)]
