@@ -100,7 +100,11 @@ def sdpa_decode(
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.reshape(B, k.shape[1], -1, D), k, v, attn_mask=bias
     )
-    return out.reshape(B, H, T, D), lse.reshape(B, H, T), None
+    out, lse = out.reshape(B, H, T, D), lse.reshape(B, H, T)
+    if length is not None:  # nor for a head without tokens
+        empty = (length == 0).repeat_interleave(H // k.shape[1], 1)[..., None]
+        out, lse = out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)
+    return out, lse, None
 
 
 EAGER = Ops("eager", eager_prefill, reference.prefill, reference.decode, reference.mass, norm, swiglu, linear)

@@ -11,7 +11,7 @@ from test_identity import PLANS, STEPS, run
 from nanokv import parse
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", [*PLANS, "streaming:sink=2,recent=10,positions=cache"])
 def test_a_step_is_one_graph_and_stays_one(plan, llm_of):
     llm, more = llm_of("g3"), text(STEPS, seed=6)
     torch._dynamo.reset()

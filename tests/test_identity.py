@@ -16,7 +16,7 @@ from nanokv.policies.scorer import Evicting, Scorer
 SMALL = {
     "full": ["full"],
     "random": ["random:budget=20,window=4"],
-    "streaming": ["streaming:sink=2,recent=10", "streaming:budget=25%"],
+    "streaming": ["streaming:sink=2,recent=10", "streaming:budget=25%"],  # positions=cache: tests/test_long.py
     "snapkv": [
         "snapkv:budget=20,window=4,kernel=3",
         "snapkv:budget=30%,window=4,kernel=5,pool=avg,group=max",
