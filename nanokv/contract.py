@@ -129,12 +129,12 @@ class Kept:
         score: Tensor,
         n: int | Tensor,
         limit: int | Tensor = -1,
-        sink: int = 0,
+        sink: int | Tensor = 0,
         votes: Tensor | None = None,
     ) -> Kept:
         """The n best tokens of each head in temporal order; equal scores: the earlier token wins.
 
-        score (1,Hkv,N), +inf for what must stay; n, limit: one number, or (1,Hkv) where heads have budgets of their own.
+        score (1,Hkv,N), +inf for what must stay; n, limit, sink: one number, or (1,Hkv) where heads differ.
         """
         n = torch.as_tensor(n, dtype=torch.int32, device=score.device).expand(score.shape[:2])
         n = n.minimum(p.real.sum(-1, dtype=torch.int32))

@@ -246,3 +246,38 @@ def corm(q, k, T: int, steps: int, window: int, recent: int, every: int):
         held = [*held, t]
         hear(t, held)
         yield held
+
+
+def cascade(q, k, T: int, steps: int, budget: int, sink: int, rings: int):
+    """Cascading KV over real rings, each a list with its newest last. q (H,T+steps,D), k (Hkv,T+steps,D) → held at each step."""
+    size, G, held = (budget - sink) // rings, len(q) // len(k), []
+    chain, score = [[] for _ in range(rings)], dict.fromkeys(range(T + steps), 0.0)
+
+    def insert(t: int) -> None:
+        filling = sum(map(len, chain)) < size * rings
+        for i, ring in enumerate(chain):
+            if not filling and (t0 - sink) % 2**i and ring:
+                ring[-1] = t if score[t] >= score[ring[-1]] else ring[-1]
+                return
+            ring.append(t)
+            if len(ring) <= size:
+                return
+            t = ring.pop(0)
+
+    def pay(t: int) -> dict[int, float]:
+        rows = [row for h in range(len(k)) for row in look(q[h * G : (h + 1) * G, t], k[h], held)]
+        return {j: sum(row[j] for row in rows) / len(rows) for j in held}
+
+    for i in range(T):
+        held = list(range(i + 1))
+        for j, x in pay(i).items():
+            score[j] += x / (T - j)
+    for t0 in range(sink, T):
+        insert(t0)
+    beta = math.exp(-math.log(100) / size)
+    for t0 in range(T, T + steps):
+        insert(t0)
+        held = [*range(min(sink, t0)), *sorted(j for ring in chain for j in ring)]
+        paid = pay(t0)
+        score = {j: beta * score[j] + (1 - beta) * paid.get(j, 0.0) for j in score}
+        yield held

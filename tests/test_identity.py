@@ -37,6 +37,8 @@ SMALL = {
     "keyformer": ["keyformer:budget=20,seed=3,tau=1.5"],
     "scissorhands": ["scissorhands:budget=24,every=5,window=16,recent=3"],
     "corm": ["corm:window=6,recent=8,every=4", "corm:window=6,recent=8,every=4+dense"],
+    "cascade": ["cascade:budget=20,sink=2,rings=3"],
+    "duo": ["duo:full=0.5,sink=2,recent=10,window=4", "duo:full=0.5,sink=2,recent=10,window=4+dense"],
     "knorm": ["knorm:budget=20", "knorm:budget=20,heads=ada"],
     "keydiff": ["keydiff:budget=20", "keydiff:budget=20,every=4,layers=pyramid,heads=ada"],
     "expected": ["expected:budget=20,sink=2,future=32", "expected:budget=40%,sink=1,heads=ada,select=chunk,chunk=4"],
@@ -147,6 +149,8 @@ def test_a_budget_as_large_as_the_prompt_changes_nothing(name, llm_of):
         "simlayer": "simlayer:threshold=0,recent=200",
         "full": "full",
         "corm": "corm:recent=200",
+        "duo": "duo:recent=200",
+        "cascade": "cascade:budget=84",
         "scissorhands": "scissorhands:budget=200",
     }.get(name, f"{name}:budget=80" + (",window=4" if hasattr(POLICIES[name], "window") else ""))
     llm, prompt, more = llm_of("g3"), text(60, seed=5), text(STEPS, seed=6)

@@ -19,6 +19,7 @@ BOUNDED = {
     "h2o:budget=64": 64,
     "tova:budget=64": 64,
     "keyformer:budget=64": 64,
+    "cascade:budget=64": 64,
     "snapkv:budget=64,window=8,every=32": 96,
     "expected:budget=64,every=128": 192,
     "knorm:budget=64,every=32,layers=pyramid": None,

@@ -106,6 +106,44 @@ def test_corm_holds_what_was_hit_at_every_step(store):
     assert len(sizes) > 5  # heads keep as much as they use
 
 
+@pytest.mark.parametrize(("T", "rings"), [(60, 3), (60, 1), (10, 4), (170, 4)])
+def test_cascade_holds_what_real_rings_hold_at_every_step(T, rings):
+    seen, q, k, _ = stepped(f"cascade:budget=26,sink=2,rings={rings}", T)
+    for layer in range(2):
+        for step, held in enumerate(oracle.cascade(q[layer], k[layer], T, STEPS, 26, 2, rings)):
+            assert seen[step][layer] == [held] * 2, (layer, step)
+            if rings == 1:
+                assert held == oracle.streaming(0, 2, 24, now=T + step)
+    if rings == 4:  # half as dense from ring to ring, so it reaches back further than a window would
+        ages = [T + STEPS - 1 - j for j in seen[-1][0][0][2:]]
+        assert max(ages) > 2 * 24 and sum(a < 12 for a in ages) > sum(24 <= a < 36 for a in ages)
+
+
+@pytest.mark.parametrize("full", [0.0, 0.25, 0.5, 1.0])
+def test_duo_keeps_the_heads_whole_that_look_beyond_the_edges(full):
+    kept, q, k = compress(f"duo:full={full},sink=2,recent=10,window=5", shape(4, 4), 60)
+    for i in range(3):
+        weight = oracle.attention(q[i, :, -5:], k[i])
+        beyond = [sum(weight[h, w, j].item() for w in range(5) for j in range(2, 50)) for h in range(4)]
+        whole = oracle.top(beyond, round(4 * full))
+        for h in range(4):
+            assert positions(kept[i], h) == (list(range(60)) if h in whole else oracle.streaming(60, 2, 10))
+            assert kept[i].limit[0, h] == (-1 if h in whole else 12) and kept[i].sink[0, h] == (0 if h in whole else 2)
+
+
+def test_duo_takes_trained_gates(tmp_path):
+    file, gates = tmp_path / "gates.tsv", [[0.9, 0.1, 0.2, 0.3], [0.8, 0.7, 0.6, 0.0], [0.4, 0.05, 0.5, 0.15]]
+    file.write_text("".join("\t".join(map(str, row)) + "\n" for row in gates))
+    kept, *_ = compress(f"duo:gates={file},full=0.5,sink=2,recent=10", shape(4, 4), 60)
+    best = sorted(x for row in gates for x in row)[6:]
+    for i in range(3):
+        assert [len(positions(kept[i], h)) == 60 for h in range(4)] == [g in best for g in gates[i]]
+    for text in ("1 2\n", "a b c d\n" * 3, "1 2 3 4\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="holds no number for each of 4 KV heads"):
+            compress(f"duo:gates={file}", shape(4, 4), 60)
+
+
 def test_streaming_holds_sinks_and_recent_at_every_step():
     seen, *_ = stepped("streaming:sink=3,recent=20", 60)
     assert all(held[1] == [oracle.streaming(0, 3, 20, now=60 + t)] * 2 for t, held in enumerate(seen))

@@ -1,7 +1,9 @@
 """The keep axis: name → policy with the paper's defaults. One line per method or short name."""
 
 from nanokv.contract import Policy
+from nanokv.policies.cascade import CascadingKV
 from nanokv.policies.corm import CORM
+from nanokv.policies.duo import DuoAttention
 from nanokv.policies.expected import ExpectedAttention
 from nanokv.policies.full import Full
 from nanokv.policies.h2o import H2O
@@ -29,6 +31,8 @@ POLICIES: dict[str, Policy] = {
     "keyformer": Keyformer(),
     "scissorhands": Scissorhands(),
     "corm": CORM(),
+    "cascade": CascadingKV(),
+    "duo": DuoAttention(),
     "knorm": Knorm(),
     "keydiff": KeyDiff(),
     "expected": ExpectedAttention(),

@@ -1,0 +1,66 @@
+"""Some heads look anywhere, the others at the beginning and the end only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanokv.contract import Ask, Kept, Policy, Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuoAttention(Policy):
+    """DuoAttention (Xiao et al. 2024, arXiv:2410.10819, §3): retrieval heads keep everything, streaming heads the first `sink` and last
+    `recent` tokens as a ring. `full` is the share of retrieval heads.
+
+    gates=FILE: the authors' trained gates, a line per layer and a number per KV head; the highest of the whole model are retrieval heads.
+    Without it (deviation: no training) each layer's heads are ranked on the prompt itself, by the attention that its last `window`
+    queries pay to what a streaming head would drop.
+    """
+
+    full: float = 0.5
+    sink: int = 128
+    recent: int = 256
+    window: int = 32
+    gates: str | None = None
+    store = "ragged"
+
+    def __post_init__(self):
+        if not 0 <= self.full <= 1 or min(self.sink, self.recent - 1, self.window - 1) < 0:
+            raise ValueError(
+                f"duo:full={self.full},sink={self.sink},recent={self.recent},window={self.window} is out of range; "
+                "full 0 … 1, sink ≥ 0, recent and window ≥ 1"
+            )
+
+    @property
+    def ask(self) -> Ask:
+        return Ask(rows=0 if self.gates else self.window)
+
+    def keep(self, p: Prompt) -> Kept:
+        edges = p.first(self.sink) | p.last(self.recent)
+        whole = self._trained(p) if self.gates else self._observed(p, edges)  # (1,Hkv) bool
+        sink = max(
+            0, self.sink - int(p.pos[0, 0, 0])
+        )  # those the model's own window has passed are not there to be kept
+        limit = torch.where(whole, -1, sink + self.recent)
+        stays = edges | whole[..., None]
+        return Kept.top(p, stays.float(), stays.sum(-1), limit.int(), torch.where(whole, 0, sink).int())
+
+    def _observed(self, p: Prompt, edges: Tensor) -> Tensor:
+        beyond = (p.votes * ~edges).sum(-1).sum(0, keepdim=True)  # (1,Hkv)
+        rank = beyond.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        return rank < round(self.full * beyond.shape[1])
+
+    def _trained(self, p: Prompt) -> Tensor:
+        try:
+            with open(self.gates, encoding="utf-8") as f:
+                table = torch.tensor([[float(x) for x in line.replace(",", " ").split()] for line in f if line.strip()])
+            mine = table[p.layer].view(1, p.k.shape[1])
+        except (OSError, ValueError, IndexError, RuntimeError, TypeError) as e:
+            raise ValueError(
+                f"duo:gates={self.gates} holds no number for each of {p.k.shape[1]} KV heads of layer {p.layer} ({e})"
+            ) from None
+        rank = table.flatten().argsort(descending=True, stable=True).argsort().view_as(table)[p.layer]
+        return (rank < round(self.full * table.numel())).view_as(mine).to(p.k.device)
