@@ -73,7 +73,9 @@ def load(
     read(main, bar)
     models = Models(main, loader.copy(main, ops, use.decode) if use.decode != use.prefill else main, ops)
     name = f"{model} (random weights)" if random_weights else model
-    return LLM(name, models, words, plan, use.why, time.perf_counter() - t0)
+    llm = LLM(name, models, words, plan, use.why, time.perf_counter() - t0)
+    llm.plan = llm.ready(plan)
+    return llm
 
 
 def _source(path: Path) -> tuple[ModelConfig, tokenizer.Tokenizer, Callable]:

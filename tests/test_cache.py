@@ -67,8 +67,28 @@ def test_live_bytes_are_those_of_a_cache_without_spare_room(plan, llm_of):
     assert roomy.report().live_bytes == tight.report().live_bytes
 
 
+BUDGETED = [
+    "snapkv:window=4",
+    "random:window=4",
+    "streaming:sink=2",
+    "snapkv:window=4,every=8",
+    "adakv:window=4,layers=pyramid",
+]
+BUDGETED += [
+    "h2o",
+    "tova",
+    "keyformer",
+    "cascade",
+    "scissorhands:every=8,recent=2",
+    "knorm:every=3",
+    "keydiff",
+    "expected",
+    "h2o:heads=ada",
+]
+
+
 @pytest.mark.parametrize("budget", ["64KiB", "200KiB"])
-@pytest.mark.parametrize("policy", ["snapkv:window=4", "random:window=4", "streaming:sink=2"])
+@pytest.mark.parametrize("policy", BUDGETED)
 def test_a_budget_in_bytes_holds_for_the_whole_cache(policy, budget, llm_of):
     llm = llm_of("g3")
     plan = parse(policy).with_budget(budget)

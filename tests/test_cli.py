@@ -613,3 +613,35 @@ def test_compare_says_how_far_the_answer_is_from_another_plans(model, capsys, tm
     status, out, err = call(capsys, *base, "--compare", "fulll")
     assert status == 2 and "did you mean full" in err and not out
     assert call(capsys, *base, "--compare", "full", "--num-samples", 2, "--temperature", 1)[0] == 2
+
+
+def test_layers_that_share_are_found_and_their_map_used_again(model, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("NANOKV_WEIGHTS", str(tmp_path))
+    argv = ["--model", model, "-p", "x" * 60, "-n", "3", "--dtype", "fp32", "--policy"]
+    status, out, err = call(capsys, *argv, "snapkv:budget=20,window=4+kvsharer:layers=1,threshold=-1", "--explain")
+    assert status == 0 and "reads layer" in err and "+kvsharer:layers=1,threshold=-1" in err
+    assert len(list((tmp_path / "maps").iterdir())) == 1
+    assert call(capsys, *argv, "snapkv:budget=20,window=4+kvsharer:layers=1,threshold=-1", "--quiet") == (0, out, "")
+    status, out, err = call(capsys, *argv, f"kvsharer:map={tmp_path / 'none.json'}")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "is no map of shared layers" in err
+    status, out, err = call(capsys, "--model", model, "--plan", "--policy", "kvsharer:layers=1")
+    assert status == 0 and "kvsharer:layers=1" in out
+
+
+def test_a_text_may_run_far_past_the_context(model, capsys):
+    argv = [
+        "--model",
+        model,
+        "-p",
+        "x" * 60,
+        "-n",
+        "700",
+        "--dtype",
+        "fp32",
+        "--policy",
+        "streaming:budget=64,positions=cache",
+    ]
+    status, _, err = call(capsys, *argv, "--ignore-eos")
+    assert status == 2 and "--allow-overflow" in err
+    status, _, err = call(capsys, *argv, "--ignore-eos", "--allow-overflow")
+    assert status == 0 and "decode" in err and "64 of 7" in err

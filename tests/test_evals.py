@@ -485,7 +485,7 @@ def test_against_kvpress_where_it_is_installed(tiny, llm_of):
         text(400, 3),
         peers.Net(str(tiny("llama31")[0]), torch.float32, torch.device("cpu")),
     )
-    for name in ("snapkv", "snapkv, kvpress's defaults", "streaming"):
+    for name in ("snapkv", "snapkv, kvpress's defaults", "streaming", "tova", "knorm", "keydiff", "expected"):
         pair = next(p for p in peers.PAIRS if p.name == name)
         session = llm.session(1, plan=parse(pair.ours.format("50%")))
         session.start([ids])
@@ -495,7 +495,30 @@ def test_against_kvpress_where_it_is_installed(tiny, llm_of):
             assert mine.k.shape[2] == theirs.keys.shape[2] == 200
             for head in range(2):  # as sets: their order is another
                 gap = torch.cdist(theirs.keys[0, head], mine.k[0, head], compute_mode="donot_use_mm_for_euclid_dist")
+                if name == "knorm":  # a token said twice has keys of one norm, of which either may stay
+                    norms = [x.norm(dim=-1).sort().values for x in (theirs.keys[0, head], mine.k[0, head])]
+                    torch.testing.assert_close(*norms, atol=1e-4, rtol=0)
+                    continue
                 assert gap.min(0).values.max() < 1e-3 and gap.min(1).values.max() < 1e-3, name
+
+
+@pytest.mark.slow
+def test_ada_keeps_what_kvpress_does_not_mask(tiny, llm_of):
+    """kvpress's Ada-KV frees nothing: it remembers which keys to hide from attention."""
+    pytest.importorskip("kvpress", reason="kvpress is not installed (pip install -r requirements-peers.txt)")
+    from evals import peers
+
+    net = peers.Net(str(tiny("llama31")[0]), torch.float32, torch.device("cpu"))
+    pair, ids = next(p for p in peers.PAIRS if p.name == "adakv"), text(400, 3)
+    session = llm_of("llama31").session(1, plan=parse(pair.ours.format("50%")))
+    session.start([ids])
+    net.start(ids, press=pair.build(0.5))
+    for layer, store in zip(net.net.model.layers, session.cache.stores.values(), strict=True):
+        _, heads, hidden = layer.self_attn.masked_key_indices
+        (mine,) = store.unpack()
+        for head in range(2):
+            held = set(range(400)) - set(hidden[heads == head].tolist())
+            assert set(mine.pos[0, head, : mine.length[0, head]].tolist()) == held
 
 
 @pytest.mark.slow

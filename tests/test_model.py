@@ -101,3 +101,19 @@ PROMPTS = (
     "In 1969, the first people landed on the Moon. Their names were",
     "Explain in simple words why the sky is blue.",
 )
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_head_that_holds_nothing_adds_nothing(backend):
+    from nanokv.ops import BACKENDS, merge
+
+    q, k, v = (
+        torch.randn(1, n, t, 16, generator=torch.Generator().manual_seed(1)) for n, t in ((4, 2), (2, 5), (2, 5))
+    )
+    kpos, now = torch.arange(5).expand(1, 2, 5), torch.tensor([[5, 6]])
+    decode = BACKENDS[backend].decode
+    out, lse, _ = decode(q, k, v, torch.tensor([[0, 3]]), kpos, now, None)
+    assert (out[:, :2] == 0).all() and lse[:, :2].isneginf().all() and lse[:, 2:].isfinite().all()
+    whole = decode(q, k, v, None, kpos, now, None)[:2]
+    both, _ = merge([whole, (out.masked_fill(torch.ones_like(out).bool(), 0), lse.fill_(-torch.inf))])
+    torch.testing.assert_close(both, whole[0])

@@ -70,12 +70,42 @@ def test_defaults_are_filled_in():
         ("simlayer:threshold=5", "from 0 to 1"),
         ("simlayer:threshold=nan", "from 0 to 1"),
         ("random:seed=99999999999999999", "give less than 2^31"),
+        ("snapkv:layers=squeeze", "layers is flat or pyramid"),
+        ("snapkv:heads=all", "heads is flat or ada"),
+        ("snapkv:select=word", "select is token or chunk"),
+        ("snapkv:floor=2", "floor 0 … 1"),
+        ("snapkv:every=8", "every=8 is too often, as the last 32 tokens judge"),
+        ("snapkv:every=-1", "too often"),
+        ("h2o:every=5", "never looks again; leave it out"),
+        ("h2o:recent=2", "a share of the budget"),
+        ("tova:heads=ada", "use heads=flat"),
+        ("keyformer:tau=0", "tau > 0"),
+        ("keyformer:tau=nan", "tau > 0"),
+        ("scissorhands:every=0", "each at least 1"),
+        ("scissorhands:budget=100", "give at least 138 tokens"),
+        ("corm:window=0", "each at least 1"),
+        ("cascade:rings=0", "rings ≥ 1"),
+        ("cascade:budget=7", "give at least 8 tokens"),
+        ("duo:full=2", "full 0 … 1"),
+        ("expected:future=0", "future ≥ 1"),
+        ("streaming:positions=here", "positions are absolute and cache"),
+        ("kvsharer:layers=-1", "layers ≥ 0"),
+        ("kvsharer:threshold=2", "a cosine from −1 to 1"),
+        ("kvsharer:order=best", "orders are dissimilar, similar and random"),
+        ("kvsharer+kvsharer", "both decide which layers own storage"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(text, says):
     with pytest.raises(ValueError) as e:
         parse(text)
     assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_policy_whose_heads_differ_takes_the_store_that_frees_their_bytes():
+    for text in ("adakv", "snapkv:heads=ada", "corm", "duo"):
+        assert parse(text).names[1] == "ragged" and parse(text + "+dense").names[1] == "dense"
+    assert parse("snapkv").names[1] == parse("kvsharer").names[1] == "dense"
+    assert str(parse("kvsharer:layers=3")) == "full+dense+kvsharer:layers=3,threshold=0.5,order=dissimilar,map=none"
 
 
 def test_simlayer_asks_for_a_threshold_where_the_family_is_unknown():
