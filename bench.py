@@ -320,7 +320,9 @@ def prose(job: Job) -> dict:
     plans, found = {text: job.llm.ready(parse(text)) for text in job.args.plans or PROSE}, []
     for n in job.args.lengths or [20_000]:
         ids = text_of(job.llm, 0, n)
-        found.append({"plan": f"full, pieces of {long.PIECE}", "tokens": n, "ppl": long.pieces(job.llm, ids)})
+        found.append(
+            {"plan": f"full, pieces of {long.PIECE}", "tokens": n, "ppl": long.pieces(job.llm, ids, long.CHUNK)}
+        )
         for name, plan in plans.items():
             with job.bar(range(n), name) as progress:
                 found.append({"plan": name, **long.prose(job.llm, plan, ids, long.CHUNK, progress.update)})

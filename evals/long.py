@@ -42,34 +42,34 @@ def endless(llm: LLM, plan: Plan, n: int, tick: Callable[[int], object] = lambda
 
 def prose(llm: LLM, plan: Plan, ids: Sequence[int], chunk: int, tick: Callable[[int], object] = lambda _: None) -> dict:
     """Perplexity of a text fed in chunks under a plan, judged from its first fifth on, and the bytes at its end."""
-    session, nll, logits = llm.session(len(ids), plan=plan), [], []
-    for a in range(0, len(ids), chunk):
-        part = ids[a : a + chunk]
-        if a == 0:
-            session.start([part])
-        else:
-            logits = session.feed(torch.tensor([part], device=llm.device), every=True)[0]
-            nll.append(_nll(logits[:-1], part[1:]))  # a chunk's first token is judged by nobody: one in `chunk`
-        tick(len(part))
-    report, first = session.report(), max(0, len(ids) // 5 // chunk - 1)
-    return {"tokens": len(ids), "ppl": math.exp(torch.cat(nll[first:]).mean().item()), "bytes": report.bytes}
+    session, nll = llm.session(len(ids), plan=plan), []
+    before = session.start([ids[:chunk]])
+    for a in range(chunk, len(ids), chunk):
+        part = torch.tensor([ids[a : a + chunk]], device=llm.device)
+        logits = session.feed(part, every=True)[0]
+        nll.append(_nll(before, logits, part[0]))
+        before = logits[-1:]
+        tick(part.shape[1])
+    judged = torch.cat(nll)[max(0, len(ids) // 5 - chunk) :]
+    return {"tokens": len(ids), "ppl": math.exp(judged.mean().item()), "bytes": session.report().bytes}
 
 
-@torch.inference_mode()
-def pieces(llm: LLM, ids: Sequence[int]) -> float:
-    """Perplexity of the same tokens under full attention in overlapping pieces."""
-    nll = []
-    for a in range(0, len(ids) - STRIDE, STRIDE):
-        part = list(ids[a : a + PIECE])
-        session = llm.session(len(part) - STRIDE, plan=Plan())
-        session.start([part[:STRIDE]])
-        logits = session.feed(torch.tensor([part[STRIDE:]], device=llm.device), every=True)[0]
-        nll.append((a + STRIDE + 1, _nll(logits[:-1], part[STRIDE + 1 :])))
-    first = len(ids) // 5
-    return math.exp(torch.cat([x[max(0, first - at) :] for at, x in nll]).mean().item())
+def pieces(llm: LLM, ids: Sequence[int], chunk: int) -> float:
+    """Perplexity of the same tokens under full attention, in overlapping pieces if they do not fit in one."""
+    nll: dict[int, torch.Tensor] = {}  # the first token judged → of it and those that follow
+    for a in range(0, max(1, len(ids) - STRIDE), STRIDE):
+        begin, part = a + STRIDE if a else chunk, torch.tensor([ids[a : a + PIECE]], device=llm.device)
+        session = llm.session(part.shape[1], plan=Plan())
+        before = session.start([ids[a:begin]])
+        rest = part[:, begin - a :]
+        nll[begin] = _nll(before, session.feed(rest, every=True)[0], rest[0])
+    starts = [*nll, len(ids)]
+    whole = torch.cat(
+        [x[: b - a] for (a, x), b in zip(nll.items(), starts[1:], strict=True)]
+    )  # a token's first judge counts
+    return math.exp(whole[max(0, len(ids) // 5 - chunk) :].mean().item())
 
 
-def _nll(logits: torch.Tensor, text: Sequence[int]) -> torch.Tensor:
-    """logits (n,vocab) before each of n tokens → their negative log-likelihoods (n,)."""
-    at = torch.tensor(text, device=logits.device)
-    return torch.nn.functional.cross_entropy(logits.float(), at, reduction="none")
+def _nll(before: torch.Tensor, logits: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Logits before a text (1,vocab) and after each of its tokens (n,vocab) → their negative log-likelihoods (n,)."""
+    return torch.nn.functional.cross_entropy(torch.cat((before, logits[:-1])).float(), text, reduction="none")

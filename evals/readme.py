@@ -64,5 +64,40 @@ def kvpress() -> str:
     return markdown(["task", "method", "aware: nanokv / kvpress", "agnostic", "cache, MiB"], rows)
 
 
+def needles() -> str:
+    """Every policy on one length of needles."""
+    found = _read("needles-2000.json")
+    rows = []
+    for name, plan in found["quality"][0]["plans"].items():
+        a = plan["aware"]
+        size = [f"{a['bytes'] / 2**20:.1f} MiB", f"{a['full_bytes'] / a['bytes']:.1f}x"]
+        rows.append([f"`{name}`", *size, percent(a["score"]), percent(plan["agnostic"]["score"]), percent(a["turn2"])])
+    return markdown(["plan", "cache", "less by", "aware", "agnostic", "turn 2"], rows)
+
+
+def endless() -> str:
+    """Speed and bytes near the beginning and at the end of long runs."""
+    rows = []
+    for f in _read("endless.json")["endless"]:
+        early, late = f["early_tok_s"], f["late_tok_s"]
+        sizes = [f"{f['bytes'][i] / 2**20:.1f} MiB" for i in (0, -1)]
+        rows.append(
+            [f"`{f['plan']}`", f"{early:.1f}", f"{late:.1f}", f"{late / early - 1:+.1%}", *sizes, str(max(f["held"]))]
+        )
+    return markdown(["plan", "tok/s early", "late", "change", "cache early", "late", "most tokens a head held"], rows)
+
+
+def prose() -> str:
+    """Perplexities of a text beyond the context, and of one within it under shared layers."""
+    rows = []
+    for name in ("prose.json", "share.json"):
+        found = _read(name)["prose"]
+        for f in found:
+            rows.append(
+                [f"`{f['plan']}`", str(f["tokens"]), f"{f['ppl']:.2f}", f"{f['ppl'] / found[0]['ppl'] - 1:+.1%}"]
+            )
+    return markdown(["plan", "tokens", "perplexity", "against full"], rows)
+
+
 if __name__ == "__main__":
-    print("\n\n".join(f"{t.__name__}\n{t()}" for t in (quality, decode, kvpress)))
+    print("\n\n".join(f"{t.__name__}\n{t()}" for t in (quality, decode, kvpress, needles, endless, prose)))

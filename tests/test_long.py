@@ -53,7 +53,7 @@ def test_the_bench_reports_both_ends_of_a_long_run(llm_of):
     assert found["early_tok_s"] > 0 < found["late_tok_s"]
 
 
-def test_perplexity_in_pieces_and_in_chunks_is_the_models(llm_of):
+def test_perplexity_in_pieces_and_in_chunks_is_the_models(llm_of, monkeypatch):
     """Full attention over 300 tokens, by both roads, against the model's own one-shot odds."""
     llm, ids = llm_of("g3"), text(300, seed=4)
     model = llm.models.prefill
@@ -63,9 +63,19 @@ def test_perplexity_in_pieces_and_in_chunks_is_the_models(llm_of):
     with torch.inference_mode():
         hidden = model.hidden(torch.tensor([ids]), torch.arange(300)[None], cache)[0]
     nll = torch.nn.functional.cross_entropy(model.logits(hidden)[:-1], torch.tensor(ids[1:]), reduction="none")
-    judged = [t for t in range(60, 300) if t % 20]  # a chunk's first token has nobody to judge it
-    right = nll[[t - 1 for t in judged]].mean().exp().item()
+    right = nll[59:].mean().exp().item()  # tokens 60 … 299
     assert long.prose(llm, parse("full"), ids, 20)["ppl"] == pytest.approx(right, rel=1e-4)
+    assert long.pieces(llm, ids, 20) == pytest.approx(right, rel=1e-4)
+    monkeypatch.setattr(long, "PIECE", 120)
+    monkeypatch.setattr(long, "STRIDE", 60)
+    judged, part = [], None
+    for a in range(0, 240, 60):  # token by token: what the piece whose first half lies before it says
+        part = PromptCache(parse("full"), llm.config, torch.tensor(ids[a : a + 120]), llm.models.ops)
+        with torch.inference_mode():
+            hidden = model.hidden(torch.tensor([ids[a : a + 120]]), torch.arange(120)[None], part)[0]
+            odds = model.logits(hidden).log_softmax(-1)
+        judged += [-odds[t - a - 1, ids[t]] for t in range(a + 60, a + 120)]
+    assert long.pieces(llm, ids, 60) == pytest.approx(torch.stack(judged).mean().exp().item(), rel=1e-4)
 
 
 def by_rank(llm, ids: list[int], T: int, sink: int, recent: int) -> torch.Tensor:
