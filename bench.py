@@ -51,10 +51,10 @@ def parser() -> argparse.ArgumentParser:
         "--plans",
         nargs="+",
         metavar="PLAN",
-        help="these beside full, random and streaming, instead of every registered one",
+        help="these beside full, random and streaming, instead of every registered one; of endless and prose: these alone",
     )
     a("--budgets", nargs="+", metavar="B", help="for plans that name none: 512, 25%%, 64MiB")
-    a("--lengths", nargs="+", type=int, metavar="N", help="tokens of prompt")
+    a("--lengths", nargs="+", type=int, metavar="N", help="tokens of prompt; of endless: new ones")
     a("--batches", nargs="+", type=int, metavar="B", help="rows, for speed and memory (1)")
     a("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     a("--seeds", type=int, metavar="N", help="texts of each task and length")
@@ -143,6 +143,9 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             raise ValueError(f"--{flag} is {value}; give numbers of at least 1")
+    least = {"endless": 20, "prose": 1000}.get(args.what, 1)
+    if min(args.lengths or [least]) < least:
+        raise ValueError(f"--lengths is {min(args.lengths)}; {args.what} needs at least {least}")
     if args.what == "quick" and len(args.lengths or [1]) > 1:
         raise ValueError("without a part to run, bench.py takes one length; give one, or run quality or speed")
     for flag, file in (("json", args.json), ("plot", args.plot)):
@@ -321,7 +324,11 @@ def prose(job: Job) -> dict:
     for n in job.args.lengths or [20_000]:
         ids = text_of(job.llm, 0, n)
         found.append(
-            {"plan": f"full, pieces of {long.PIECE}", "tokens": n, "ppl": long.pieces(job.llm, ids, long.CHUNK)}
+            {
+                "plan": f"full, pieces of {long.PIECE}" if n > long.PIECE else "full",
+                "tokens": n,
+                "ppl": long.pieces(job.llm, ids, long.CHUNK),
+            }
         )
         for name, plan in plans.items():
             with job.bar(range(n), name) as progress:

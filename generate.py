@@ -502,11 +502,13 @@ def list_models() -> int:
 
 def list_policies() -> int:
     from nanokv.plan import AXES, canonical
+    from nanokv.policies.scorer import Scorer
 
     for axis, parts in AXES.items():
         print(f"parts that {axis}:")
         for name, part in parts.items():
             print(f"  {canonical(name, part)}\n      {' '.join(type(part).__doc__.split(chr(10) * 2)[0].split())}")
+    print(f"what all with layers=, heads=, select= do:\n      {' '.join(Scorer.__doc__.split())}")
     return 0
 
 

@@ -9,23 +9,20 @@ import torch
 
 from evals.quality import text_of
 from evals.speed import stepper, timed
-from nanokv.llm import LLM, peak_bytes
+from nanokv.llm import LLM
 from nanokv.plan import Plan
 
 PROMPT = 200  # tokens before the generated ones
 CHUNK = 256  # tokens of a text fed at once
-PIECE, STRIDE = (
-    4096,
-    2048,
-)  # the reference for texts beyond the context: full attention in pieces, each judged from its middle on
+PIECE = 4096  # tokens of full attention that long texts are measured against, or the context if that is less
 
 
 def endless(llm: LLM, plan: Plan, n: int, tick: Callable[[int], object] = lambda _: None) -> dict:
-    """n tokens generated from a short prompt, past the model's context if need be. Tokens/s of the second twentieth and of the last one,
-    bytes and the longest head after each tenth, and by how much the process's peak grew after the first.
+    """n ≥ 20 tokens generated from a short prompt, past the model's context if need be. Tokens/s of the second twentieth and of the last
+    one, bytes and the longest head after each tenth.
     """
     session = llm.session(n, plan=plan)
-    step, seconds, sizes, held, peaks = stepper(session, session.start([text_of(llm, 0, PROMPT)])), [], [], [], []
+    step, seconds, sizes, held = stepper(session, session.start([text_of(llm, 0, PROMPT)])), [], [], []
     for i in range(n):
         seconds.append(timed(step, llm.device))
         tick(1)
@@ -33,11 +30,10 @@ def endless(llm: LLM, plan: Plan, n: int, tick: Callable[[int], object] = lambda
             report = session.report()
             sizes.append(report.bytes)
             held.append(max(max(row) for layer in report.layers for row in layer.kept))
-            peaks.append(peak_bytes(llm.device))
     twentieth = n // 20
     early, late = (twentieth / sum(part) for part in (seconds[twentieth : 2 * twentieth], seconds[-twentieth:]))
     rate = {"early_tok_s": early, "late_tok_s": late, "minutes": sum(seconds) / 60}
-    return {"new_tokens": n, **rate, "bytes": sizes, "held": held, "peak_grew": peaks[-1] - peaks[0]}
+    return {"new_tokens": n, **rate, "bytes": sizes, "held": held}
 
 
 def prose(llm: LLM, plan: Plan, ids: Sequence[int], chunk: int, tick: Callable[[int], object] = lambda _: None) -> dict:
@@ -46,7 +42,7 @@ def prose(llm: LLM, plan: Plan, ids: Sequence[int], chunk: int, tick: Callable[[
     before = session.start([ids[:chunk]])
     for a in range(chunk, len(ids), chunk):
         part = torch.tensor([ids[a : a + chunk]], device=llm.device)
-        logits = session.feed(part, every=True)[0]
+        logits = session.feed(part, each=True)[0]
         nll.append(_nll(before, logits, part[0]))
         before = logits[-1:]
         tick(part.shape[1])
@@ -56,13 +52,14 @@ def prose(llm: LLM, plan: Plan, ids: Sequence[int], chunk: int, tick: Callable[[
 
 def pieces(llm: LLM, ids: Sequence[int], chunk: int) -> float:
     """Perplexity of the same tokens under full attention, in overlapping pieces if they do not fit in one."""
+    size = min(PIECE, llm.config.max_position_embeddings)
     nll: dict[int, torch.Tensor] = {}  # the first token judged → of it and those that follow
-    for a in range(0, max(1, len(ids) - STRIDE), STRIDE):
-        begin, part = a + STRIDE if a else chunk, torch.tensor([ids[a : a + PIECE]], device=llm.device)
+    for a in range(0, max(1, len(ids) - size // 2), size // 2):
+        begin, part = a + size // 2 if a else chunk, torch.tensor([ids[a : a + size]], device=llm.device)
         session = llm.session(part.shape[1], plan=Plan())
         before = session.start([ids[a:begin]])
         rest = part[:, begin - a :]
-        nll[begin] = _nll(before, session.feed(rest, every=True)[0], rest[0])
+        nll[begin] = _nll(before, session.feed(rest, each=True)[0], rest[0])
     starts = [*nll, len(ids)]
     whole = torch.cat(
         [x[: b - a] for (a, x), b in zip(nll.items(), starts[1:], strict=True)]

@@ -293,7 +293,7 @@ def quality(
                 ids, turns = script(made, llm.tokenizer, protocol)
                 for i, start in begin(llm, list(plans.values()), ids, len(turns[0].ids)):
                     session, before = start()
-                    after = session.feed(torch.tensor([turns[0].ids], device=llm.device), every=True)[0]
+                    after = session.feed(torch.tensor([turns[0].ids], device=llm.device), each=True)[0]
                     got = solved(before, after, turns[0]), session.report().bytes
                     found.setdefault((task, list(plans)[i], "ours", protocol), []).append(got)
                 for name, pair in presses.items():

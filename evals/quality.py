@@ -120,7 +120,7 @@ def judge(llm: LLM, plans: Sequence[Plan], item: Item) -> list[dict]:
             session, before = start()
             report, scores = session.report(), []
             for turn in turns:
-                after = session.feed(torch.tensor([turn.ids], device=llm.device), every=True)[0]
+                after = session.feed(torch.tensor([turn.ids], device=llm.device), each=True)[0]
                 scores.append(solved(before, after, turn))
                 before = after[-1:]
             report = report or session.report()  # a policy that waits has none before the first token

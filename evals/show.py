@@ -170,11 +170,10 @@ def endless(found: Sequence[dict]) -> str:
             mib(f["bytes"][0]),
             mib(f["bytes"][-1]),
             str(max(f["held"])),
-            mib(f["peak_grew"]),
         ]
         for f in found
     ]
-    head = ["plan", "tokens", "tok/s early", "late", "change", "cache early", "late", "most held", "peak grew by"]
+    head = ["plan", "tokens", "tok/s early", "late", "change", "cache early", "late", "most held"]
     return table(head, rows)
 
 

@@ -71,12 +71,12 @@ def mass(
 
     q (B,H,w,D): the queries of tokens start … start+w−1; k (B,Hkv,S,D): keys of tokens 0 … S−1 → votes (B,Hkv,S) fp32, reduced over the G
     query heads of a KV head by group mean | max. The [H,w,S] weights exist for a block of queries at a time only.
-    stat sum: attention, summed over queries. low: how many queries gave less than 1/(keys they see). hit: the token of the last query
-    that gave at least that, −1 if none did. noise (seed, tau, h): of the logits plus Gumbel noise, divided by tau; the noise depends
-    on the seed, the query head counted from h, and the tokens of query and key alone.
+    stat sum: attention, summed over queries. low: how many queries gave less than 1/(keys they see). hit: one more than the token of
+    the last query that gave at least that, 0 if none did. noise (seed, tau, h): of the logits plus Gumbel noise, divided by tau; the
+    noise depends on the seed, the query head counted from h, and the tokens of query and key alone.
     """
     B, H, Hkv, S = q.shape[0], q.shape[1], k.shape[1], k.shape[2]
-    votes = q.new_full((B, H if stat == "sum" else Hkv, S), -1.0 if stat == "hit" else 0.0, dtype=torch.float32)
+    votes = q.new_zeros(B, H if stat == "sum" else Hkv, S, dtype=torch.float32)
     for rows, keys, seen in blocks(q.shape[2], start, sliding_window, q.device):
         score = _scores(q[:, :, rows], k[:, :, keys]).masked_fill(~seen, -torch.inf)  # (B,Hkv,G,t,s)
         token = torch.arange(rows.start + start, rows.stop + start, device=q.device)[:, None]
@@ -92,7 +92,7 @@ def mass(
         if stat == "low":
             votes[:, :, keys] += ((weight < even) & seen).sum(2)
         else:
-            hit = torch.where((weight >= even) & seen, token.float(), -1.0).amax(2)
+            hit = torch.where((weight >= even) & seen, token + 1.0, 0.0).amax(2)
             votes[:, :, keys] = votes[:, :, keys].maximum(hit)
     return _group(votes.unflatten(1, (Hkv, -1)), group) if stat == "sum" else votes
 
@@ -110,7 +110,7 @@ def _noisy(score: Tensor, noise: tuple[int, float, int], i: Tensor, j: Tensor) -
         (16, 0x2C1B3C6D),
     ):  # a counter-based hash: the same for chunks and batches
         bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
-    uniform = ((bits >> 8) + 0.5) / 2**24
+    uniform = ((bits >> 9) + 0.5) / 2**23  # exact in fp32, and never 1
     noisy = (score - (-uniform.log()).log()) / tau
     return (noisy - noisy.logsumexp(-1, keepdim=True).masked_fill(score.isneginf().all(-1, keepdim=True), 0)).exp()
 

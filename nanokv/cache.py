@@ -164,7 +164,7 @@ class Owner:
         self.sliding_window = ctx.config.sliding_window
         self.alone = plan.last_reader(index) == index
         self.new: tuple[Tensor, Tensor] | None = None  # a turn's k, v, until the last reader has seen them
-        self.heard: Tensor | None = None  # votes of the readers so far in this step
+        self.heard: list[Tensor] = []  # votes of the readers so far in this step
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
         k, v = k.to(self.dtype), v.to(self.dtype)
@@ -188,11 +188,10 @@ class Owner:
                 self.store.extend(*self.new, pos)
                 self.new = None
         elif votes is not None:
-            join = torch.maximum if self.policy.watches.group == "max" else torch.add
-            self.heard = votes if self.heard is None else join(self.heard, votes)
+            self.heard.append(votes)
             if last:
-                self.store.slots.votes = self.policy.watch(self.store.slots, self.heard, pos)
-                self.heard = None
+                self.store.slots.votes = self.policy.watch(self.store.slots, torch.stack(self.heard), pos)
+                self.heard = []
         return out.to(q.dtype)
 
     def _near(self, q: Tensor, pos: Tensor) -> Tensor:
@@ -279,6 +278,8 @@ class Report:
         else:
             held = _span([n for x in self.short for row in x.kept for n in row])
             line += f"{held} of {total} tokens on {len(self.short)} of {layers} layers"
+        if readers := sum(x.owner != x.layer for x in self.layers):
+            line += f" · {readers} read another's"
         return f"{line} · host {mib(self.host_bytes)}"
 
 

@@ -43,7 +43,7 @@ class Ask:
 
     rows: how many of the last prompt queries vote; 0 nobody, None all. group: how the G query heads of a KV head vote
     together: mean | max. stat: what a key gets from them: sum, the attention received; low, by how many queries it was given less
-    than an even share; hit, the position of the last query that gave it at least an even share, −1 if none did.
+    than an even share; hit, one more than the position of the last query that gave it at least an even share.
     noise: votes of the logits plus Gumbel noise under this seed, divided by tau. moments: also mean and covariance of the queries
     before rotation, the first so many of the text left out.
     """
@@ -195,6 +195,7 @@ class Case:
     rows: int  # rows that share a budget in bytes
     token_bytes: float  # one token in one owning layer, all KV heads, as the store lays it out
     fixed_bytes: int  # per row and owning layer, whatever its length
+    pads: bool = False  # whether all heads take the slots of the longest
 
     def tokens(self, budget: int | str, least: int, most_new: int | None = None) -> int:
         """A budget as a number of kept prompt tokens per KV head.
@@ -289,11 +290,11 @@ class Policy(ABC):
         return s.ring(pos.shape[1])
 
     def watch(self, s: Slots, votes: Tensor, pos: Tensor) -> Tensor:
-        """What the step at pos (B,1) paid to the first n slots, votes (B,Hkv,n) → what `s.votes` shall be there from now on.
+        """What each reader's query at pos (B,1) paid to the first n slots, votes (readers,B,Hkv,n) → what `s.votes` shall be there.
 
         Only called if the policy `watches`.
         """
-        return votes
+        return votes.sum(0)
 
 
 # ---- axis 2: store (stores/*) --------------------------------------------------------------------------------------
@@ -351,6 +352,7 @@ class StoreSpec(ABC):
     """A store's options as they stand in a plan; `pack` builds the store of one layer."""
 
     granule = 1  # tokens that can only leave together
+    pads = True  # whether all heads take the slots of the longest
     reports_votes = True  # whether `read` can tell a watching policy what each slot received
     capturable = True  # whether a step over it may be compiled or captured in a graph
 

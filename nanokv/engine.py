@@ -102,12 +102,14 @@ class Session:
         self.cache = KVCache.pack(self.plans, rows, self.room, self.context)
 
     @torch.inference_mode()
-    def feed(self, tokens: Tensor, every: bool = False) -> Tensor:
+    def feed(self, tokens: Tensor, each: bool = False) -> Tensor:
         """(B,T) new tokens → logits after the last of them (B,vocab), or after every one (B,T,vocab)."""
+        if not self.open:
+            self.cache.expect(tokens.shape[1])
         self.whole = False
         parts = self._feed_open(tokens) if self.open else []
         tokens = tokens[:, len(parts) :]
-        if tokens.shape[1]:
+        if parts and tokens.shape[1]:
             self.cache.expect(tokens.shape[1])
         while tokens.shape[1]:
             T = self.cache.piece(tokens.shape[1])
@@ -116,12 +118,12 @@ class Session:
             model = self.models.decode if T == 1 else self.models.prefill
             hidden = model.hidden(tokens[:, :T], pos, self.cache)
             tokens = tokens[:, T:]
-            if every or not tokens.shape[1]:
-                parts.append(model.logits(hidden if every else hidden[:, -1:]))
+            if each or not tokens.shape[1]:
+                parts.append(model.logits(hidden if each else hidden[:, -1:]))
             self._advance(T)
             self.cache.maintain(T, self.seen)
         self.whole = True
-        return torch.cat(parts, 1) if every else parts[-1][:, -1]
+        return torch.cat(parts, 1) if each else parts[-1][:, -1]
 
     def _feed_open(self, tokens: Tensor) -> list[Tensor]:
         """The first tokens, as far as a waiting policy still counts them to the prompt → the logits after each (B,1,vocab)."""

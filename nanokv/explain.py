@@ -75,7 +75,7 @@ def sizes(config: ModelConfig, plans: dict[str, Plan], n: int, room: int, dtype:
     ]
     for name, plan in plans.items():
         plan = plan.sketch(n_layers)
-        per_token, fixed = plan.store.cost(config, dtype)
+        per_token, fixed = plan.cost(config, dtype)
         try:
             keep = plan.fit(config, dtype, n, room).keep
         except ValueError as e:

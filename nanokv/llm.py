@@ -133,9 +133,12 @@ class LLM:
         return self.last
 
     def fingerprint(self) -> str:
-        """Of the shape and of weights that are fp32 in every precision."""
-        weights = self.models.prefill.norm.weight.cpu().numpy().tobytes()
-        return hashlib.sha256(repr(self.config).encode() + weights).hexdigest()[:32]
+        """Of the shape, and of signs of weights all over the model: these are the same in every precision."""
+        found = hashlib.sha256(repr(self.config).encode())
+        for weight in self.models.prefill.parameters():
+            flat = weight.detach().flatten()
+            found.update((flat[:: max(1, len(flat) // 64)] < 0).cpu().numpy().tobytes())
+        return found.hexdigest()[:32]
 
     def ready(self, plan: Plan) -> Plan:
         """The plan with its map of shared layers: that of its file, of an earlier search, or of one made now and kept."""
@@ -151,7 +154,7 @@ class LLM:
             )
         else:
             layers = self.search(want, found)
-        return replace(plan, share=layers, ready=True)
+        return replace(plan, share=layers, sharer=replace(want, layers=len(layers)), ready=True)
 
     def search(self, want: KVSharer, file: Path, say: Callable[[object], None] | None = None) -> dict[int, int]:
         """Search for the layers that can share and write the map. say(pair) is told of those that are accepted."""
@@ -219,7 +222,7 @@ class LLM:
     def _check_cache(self, session: Session, prompts: Sequence[Sequence[int]], room: int, copies: int) -> None:
         """Raise before the work if the cache cannot fit: kept tokens of all layers and one layer's whole prompt."""
         context, plan = self.models.context, session.plan
-        per_token, fixed = plan.store.cost(self.config, context.dtype)
+        per_token, fixed = plan.cost(self.config, context.dtype)
         layers, need, n = self.config.num_hidden_layers - len(plan.share), 0.0, len(prompts) * copies
         for p in prompts:
             keep = plan.fit(self.config, context.dtype, len(p), room, n).keep

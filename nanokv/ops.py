@@ -115,5 +115,6 @@ BACKENDS = {"eager": EAGER, "sdpa": SDPA}
 def merge(states: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """[(out (B,H,T,D), lse (B,H,T))] over disjoint sets of keys → the same over their union."""
     lse = torch.stack([s[1] for s in states]).logsumexp(0)
-    out = sum(o.float() * (l - lse).exp()[..., None] for o, l in states)
+    least = lse.masked_fill(lse.isneginf(), 0)  # where nothing at all is seen
+    out = sum(o.float() * (l - least).exp()[..., None] for o, l in states)
     return out.to(states[0][0].dtype), lse

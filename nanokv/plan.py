@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -45,24 +46,31 @@ class Plan:
         """This plan for one prompt: percents, bytes and thresholds as numbers."""
         if not self.ready:
             raise ValueError(f"{self} has no map of layers yet; LLM.ready finds or makes the one of a loaded model")
+        token_bytes, fixed = self.cost(config, dtype)
+        owners = config.num_hidden_layers - len(self.share)
+        return replace(
+            self,
+            keep=self.keep.fit(
+                Case(config.family, owners, prompt_len, room, rows, token_bytes, fixed, self.store.pads)
+            ),
+        )
+
+    def cost(self, config: ModelConfig, dtype: torch.dtype) -> tuple[float, int]:
+        """Bytes per token and fixed bytes, of one row in one owning layer, with what the policy needs beside the store's."""
         token_bytes, fixed = self.store.cost(config, dtype)
         if self.keep.watches:  # a vote beside each position
-            token_bytes, fixed = token_bytes + 4 * config.num_key_value_heads, fixed + 4
-        owners = config.num_hidden_layers - len(self.share)
-        tail = (
-            config.num_hidden_layers / owners * self.keep.ask.tail if self.keep.every and not self.keep.watches else 0
-        )
-        fixed += int(tail * config.num_attention_heads * config.head_dim * dtype.itemsize)
-        return replace(
-            self, keep=self.keep.fit(Case(config.family, owners, prompt_len, room, rows, token_bytes, fixed))
-        )
+            return token_bytes + 4 * config.num_key_value_heads, fixed + 4
+        if self.keep.every:  # the last queries of every layer
+            tail = self.keep.ask.tail * config.num_attention_heads * config.head_dim * dtype.itemsize
+            fixed += math.ceil(tail * config.num_hidden_layers / (config.num_hidden_layers - len(self.share)))
+        return token_bytes, fixed
 
     def sketch(self, n_layers: int) -> Plan:
         """For sizes before there is a map: as many layers share as asked, whichever they will be."""
-        readers = min(self.sharer.layers, n_layers - 1) if not self.ready else 0
-        return (
-            replace(self, share=dict.fromkeys(range(n_layers - readers, n_layers), 0), ready=True) if readers else self
-        )
+        if self.ready:
+            return self
+        readers = min(self.sharer.layers, n_layers - 1)
+        return replace(self, share=dict.fromkeys(range(n_layers - readers, n_layers), 0), ready=True)
 
     def with_budget(self, text: str) -> Plan:
         """This plan under a kept budget given as text: tokens, percent or bytes."""
@@ -117,7 +125,8 @@ def _pairs(name: str, text: str) -> dict[str, str]:
 
 def canonical(name: str, part: Any) -> str:
     """`name:key=value,…` with every field filled in."""
-    values = ",".join(f"{f.name}={str(getattr(part, f.name)).lower()}" for f in fields(part))
+    found = {f.name: getattr(part, f.name) for f in fields(part)}
+    values = ",".join(f"{k}={str(v).lower() if v is None or isinstance(v, bool) else v}" for k, v in found.items())
     return f"{name}:{values}" if values else name
 
 
@@ -128,7 +137,11 @@ def configure(name: str, part: Any, given: Mapping[str, str]) -> Any:
         if key not in kinds:
             allowed = f"its keys are {', '.join(kinds)}" if kinds else "it takes none"
             raise ValueError(f"{name} has no key {key!r}{nearest(key, kinds)}; {allowed}")
-    return replace(part, **{key: _read(f"{name}:{key}", text, kinds[key]) for key, text in given.items()})
+    values = {key: _read(f"{name}:{key}", text, kinds[key]) for key, text in given.items()}
+    try:
+        return replace(part, **values)
+    except ValueError as e:
+        raise ValueError(str(e) if str(e).startswith(name) else f"{name}: {e}") from None
 
 
 def _read(where: str, text: str, kinds: Sequence[str]) -> int | float | bool | str | None:

@@ -28,6 +28,11 @@ def save(llm: LLM, session: Session, file: Path) -> None:
         raise ValueError(
             f"{session.plan.names[0]} decides at the first token after the prompt; there is nothing to save yet"
         )
+    if session.plans[0].keep.every and session.cache.fresh:
+        raise ValueError(
+            f"{session.plan.names[0]} looks again every {session.plans[0].keep.every} tokens, and {session.cache.fresh} have come "
+            "since; save right after the prompt"
+        )
     tensors, scores = {}, {}
     for owner, store in session.cache.stores.items():
         kept = store.unpack()[0]
@@ -51,7 +56,7 @@ def restore(llm: LLM, file: Path, room: int) -> Session:
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 the library's handle is no dict
         if facts["model"] != llm.fingerprint():
             raise ValueError(f"{file} was saved with another model; give the --model that it was made with")
-        plan = replace(parse(facts["plan"]), share={int(i): o for i, o in facts["share"].items()}, ready=True)
+        plan = replace(parse(facts["plan"]), share={int(i): o for i, o in facts.get("share", {}).items()}, ready=True)
         row = {int(o): _kept(tensors, o, score) for o, score in facts["scores"].items()}
         session = llm.session(room, plan=plan)
         session.restore(plan, row, facts["seen"])

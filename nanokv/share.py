@@ -37,7 +37,7 @@ class Pair:
     similarity: float = float("nan")
 
     def __str__(self) -> str:
-        return f"layer {self.reader} reads layer {self.owner}: distance {self.distance:.3f}, output's cosine {self.similarity:.4f}"
+        return f"layers {self.reader} and {self.owner}: distance {self.distance:.3f}, output's cosine {self.similarity:.4f}"
 
 
 class Texts:
@@ -188,8 +188,11 @@ def main(argv: Sequence[str]) -> int:
     p.add_argument("--out", metavar="FILE", help="the map; by default where kvsharer:layers=N looks for it")
     p.add_argument("--device", default="auto", metavar="D")
     p.add_argument("--dtype", default="auto", metavar="T")
+    p.error = lambda message: sys.exit(complain(message))
     args = p.parse_args(argv)
     try:
+        if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
+            raise ValueError(f"--out {args.out} cannot be written; give a file in a directory of yours")
         want = KVSharer(layers=args.layers, threshold=args.threshold, order=args.order)
         llm = load(args.model, device=args.device, dtype=args.dtype, bar=sys.stderr.isatty())
         file = Path(args.out) if args.out else place(settings().weights, llm.fingerprint(), want)
@@ -197,13 +200,18 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as e:
         if settings().debug:
             raise
-        print(f"nanokv.share: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+        return complain(str(e))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    print("in the end: " + ", ".join(f"{i} reads {o}" for i, o in sorted(share.items())))
     print(f"{len(share)} of {llm.config.num_hidden_layers} layers own no cache; wrote {file}")
     return 0
+
+
+def complain(message: str) -> int:
+    print(f"nanokv.share: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

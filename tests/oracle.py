@@ -158,7 +158,7 @@ def gumbel(seed: int, head: int, i: int, j: int) -> float:
     x = (seed * 0x9E3779B1 + head * 0x85EBCA77 + i * 0xC2B2AE3D + j * 0x27D4EB2F) % 2**32
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 0x2C1B3C6D)):
         x = ((x ^ (x >> shift)) * factor) % 2**32
-    return -math.log(-math.log(((x >> 8) + 0.5) / 2**24))
+    return -math.log(-math.log(((x >> 9) + 0.5) / 2**23))
 
 
 # ---- eviction while decoding: what one KV head holds when each new token attends, and after it ------------------------
@@ -210,13 +210,14 @@ def tova(q, k, T: int, steps: int, budget: int):
 
 
 def scissorhands(q, k, T: int, steps: int, budget: int, every: int, window: int, recent: int):
-    """Scissorhands for one KV head → what is held at each step, before tokens go."""
+    """Scissorhands for one KV head → what is held at each step, before tokens go. q: per layer that reads it, its query heads (G,·,D)."""
     low = dict.fromkeys(range(T + steps), 0)
 
     def count(t: int, held: list[int]) -> None:
-        rows = look(q[:, t], k, held)
-        for j in held:
-            low[j] += sum(row[j] for row in rows) / len(rows) < 1 / len(held)
+        for reader in q:
+            rows = look(reader[:, t], k, held)
+            for j in held:
+                low[j] += sum(row[j] for row in rows) / len(rows) < 1 / len(held)
 
     for i in range(max(0, T - window), T):
         count(i, list(range(i + 1)))

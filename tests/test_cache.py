@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -260,7 +261,7 @@ class ToyHeavy(Policy):
         return torch.where(free, s.cursor, worst)[..., None]
 
     def watch(self, s: Slots, votes, pos):
-        return s.votes[:, :, : votes.shape[2]] + votes
+        return s.votes[:, :, : votes.shape[3]] + votes.sum(0)
 
 
 @pytest.mark.parametrize("share", [{}, {2: 0}])
@@ -299,3 +300,55 @@ def test_nothing_of_a_session_outlives_it(llm_of):
         session.feed(torch.tensor([[1]]))
     llm.last = session = None
     assert kv_tensors() == before
+
+
+@pytest.mark.parametrize("share", [{}, {2: 0}])
+@pytest.mark.parametrize(
+    "plan", ["streaming:sink=4,recent=30,positions=cache", "snapkv:budget=20,window=4,every=8", "h2o:budget=20"]
+)
+def test_a_turn_longer_than_the_models_window_has_an_answer(plan, share, llm_of):
+    llm, part = llm_of("mistral"), parse(plan)
+    session = llm.session(80, None, Plan(part.keep, part.store, share, part.names))
+    session.start([text(10, seed=5)])
+    assert session.feed(torch.tensor([text(60, seed=6)]), each=True).isfinite().all()
+
+
+def test_a_refused_turn_leaves_the_cache_whole(llm_of):
+    session = llm_of("g3").session(3, None, parse("full"))
+    session.start([text(10)])
+    with pytest.raises(ValueError, match="room for 3"):
+        session.feed(torch.tensor([[1, 2, 3, 4]]))
+    assert session.whole and session.feed(torch.tensor([[1, 2, 3]])).isfinite().all()
+
+
+SAVED = ["h2o:budget=20", "corm:window=6,recent=8,every=4", "adakv:budget=20,window=4,every=8", "cascade:budget=20"]
+
+
+@pytest.mark.parametrize("plan", SAVED)
+def test_a_saved_cache_goes_on_as_the_one_that_was_saved(plan, llm_of, tmp_path):
+    from nanokv.save import restore, save
+
+    llm, plan = llm_of("g3"), parse(plan)
+    session = llm.session(20, None, plan)
+    session.start([text(60, seed=5)])
+    save(llm, session, tmp_path / "c")
+    again = restore(llm, tmp_path / "c", 20)
+    for t in text(17, seed=6):
+        torch.testing.assert_close(*(s.feed(torch.tensor([[t]])) for s in (session, again)), atol=1e-5, rtol=1e-5)
+    if plan.keep.every:
+        with pytest.raises(ValueError, match="save right after the prompt"):
+            save(llm, session, tmp_path / "d")
+    else:
+        save(llm, session, tmp_path / "d")
+        later = restore(llm, tmp_path / "d", 3)
+        torch.testing.assert_close(*(s.feed(torch.tensor([[3]])) for s in (session, later)), atol=1e-5, rtol=1e-5)
+
+
+def test_random_draws_anew_when_it_looks_again(llm_of):
+    session = llm_of("g3").session(200, None, parse("random:budget=40,window=4,every=8"))
+    session.start([text(60, seed=5)])
+    for _ in range(20):
+        session.feed(torch.tensor([text(8, seed=6)]))
+    held = session.cache.stores[0].unpack()[0].pos[0, 0].tolist()
+    gaps = [b - a for a, b in itertools.pairwise(held[:-4])]
+    assert len(set(gaps)) > 4 and max(gaps.count(g) for g in set(gaps)) < 30  # no comb

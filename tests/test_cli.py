@@ -104,7 +104,7 @@ ARGUMENTS = [
     (["--policy", "snapkv:windw=3", "-p", "x"], "no key 'windw' (did you mean window?)"),
     (["--policy", "snapkv:window=x", "-p", "x"], "it takes a whole number"),
     (["--policy", "snapkv+random", "-p", "x"], "both decide which tokens stay"),
-    (["--policy", "snapkv:budget=8", "-p", "x"], "32 of the tokens always stay"),
+    (["--policy", "snapkv:budget=8", "-p", "x"], "a head always keeps 32"),
     (["--policy", "simlayer", "-p", "x"], "simlayer:variant=light, which needs none"),
     (["--policy", "simlayer", "--kv-budget", "512", "-p", "x"], "takes no budget"),
     (["--policy", "snapkv:budget=64", "--kv-budget", "512", "-p", "x"], "say the same"),

@@ -68,11 +68,11 @@ def test_one_run_gives_every_plan_what_its_own_run_gives(model, llm_of):
     seen = []
     for i, start in begin(llm, plans, ids, 9):
         alone = Session(llm.models, plans[i], 9)
-        expected = [alone.start([ids]), alone.feed(torch.tensor([then]), every=True)]
+        expected = [alone.start([ids]), alone.feed(torch.tensor([then]), each=True)]
         for _ in range(2):  # a plan may be begun again
             session, before = start()
             assert torch.equal(before, expected[0])
-            assert torch.equal(session.feed(torch.tensor([then]), every=True), expected[1])
+            assert torch.equal(session.feed(torch.tensor([then]), each=True), expected[1])
             assert session.report() == alone.report()
         seen.append(i)
     assert sorted(seen) == list(range(len(plans)))
@@ -84,7 +84,7 @@ def test_feeding_many_tokens_tells_the_logits_after_each(llm_of):
         sessions = [Session(llm.models, parse(plan), 8) for _ in range(2)]
         for s in sessions:
             s.start([ids])
-        every = sessions[0].feed(torch.tensor([then]), every=True)
+        every = sessions[0].feed(torch.tensor([then]), each=True)
         single = torch.stack([sessions[1].feed(torch.tensor([[t]])) for t in then], 1)
         torch.testing.assert_close(every, single, atol=1e-4, rtol=1e-4)
         last = Session(llm.models, parse(plan), 8)
@@ -100,7 +100,7 @@ def test_solved_is_what_greedy_would_write(llm_of):
     def score(ids: list[int], answers: list[tuple[int, int]]) -> float:
         other = llm.session(16)
         before = other.start([text(40, 5)])
-        return solved(before, other.feed(torch.tensor([ids]), every=True)[0], Turn(ids, answers))
+        return solved(before, other.feed(torch.tensor([ids]), each=True)[0], Turn(ids, answers))
 
     assert score(made, [(0, 12)]) == score(made, [(3, 9)]) == 1
     wrong = [*made[:5], (made[5] + 1) % 96, *made[6:]]
@@ -432,7 +432,7 @@ def test_transformers_stands_beside_us_on_the_same_weights(tiny, llm_of):
     session = llm.session(6)
     torch.testing.assert_close(net.logits, session.start([ids]), atol=1e-4, rtol=1e-4)
     assert net.bytes() == 2 * 3 * 40 * 2 * 16 * 4  # K and V, layers, tokens, KV heads, dims, fp32
-    torch.testing.assert_close(net.feed(then), session.feed(torch.tensor([then]), every=True)[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(net.feed(then), session.feed(torch.tensor([then]), each=True)[0], atol=1e-4, rtol=1e-4)
     net.start(ids)
     first = int(net.logits.argmax())
     net.step()

@@ -67,7 +67,6 @@ def test_perplexity_in_pieces_and_in_chunks_is_the_models(llm_of, monkeypatch):
     assert long.prose(llm, parse("full"), ids, 20)["ppl"] == pytest.approx(right, rel=1e-4)
     assert long.pieces(llm, ids, 20) == pytest.approx(right, rel=1e-4)
     monkeypatch.setattr(long, "PIECE", 120)
-    monkeypatch.setattr(long, "STRIDE", 60)
     judged, part = [], None
     for a in range(0, 240, 60):  # token by token: what the piece whose first half lies before it says
         part = PromptCache(parse("full"), llm.config, torch.tensor(ids[a : a + 120]), llm.models.ops)

@@ -75,7 +75,7 @@ def test_defaults_are_filled_in():
         ("snapkv:select=word", "select is token or chunk"),
         ("snapkv:floor=2", "floor 0 … 1"),
         ("snapkv:every=8", "every=8 is too often, as the last 32 tokens judge"),
-        ("snapkv:every=-1", "too often"),
+        ("snapkv:every=-1", "snapkv: every=-1; give a number of tokens, or 0 for never"),
         ("h2o:every=5", "never looks again; leave it out"),
         ("h2o:recent=2", "a share of the budget"),
         ("tova:heads=ada", "use heads=flat"),
@@ -99,6 +99,19 @@ def test_what_cannot_be_is_refused_in_one_sentence(text, says):
     with pytest.raises(ValueError) as e:
         parse(text)
     assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_path_in_a_plan_keeps_its_capitals():
+    for text in ("kvsharer:map=/tmp/Maps/A.json", "duo:gates=/tmp/Some/File.TSV"):
+        path = text.partition("=")[2]
+        assert path in str(parse(text)) and str(parse(str(parse(text)))) == str(parse(text))
+
+
+def test_bytes_are_not_promised_where_heads_are_padded():
+    plan = parse("adakv:budget=64MiB+dense")
+    with pytest.raises(ValueError, match="use store ragged, or give tokens or percent"):
+        plan.fit(PRESETS["llama3-8b"], torch.bfloat16, 8000, 10)
+    assert parse("adakv:budget=64MiB").fit(PRESETS["llama3-8b"], torch.bfloat16, 8000, 10).keep.budget > 100
 
 
 def test_a_policy_whose_heads_differ_takes_the_store_that_frees_their_bytes():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_policies import compress, positions, shape
 
+from kernels.reference import _noisy
 from nanokv import parse
 from nanokv.cache import KVCache
 from nanokv.contract import Context
@@ -67,7 +68,12 @@ def test_keyformer_holds_its_noisy_set_at_every_step():
         assert all(seen[step][0][h] == sorted(held) for step, held in enumerate(right))
 
 
-def test_without_much_noise_keyformer_is_h2o():
+def test_keyformers_noise_is_gumbels_and_finite():
+    for i, j, h in ((1619, 541, 8), (1991, 526, 7), (2273, 1625, 3)):  # here the hash is all ones, or nearly
+        out = _noisy(torch.zeros(1, 1, 9, 1, 2), (0, 1.0, 0), torch.tensor([[i]]), torch.tensor([[j, 0]]))[0, 0, h, 0]
+        right = torch.tensor([oracle.gumbel(0, h, i, j), oracle.gumbel(0, h, i, 0)]).softmax(0)
+        assert right[0] > 0.99  # a noise of 15 or more
+        torch.testing.assert_close(out, right)
     noise = {oracle.gumbel(0, h, i, j) for h in range(3) for i in range(40) for j in range(40)}
     mean = sum(noise) / len(noise)
     assert len(noise) > 4700 and mean == pytest.approx(0.577, abs=0.05)  # Euler's constant, that of a Gumbel variable
@@ -88,18 +94,26 @@ def test_scissorhands_holds_the_papers_set_at_every_step(T):
     seen, q, k, _ = stepped("scissorhands:budget=30,every=8,window=20,recent=5", T)
     for layer in range(2):
         for h in range(2):
-            right = oracle.scissorhands(mine(q[layer], h), k[layer, h], T, STEPS, 30, 8, 20, 5)
+            right = oracle.scissorhands([mine(q[layer], h)], k[layer, h], T, STEPS, 30, 8, 20, 5)
             for step, held in enumerate(right):
                 assert seen[step][layer][h] == held and len(held) <= 30, (layer, h, step)
 
 
+def test_scissorhands_counts_each_reader_of_a_shared_layer():
+    seen, q, k, _ = stepped("scissorhands:budget=30,every=8,window=20,recent=5", 60, 60, {2: 0})
+    for h in range(2):
+        right = oracle.scissorhands([mine(q[0], h), mine(q[2], h)], k[0, h], 60, 60, 30, 8, 20, 5)
+        assert all(seen[step][0][h] == held for step, held in enumerate(right))
+
+
+@pytest.mark.parametrize(("T", "window", "recent"), [(60, 9, 12), (20, 200, 1), (20, 60, 2)])
 @pytest.mark.parametrize("store", ["ragged", "dense"])
-def test_corm_holds_what_was_hit_at_every_step(store):
-    seen, q, k, _ = stepped(f"corm:window=9,recent=12,every=5+{store}", 60)
+def test_corm_holds_what_was_hit_at_every_step(store, T, window, recent):
+    seen, q, k, _ = stepped(f"corm:window={window},recent={recent},every=5+{store}", T)
     sizes = set()
     for layer in range(2):
         for h in range(2):
-            right = oracle.corm(mine(q[layer], h), k[layer, h], 60, STEPS, 9, 12, 5)
+            right = oracle.corm(mine(q[layer], h), k[layer, h], T, STEPS, window, recent, 5)
             for step, held in enumerate(right):
                 assert seen[step][layer][h] == held, (layer, h, step)
                 sizes.add(len(held))
@@ -236,18 +250,20 @@ def test_chunks_stay_or_go_together():
 @pytest.mark.parametrize(
     "text", ["snapkv:budget=24,window=4,kernel=3,every=10", "adakv:budget=24,window=4,kernel=3,every=10"]
 )
-def test_what_is_held_is_judged_anew_every_so_often(text):
-    """After ten tokens the last four queries vote over what is held, as they did over the prompt."""
-    seen, q, k, _ = stepped(text, 60, 40)
+@pytest.mark.parametrize("share", [{}, {2: 0}])
+def test_what_is_held_is_judged_anew_every_so_often(text, share):
+    """After ten tokens the last four queries of all that read a layer vote over what is held, as they did over the prompt."""
+    seen, q, k, _ = stepped(text, 60, 40, share)
     for t in (10, 20, 30):
         for layer in range(2):
             scores, before = [], [seen[t - 1][layer][h] for h in range(2)]
             for h, held in enumerate(before):
                 votes = dict.fromkeys(held, 0.0)
                 for i in range(60 + t - 4, 60 + t):
-                    for row in oracle.look(mine(q[layer], h)[:, i], k[layer, h], [j for j in held if j <= i]):
-                        for j, p in row.items():
-                            votes[j] += p / 3
+                    for reader in [layer, *(r for r, o in share.items() if o == layer)]:
+                        for row in oracle.look(mine(q[reader], h)[:, i], k[layer, h], [j for j in held if j <= i]):
+                            for j, p in row.items():
+                                votes[j] += p / 3
                 old = [0 if j >= 60 + t - 4 else votes[j] for j in held]
                 scores.append([max(old[max(0, n - 1) : n + 2]) for n in range(len(old))])
             if text.startswith("ada"):
@@ -269,9 +285,10 @@ def test_what_is_held_is_judged_anew_every_so_often(text):
 )
 def test_readers_of_a_shared_layer_are_heard(text):
     """The set that a shared layer keeps depends on who reads it, and is the same for every reader."""
-    plan = text if text.startswith(("h2o", "tova")) else f"{text},every=128"
-    shared, *_ = stepped(plan, 60, 30, {2: 0})
-    alone, *_ = stepped(plan, 60, 30, {2: 1})
+    every = {"snapkv": 8, "knorm": 8, "expected": 128}.get(text.split(":")[0])
+    plan, steps = f"{text},every={every}" if every else text, max(30, (every or 0) + 5)
+    shared, *_ = stepped(plan, 60, steps, {2: 0})
+    alone, *_ = stepped(plan, 60, steps, {2: 1})
     assert sorted(shared[0]) == sorted(alone[0]) == [0, 1]
     assert (shared[-1][0] == alone[-1][0]) == text.startswith("knorm")
 

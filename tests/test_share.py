@@ -194,3 +194,22 @@ def test_the_program_prints_pairs_and_writes_the_map(tiny, tmp_path, capsys):
     assert len(json.loads(file.read_text())["map"]) == 2
     assert share.main([*argv, "--order", "best"]) == 2
     assert "orders are dissimilar, similar and random" in capsys.readouterr().err
+
+
+def test_a_model_with_other_weights_has_another_fingerprint(deep, tiny):
+    from nanokv import load
+
+    other = load(str(tiny("deep")[0]), dtype="bfloat16")
+    assert other.fingerprint() == deep.fingerprint()
+    with torch.no_grad():
+        other.models.prefill.layers[3].mlp.down_proj.weight.neg_()
+    assert other.fingerprint() != deep.fingerprint()
+
+
+def test_fewer_layers_than_asked_are_told(deep):
+    ready = deep.ready(parse("kvsharer:layers=5,threshold=0.99999"))
+    assert ready.sharer.layers == len(ready.share) < 5
+    session = deep.session(3, plan=deep.ready(parse("kvsharer:layers=2,threshold=-1")))
+    session.start([text(20)])
+    assert str(session.report()).split(" · ")[-2] == "2 read another's"
+    assert parse("kvsharer:layers=0").sketch(8).share == {}

@@ -6,7 +6,7 @@ from conftest import ROOT
 
 CEILINGS = {
     "generate.py": 445,
-    "bench.py": 290,
+    "bench.py": 320,
     "nanokv/fidelity.py": 80,
     "nanokv/contract.py": 280,
     "nanokv/slots.py": 175,
@@ -26,12 +26,13 @@ CEILINGS = {
     "nanokv/save.py": 80,
     "nanokv/sampler.py": 55,
     "nanokv/rope.py": 45,
+    "nanokv/policies/scorer.py": 135,
     "kernels/reference.py": 160,
     "weights/fetch.py": 260,
     "weights/from_gguf.py": 290,
     "weights/registry.py": 80,
 }
-METHOD, STORE, TOTAL = 120, 110, 5300
+METHOD, STORE, TOTAL = 80, 110, 5300
 
 
 def lines(path) -> int:
@@ -47,6 +48,7 @@ def test_every_file_keeps_within_its_ceiling():
     assert not over
     for folder, ceiling in (("policies", METHOD), ("stores", STORE), ("shares", METHOD)):
         for path in (ROOT / "nanokv" / folder).glob("*.py"):
-            sizes[str(path.relative_to(ROOT))] = lines(path)
-            assert lines(path) <= ceiling, path.name
+            name = str(path.relative_to(ROOT))
+            sizes[name] = lines(path)
+            assert lines(path) <= CEILINGS.get(name, ceiling), name
     assert sum(sizes.values()) <= TOTAL, sum(sizes.values())

@@ -24,7 +24,7 @@ POLICIES: dict[str, Policy] = {
     "snapkv": SnapKV(),
     "pyramidkv": SnapKV(layers="pyramid"),
     "adakv": SnapKV(heads="ada"),
-    "chunkkv": SnapKV(select="chunk"),
+    "chunkkv": SnapKV(select="chunk", kernel=1),
     "simlayer": SimLayerKV(),
     "h2o": H2O(),
     "tova": TOVA(),

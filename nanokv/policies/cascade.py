@@ -20,7 +20,8 @@ class CascadingKV(Policy):
 
     Slots never move: sorted by age the rings lie one behind the other, so only the token that leaves is looked for.
     Deviations from the authors' code: keys stay at their absolute positions; the prompt attends in full and is then sorted into the
-    rings by the mean attention each token received, where theirs goes through it in strides.
+    rings by the mean attention each token received, where theirs goes through it in strides. A new token's average begins at 0; it
+    has a whole ring's time to settle before it is compared.
     """
 
     budget: int | str = 1024
@@ -30,8 +31,10 @@ class CascadingKV(Policy):
     watches = Ask()
 
     def __post_init__(self):
-        if self.sink < 0 or self.rings < 1:
-            raise ValueError(f"cascade:sink={self.sink},rings={self.rings} is out of range; sink ≥ 0, rings ≥ 1")
+        if self.sink < 0 or not 1 <= self.rings <= 30:
+            raise ValueError(
+                f"cascade:sink={self.sink},rings={self.rings} is out of range; sink ≥ 0, rings ≥ 1 and ≤ 30"
+            )
         check_budget(self.budget, self.least, f"{self.sink} sinks and one token in each ring are always kept")
 
     @property
@@ -80,4 +83,4 @@ class CascadingKV(Policy):
 
     def watch(self, s: Slots, votes: Tensor, pos: Tensor) -> Tensor:
         keeps = (-math.log(100) * self.rings / (s.wanted - s.sink)).exp()[..., None]
-        return keeps * s.votes[:, :, : votes.shape[2]] + (1 - keeps) * votes.mean(1, keepdim=True)
+        return keeps * s.votes[:, :, : votes.shape[3]] + (1 - keeps) * votes.sum(0).mean(1, keepdim=True)

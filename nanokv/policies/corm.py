@@ -36,10 +36,10 @@ class CORM(Policy):
         return Ask(rows=self.window, stat="hit", group="max")
 
     def keep(self, p: Prompt) -> Kept:
-        hit = p.votes.amax(0, keepdim=True)
-        stays = p.real & ((hit >= p.seen - self.window) | p.last(self.recent))
+        hit = p.votes.amax(0, keepdim=True)  # one more than the position, so 0 is never
+        stays = p.real & ((hit > max(0, p.seen - self.window)) | p.last(self.recent))
         return Kept.top(p, stays.float(), stays.sum(-1), votes=hit)
 
     def watch(self, s: Slots, votes: Tensor, pos: Tensor) -> Tensor:
-        hit = votes >= 1 / s.length[..., None]
-        return torch.where(hit, pos[:, None].float(), s.votes[:, :, : votes.shape[2]])
+        hit = votes.amax(0) >= 1 / s.length[..., None]
+        return torch.where(hit, pos[:, None] + 1.0, s.votes[:, :, : votes.shape[3]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from nanokv.contract import Ask, Kept, Policy, Prompt
 @dataclass(frozen=True, kw_only=True)
 class DuoAttention(Policy):
     """DuoAttention (Xiao et al. 2024, arXiv:2410.10819, §3): retrieval heads keep everything, streaming heads the first `sink` and last
-    `recent` tokens as a ring. `full` is the share of retrieval heads.
+    `recent` tokens as a ring. `full` is the share of retrieval heads, rounded up.
 
     gates=FILE: the authors' trained gates, a line per layer and a number per KV head; the highest of the whole model are retrieval heads.
     Without it (deviation: no training) each layer's heads are ranked on the prompt itself, by the attention that its last `window`
@@ -51,7 +52,7 @@ class DuoAttention(Policy):
     def _observed(self, p: Prompt, edges: Tensor) -> Tensor:
         beyond = (p.votes * ~edges).sum(-1).sum(0, keepdim=True)  # (1,Hkv)
         rank = beyond.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        return rank < round(self.full * beyond.shape[1])
+        return rank < math.ceil(self.full * beyond.shape[1])
 
     def _trained(self, p: Prompt) -> Tensor:
         try:
@@ -63,4 +64,4 @@ class DuoAttention(Policy):
                 f"duo:gates={self.gates} holds no number for each of {p.k.shape[1]} KV heads of layer {p.layer} ({e})"
             ) from None
         rank = table.flatten().argsort(descending=True, stable=True).argsort().view_as(table)[p.layer]
-        return (rank < round(self.full * table.numel())).view_as(mine).to(p.k.device)
+        return (rank < math.ceil(self.full * table.numel())).view_as(mine).to(p.k.device)

@@ -35,8 +35,8 @@ class H2O(Evicting):
         return self.carry(p).masked_fill(p.last(int(self.count(p) * self.recent)), torch.inf)
 
     def worth(self, s: Slots, pos: Tensor) -> Tensor:
-        recent = (s.wanted * self.recent).int()[..., None]
+        recent = (s.wanted.double() * self.recent).int()[..., None]  # in double, as `score` has it
         return s.votes.masked_fill(s.pos > pos[:, None] - recent, torch.inf)
 
     def watch(self, s: Slots, votes: Tensor, pos: Tensor) -> Tensor:
-        return s.votes[:, :, : votes.shape[2]] + votes
+        return s.votes[:, :, : votes.shape[3]] + votes.sum(0)

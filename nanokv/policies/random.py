@@ -34,5 +34,6 @@ class Random(Scorer):
         return self.window
 
     def score(self, p: Prompt) -> Tensor:
-        dice = torch.Generator().manual_seed(self.seed * 1_000_003 + p.layer)
+        gone = p.seen - len(p)  # 0 after a prompt; another number whenever it looks again
+        dice = torch.Generator().manual_seed((self.seed * 1_000_003 + p.layer + gone * 7_919) % 2**63)
         return torch.rand(p.pos.shape, generator=dice).to(p.k.device).masked_fill(p.last(self.window), torch.inf)

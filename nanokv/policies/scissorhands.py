@@ -17,8 +17,10 @@ class Scissorhands(Scorer):
     """Scissorhands (Liu et al. 2023, arXiv:2305.17118, §4, algorithms 1 and 2): a token's count goes up with each query that gives it less
     than an even share of its attention; when the budget is reached, the `every` tokens of highest count go, but the last `recent`.
 
-    Deviations: the prompt's last `window` queries count and then every one, where the paper forgets those more than `window` ago;
-    `every` is a number of tokens, half the budget in the paper; a KV head counts the mean of its query heads.
+    Deviations: tokens go on a schedule, every `every` of them, when those to come could exceed the budget (the paper waits until they
+    do), so that of a long text a head holds budget − every to budget; the prompt's last `window` queries count and then every one,
+    where the paper forgets those more than `window` ago; `every` is a number of tokens, half the budget in the paper; a KV head
+    counts the mean of its query heads.
     """
 
     every: int = 128
@@ -42,6 +44,10 @@ class Scissorhands(Scorer):
     def least(self) -> int:
         return self.recent + self.every
 
+    @property
+    def why(self) -> str:
+        return f"{self.recent} recent tokens stay while {self.every} go at a time"
+
     def keep(self, p: Prompt) -> Kept:
         return self.best(p, self.count(p) - self.every, votes=p.votes.sum(0, keepdim=True))
 
@@ -49,4 +55,4 @@ class Scissorhands(Scorer):
         return (-p.votes.sum(0, keepdim=True)).masked_fill(p.last(self.recent), torch.inf)
 
     def watch(self, s: Slots, votes: Tensor, pos: Tensor) -> Tensor:
-        return s.votes[:, :, : votes.shape[2]] + (votes < 1 / s.length[..., None])
+        return s.votes[:, :, : votes.shape[3]] + (votes < 1 / s.length[..., None]).sum(0)

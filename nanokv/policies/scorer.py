@@ -21,13 +21,15 @@ class Scorer(Policy):
     """Keep the `budget` best tokens of each KV head.
 
     layers=pyramid (PyramidKV, Cai et al. 2024, arXiv:2406.02069, §3): deeper layers get less, on a line from 2 − 1/beta to 1/beta of
-    the mean. Deviation: rounded so that the sum is exactly that of `flat`; the authors' code overspends by about 1 %.
+    the mean. Deviations: rounded so that the sum is exactly that of `flat`, where the authors' code overspends by about 1 %; short prompts
+    have a flatter line instead of none.
     heads=ada (Ada-KV, Feng et al. 2024, arXiv:2407.11550, §3): the heads of a layer compete, each sure of `floor` of its share, at least of
     one token.
     Deviation: what is sure is taken first, so that the sum is exact; the authors blend two budgets and round.
     select=chunk (ChunkKV, Liu et al. 2025, arXiv:2502.00299, §3): tokens stay or go in runs of `chunk` by their mean score, the same runs
     in all heads unless they compete. Deviation: the last run is cut where the budget ends.
-    every=n: after each n new tokens what is held is judged anew, so that a head never holds more than budget + n.
+    every=n: after each n new tokens what is held is judged anew, so that a head (of those that compete: the mean) never holds more than
+    budget + n.
     """
 
     budget: int | str = 1024
@@ -54,17 +56,28 @@ class Scorer(Policy):
             raise ValueError(
                 f"beta={self.beta},floor={self.floor},chunk={self.chunk}; beta ≥ 1, floor 0 … 1, chunk ≥ 1"
             )
-        if self.every and not self.watches and self.every < max(1, self.ask.tail):
+        if self.every < 0:
+            raise ValueError(f"every={self.every}; give a number of tokens, or 0 for never")
+        if self.every and not self.watches and self.every < self.ask.tail:
             raise ValueError(
-                f"every={self.every} is too often, as the last {self.ask.tail or 1} tokens judge; give more, or 0"
+                f"every={self.every} is too often, as the last {self.ask.tail} tokens judge; give more, or 0"
             )
-        check_budget(self.budget, self.least, f"{self.least} of the tokens always stay")
+        check_budget(self.budget, self.least, self.why)
+
+    @property
+    def why(self) -> str:
+        return f"a head always keeps {self.least}"
 
     @property
     def store(self) -> str:
         return "ragged" if self.heads == "ada" else "dense"
 
     def fit(self, case: Case) -> Scorer:
+        if self.heads == "ada" and case.pads and isinstance(self.budget, str) and not self.budget.endswith("%"):
+            raise ValueError(
+                f"a budget of {self.budget} cannot be held with heads=ada in a store that pads heads to the longest; "
+                "use store ragged, or give tokens or percent"
+            )
         beside = self.every if self.every and self.beside is None else self.beside
         return replace(self, budget=case.tokens(self.budget, self.least, beside))
 

@@ -39,4 +39,4 @@ class TOVA(Evicting):
         return s.votes
 
     def watch(self, s: Slots, votes: Tensor, pos: Tensor) -> Tensor:
-        return votes.mean(1, keepdim=True).expand_as(votes)
+        return votes.sum(0).mean(1, keepdim=True).expand(votes.shape[1:])

@@ -22,6 +22,8 @@ class Ragged(Dense):
     read one after the other.
     """
 
+    pads = False
+
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> RaggedStore:
         return RaggedStore(rows, policy, room, ctx)
 
