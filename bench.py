@@ -2,6 +2,7 @@
 
 quality   tasks under both protocols, a second turn, fidelity to the full cache       speed    prefill, decode, share of the memory bus
 memory    receipt and peak, one process a row       peers    transformers, kvpress, llama.cpp on the same prompts       all    these four
+kvpress   its scores and ours at equal settings, without the speeds that peers takes too
 endless   20,000 generated tokens: speed and bytes at both ends       prose    perplexity of a text, far beyond the context if you like
 
 The last line on stdout is the result as one JSON document; --json writes it to a file, with machine, versions and commit.
@@ -31,7 +32,7 @@ from weights.registry import DEFAULT, settings
 TUNED = ("snapkv:window=8,kernel=13", "simlayer:recent=256")
 
 
-PARTS = ("quick", "quality", "speed", "memory", "peers", "endless", "prose")
+PARTS = ("quick", "quality", "speed", "memory", "peers", "kvpress", "endless", "prose")
 # what holds a budget of 512 over any length, and the ways to read a long text
 ENDLESS = ("streaming:budget=512", "h2o:budget=512", "tova:budget=512", "snapkv:budget=512,every=128")
 PROSE = tuple(f"streaming:positions=cache,sink={sink},recent={recent}" for sink, recent in ((4, 1020), (0, 1024)))
@@ -98,11 +99,11 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     plans_of(args, ())  # a mistake in a plan is told before a model is loaded
     bar = sys.stderr.isatty() and not args.quiet
     llm = load(args.model, device=args.device, dtype=args.dtype, bar=bar)
-    extra = ["transformers", "kvpress", "optimum-quanto", "hqq"] if args.what in ("peers", "all") else []
+    extra = ["transformers", "kvpress", "optimum-quanto", "hqq"] if args.what in ("peers", "kvpress", "all") else []
     facts = record.facts(llm, ["torch", "triton", *extra])
     print(f"{llm.name} · {facts['machine']} · {llm.dtypes['prefill']}/{llm.dtypes['decode']}", file=sys.stderr)
     job = Job(args, llm, facts, bar)
-    parts = dict(zip(PARTS, (quick, quality, speed, memory, peers, endless, prose), strict=True))
+    parts = dict(zip(PARTS, (quick, quality, speed, memory, peers, kvpress, endless, prose), strict=True))
     result = {"what": args.what, "command": record.command(argv), **facts, "plans": {}}
     t0 = time.perf_counter()
     for name in ("quality", "speed", "memory", "peers") if args.what == "all" else (args.what,):
@@ -124,11 +125,11 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 USES = {  # which part listens to which flag; quick is a small one of quality and speed
     "plans": ("quick", "quality", "speed", "memory", "endless", "prose"),
-    "budgets": ("quick", "quality", "speed", "memory", "peers"),
-    "lengths": ("quick", "quality", "speed", "memory", "peers", "endless", "prose"),
+    "budgets": ("quick", "quality", "speed", "memory", "peers", "kvpress"),
+    "lengths": ("quick", "quality", "speed", "memory", "peers", "kvpress", "endless", "prose"),
     "batches": ("speed", "memory"),
-    "tasks": ("quick", "quality", "peers"),
-    "seeds": ("quick", "quality", "peers"),
+    "tasks": ("quick", "quality", "peers", "kvpress"),
+    "seeds": ("quick", "quality", "peers", "kvpress"),
     "floor": ("quick", "quality"),
     "full": ("quality",),
     "gguf": ("peers",),
@@ -287,21 +288,40 @@ def memory(job: Job) -> dict:
 def peers(job: Job) -> dict:
     from evals import peers as p
 
-    args, llm = job.args, job.llm
-    budgets, tasks, seeds = args.budgets or ["25%", "50%"], args.tasks or ["needle", "multikey"], args.seeds or 20
+    args, llm, (speed_at, kept) = job.args, job.llm, shares(job.args, "25%", "50%")
+    found = []
+    for n in job.bar(args.lengths or [512, 4096], "peers: speed"):
+        found += p.speed(llm, args.model, n, speed_at)
+        found.append(p.llama_bench(n, args.llama_bench, args.gguf))
+    print(f"decode in turns, {speed_at} kept by policies\n{show.peers_speed(found)}\n")
+    return {"peers_speed": found, **beside(job, 1000, kept)}
+
+
+def kvpress(job: Job) -> dict:
+    return beside(job, *(job.args.lengths or [1000])[:1], shares(job.args, "50%")[-1])
+
+
+def shares(args: argparse.Namespace, *default: str) -> tuple[str, str]:
+    """The first and the last budget asked for, as kvpress can take them."""
+    from evals import peers as p
+
+    budgets = args.budgets or default
     if not all(b.endswith("%") and 0 < p.share(b) <= 1 for b in budgets):
         raise ValueError(
             f"--budgets is {' '.join(budgets)}; kvpress takes shares only: give percents, for speed and for quality"
         )
-    found = []
-    for n in job.bar(args.lengths or [512, 4096], "peers: speed"):
-        found += p.speed(llm, args.model, n, budgets[0])
-        found.append(p.llama_bench(n, args.llama_bench, args.gguf))
-    print(f"decode in turns, {budgets[0]} kept by policies\n{show.peers_speed(found)}\n")
-    with job.bar(range(2 * len(tasks) * seeds), "peers: quality") as progress:
-        scores = p.quality(llm, args.model, tasks, 1000, seeds, budgets[-1], progress.update)
-    print(f"the same {seeds} texts of 1000 tokens, {budgets[-1]} kept\n{show.peers_quality(scores)}\n")
-    return {"peers_speed": found, "peers_quality": scores}
+    return budgets[0], budgets[-1]
+
+
+def beside(job: Job, length: int, kept: str) -> dict:
+    """Both programs on the same texts."""
+    from evals import peers as p
+
+    tasks, seeds = job.args.tasks or ["needle", "multikey"], job.args.seeds or 20
+    with job.bar(range(2 * len(tasks) * seeds), "quality") as progress:
+        scores = p.quality(job.llm, job.args.model, tasks, length, seeds, kept, progress.update)
+    print(f"the same {seeds} texts of {length} tokens, {kept} kept\n{show.peers_quality(scores)}\n")
+    return {"peers_quality": scores}
 
 
 def endless(job: Job) -> dict:

@@ -55,7 +55,7 @@ def decode() -> str:
 def kvpress() -> str:
     """Scores at equal settings, where both programs have the method."""
     rows = []
-    for r in _read("peers.json")["peers_quality"]:
+    for r in _read("kvpress.json")["peers_quality"]:
         if "ours_aware" not in r:
             continue
         pairs = [f"{percent(r[f'ours_{q}'])} / {percent(r[f'theirs_{q}'])}" for q in ("aware", "agnostic")]
