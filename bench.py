@@ -30,6 +30,8 @@ from weights.registry import DEFAULT, settings
 
 # chosen on these very tasks: pooling as wide as a code of single digits, and a window that leaves something to drop at 1,000 tokens
 TUNED = ("snapkv:window=8,kernel=13", "simlayer:recent=256")
+# the bare run's: one of each kind, so that it stays a matter of minutes
+QUICK = ("full", "random", "streaming", *TUNED, "adakv:window=8,kernel=13", "keydiff", "tova")
 
 
 PARTS = ("quick", "quality", "speed", "memory", "peers", "kvpress", "endless", "prose")
@@ -180,9 +182,9 @@ class Job:
 
 
 def plans_of(args: argparse.Namespace, budgets: Sequence[str]) -> dict[str, Plan]:
-    """Name → plan: the registered ones, or the asked ones with full, random and streaming; full always first."""
-    texts = [*registered(), *TUNED] if args.plans is None else ["full", "random", "streaming", *args.plans]
-    return named(texts, args.budgets or budgets)
+    """Name → plan: the registered ones (of the bare run a few), or the asked ones with full, random and streaming; full always first."""
+    texts = QUICK if args.what == "quick" else [*registered(), *TUNED]
+    return named(texts if args.plans is None else ["full", "random", "streaming", *args.plans], args.budgets or budgets)
 
 
 # ---- the parts: each prints its tables and returns its share of the result -------------------------------------------

@@ -405,6 +405,9 @@ def test_memory_is_the_receipt_of_processes_of_their_own(tiny, llm_of, capsys):
         (["quality", "--plot", "README.md"], "cannot be written"),
         (["peers", "--plans", "snapkv"], "--plans is of quick and quality"),
         (["--lengths", "5", "6"], "takes one length"),
+        (["endless", "--lengths", "19"], "endless needs at least 20"),
+        (["prose", "--lengths", "999"], "prose needs at least 1000"),
+        (["endless", "--seeds", "2"], "--seeds is of quick"),
         (["--model", "no-such-thing"], "no-such-thing"),
         (["quality", "--budgets", "0%"], "out of range"),
     ],
@@ -540,3 +543,20 @@ def test_the_whole_of_peers_beside_kvpress(roomy, capsys):
         "kvpress tova",
         "llama.cpp",
     }
+
+
+def test_endless_and_prose_print_their_tables(roomy, capsys):
+    code, out, err = run(
+        ["endless", "--model", roomy, "--dtype", "float32", "--lengths", "40", "--plans", "h2o:budget=20"], capsys
+    )
+    assert code == 0, err
+    (row,) = json.loads(out.splitlines()[-1])["endless"]
+    assert row["plan"] == "h2o:budget=20" and row["held"] == [20] * 10 and len(set(row["bytes"])) == 1
+    plan = "streaming:positions=cache,sink=4,recent=60"
+    code, out, err = run(
+        ["prose", "--model", roomy, "--dtype", "float32", "--lengths", "1100", "--plans", plan], capsys
+    )
+    assert code == 0, err
+    full, streaming = json.loads(out.splitlines()[-1])["prose"]
+    assert full["plan"] == "full" and streaming["plan"] == plan and streaming["bytes"] > 0
+    assert 10 < full["ppl"] != streaming["ppl"] and "against the first" in out
