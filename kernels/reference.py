@@ -100,19 +100,21 @@ def mass(
 def _noisy(score: Tensor, noise: tuple[int, float, int], i: Tensor, j: Tensor) -> Tensor:
     """softmax((score + Gumbel noise)/tau) of (B,Hkv,G,t,s) logits between tokens i and j (both broadcast to that shape)."""
     seed, tau, h = noise
-    heads = (
-        h + torch.arange(score.shape[1] * score.shape[2], device=score.device).view(score.shape[1:3])[..., None, None]
-    )
-    bits = (seed * 0x9E3779B1 + heads * 0x85EBCA77 + i.long() * 0xC2B2AE3D + j.long() * 0x27D4EB2F) & 0xFFFFFFFF
-    for shift, factor in (
-        (16, 0x7FEB352D),
-        (15, 0x846CA68B),
-        (16, 0x2C1B3C6D),
-    ):  # a counter-based hash: the same for chunks and batches
-        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
-    uniform = ((bits >> 9) + 0.5) / 2**23  # exact in fp32, and never 1
+    heads = h + torch.arange(score.shape[1] * score.shape[2], dtype=torch.int32, device=score.device)
+    heads = heads.view(score.shape[1:3])[..., None, None]
+    bits = heads * _signed(0x85EBCA77) + i.int() * _signed(0xC2B2AE3D) + j.int() * _signed(0x27D4EB2F)
+    bits = bits + _signed(seed * 0x9E3779B1)
+    # a counter-based hash: the same for chunks and batches
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 0x2C1B3C6D)):
+        bits = (bits ^ (bits >> shift & 2 ** (32 - shift) - 1)) * _signed(factor)
+    uniform = ((bits >> 9 & 2**23 - 1) + 0.5) / 2**23  # exact in fp32, and never 1
     noisy = (score - (-uniform.log()).log()) / tau
     return (noisy - noisy.logsumexp(-1, keepdim=True).masked_fill(score.isneginf().all(-1, keepdim=True), 0)).exp()
+
+
+def _signed(x: int) -> int:
+    """The low 32 bits of x as int32 has them; its products wrap as those of unsigned numbers do."""
+    return (x + 2**31) % 2**32 - 2**31
 
 
 BLOCK = 128  # queries whose scores exist at once: 128 × 32,768 keys × 32 heads in fp32 are 0.5 GiB
