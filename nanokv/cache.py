@@ -119,8 +119,8 @@ class KVCache:
         votes = torch.zeros(1, heads, n, device=q.device)
         for h, group in enumerate(q.chunk(heads, 1)):
             m = int(kept.length[0, h])
-            k, noise = kept.k[:, h : h + 1, :m], ask.noises(h * group.shape[1])
-            votes[:, h : h + 1, :m] = self.ctx.ops.mass(group, k, m - q.shape[2], None, ask.group, ask.stat, noise)
+            k, last, noise = kept.k[:, h : h + 1, :m], group[:, :, -m:], ask.noises(h * group.shape[1])
+            votes[:, h : h + 1, :m] = self.ctx.ops.mass(last, k, m - last.shape[2], None, ask.group, ask.stat, noise)
         return votes
 
     def freeze(self) -> None:
@@ -152,14 +152,8 @@ class Owner:
     owns = True
 
     def __init__(self, store: Store, plan: Plan, index: int, ctx: Context, tail: Tail | None):
-        self.store, self.policy, self.ops, self.dtype, self.ctx, self.tail = (
-            store,
-            plan.keep,
-            ctx.ops,
-            ctx.dtype,
-            ctx,
-            tail,
-        )
+        self.store, self.policy, self.tail, self.ctx = store, plan.keep, tail, ctx
+        self.ops, self.dtype = ctx.ops, ctx.dtype
         self.of = self
         self.sliding_window = ctx.config.sliding_window
         self.alone = plan.last_reader(index) == index
