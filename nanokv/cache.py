@@ -184,7 +184,8 @@ class Owner:
         elif votes is not None:
             self.heard.append(votes)
             if last:
-                self.store.slots.votes = self.policy.watch(self.store.slots, torch.stack(self.heard), pos)
+                votes = torch.stack(self.heard) if len(self.heard) > 1 else self.heard[0][None]
+                self.store.slots.votes = self.policy.watch(self.store.slots, votes, pos)
                 self.heard = []
         return out.to(q.dtype)
 

@@ -95,7 +95,7 @@ class DenseStore:
         """Nothing to do: slots are written in place."""
 
     def unpack(self) -> list[Kept]:
-        return self.slots.unpack(self.k.view(-1, self.k.shape[3]), self.v.view(-1, self.v.shape[3]))
+        return self.slots.unpack(self.k.view(-1, self.k.shape[-1]), self.v.view(-1, self.v.shape[-1]))
 
     def tensors(self) -> list[Tensor]:
         return [self.k, self.v, *self.slots.tensors()]
@@ -103,5 +103,5 @@ class DenseStore:
     def live_bytes(self) -> int:
         spare = self.slots.total - int(self.slots.length.sum())
         votes = 0 if self.slots.flat_votes is None else 4
-        per_slot = 2 * self.k.shape[3] * self.k.itemsize + 4 + votes
+        per_slot = 2 * self.k.shape[-1] * self.k.itemsize + 4 + votes
         return sum(t.nbytes for t in self.tensors()) - spare * per_slot

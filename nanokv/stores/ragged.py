@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from nanokv.contract import Ask, Context, Kept, Policy
 from nanokv.ops import merge
 from nanokv.slots import Slots
-from nanokv.stores.dense import Dense
+from nanokv.stores.dense import Dense, DenseStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,9 @@ class Ragged(Dense):
         return RaggedStore(rows, policy, room, ctx)
 
 
-class RaggedStore:
+class RaggedStore(DenseStore):
+    """K, V (slots,D). What does not look at a single head is the dense store's."""
+
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context):
         self.slots, self.policy, self.ctx = Slots(rows, room, ctx.config.sliding_window, ragged=True), policy, ctx
         self.k, self.v = (ctx.empty(self.slots.total, ctx.config.head_dim) for _ in range(2))  # (slots,D)
@@ -43,12 +45,6 @@ class RaggedStore:
         for (r, h), (a, _), n in zip(heads, self.spans, self.held, strict=True):
             self.k[a : a + n], self.v[a : a + n] = r.k[0, h, :n], r.v[0, h, :n]
 
-    def refill(self, rows: list[Kept], room: int) -> bool:
-        if not self.slots.refill(rows, room):
-            return False
-        self._fill(rows)
-        return True
-
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         s = self.slots
         row = s.flat(self.policy.slot(s, pos))
@@ -57,11 +53,6 @@ class RaggedStore:
         s.place(row, pos)
         if not s.frozen:
             self.held = [min(n + k.shape[2], limit) for n, (_, limit) in zip(self.held, self.spans, strict=True)]
-
-    def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        step = self.slots.span  # in one piece no two tokens may want the same slot
-        for a in range(0, k.shape[2], step):
-            self.append(k[:, :, a : a + step], v[:, :, a : a + step], pos[:, a : a + step])
 
     def read(self, q: Tensor, pos: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         s, watches = self.slots, self.policy.watches if q.shape[2] == 1 else None
@@ -96,17 +87,3 @@ class RaggedStore:
         if watches is None:
             return decode(q, k, v, length, kpos, pos, s.sliding_window)
         return decode(q, k, v, length, kpos, pos, s.sliding_window, watches.group, watches.noises(head))
-
-    def maintain(self, written: int) -> None:
-        """Nothing to do: slots are written in place."""
-
-    def unpack(self) -> list[Kept]:
-        return self.slots.unpack(self.k, self.v)
-
-    def tensors(self) -> list[Tensor]:
-        return [self.k, self.v, *self.slots.tensors()]
-
-    def live_bytes(self) -> int:
-        s = self.slots
-        per_slot = 2 * self.k.shape[1] * self.k.itemsize + 4 + (0 if s.flat_votes is None else 4)
-        return sum(t.nbytes for t in self.tensors()) - (s.total - int(s.length.sum())) * per_slot
