@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,10 @@ def parser() -> argparse.ArgumentParser:
     )
     a("--policy", default="full", metavar="PLAN", help="parts joined by +, as in snapkv:budget=512 (--list-policies)")
     a("--kv-budget", metavar="N", help="what is kept of the prompt: 512 | 25%% | 256MiB; fills the policy's budget")
+    a("--k-bits", metavar="N", help="bits of keys in the plan's store (none named: int); these four fill its keys")
+    a("--v-bits", metavar="N", help="bits of values")
+    a("--kv-group-size", metavar="N", help="numbers that share a scale")
+    a("--residual", metavar="N", help="the last tokens that stay exact")
     a("-p", "--prompt", metavar="TEXT", help="the prompt; - reads standard input")
     a("--prompt-file", metavar="FILE", help="the prompt from a UTF-8 file")
     a(
@@ -134,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     from nanokv import Sampling, load
     from nanokv.llm import peak_bytes
 
-    plan = parse_plan(args.policy, args.kv_budget)
+    plan = parse_plan(args.policy, args.kv_budget, args)
     reference = parse_plan(args.compare, None) if args.compare else None
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
     bar = sys.stderr.isatty() and not args.quiet
@@ -192,11 +197,20 @@ def run(args: argparse.Namespace) -> int:
     return 130 if turn.interrupted else 0
 
 
-def parse_plan(text: str, budget: str | None):
-    """--policy and --kv-budget as a plan."""
+STORE_FLAGS = {"k": "--k-bits", "v": "--v-bits", "group": "--kv-group-size", "residual": "--residual"}
+
+
+def parse_plan(text: str, budget: str | None, args: argparse.Namespace | None = None):
+    """--policy, --kv-budget and the flags of its store as a plan."""
     from nanokv import parse
 
     plan = parse(text)
+    flags = {key: getattr(args, flag[2:].replace("-", "_"), None) for key, flag in STORE_FLAGS.items()}
+    if given := {key: value for key, value in flags.items() if value is not None}:
+        said = [key for part in text.split("+")[1:] for key in given if re.search(rf"[:,]{key}=", part)]
+        if said:
+            raise ValueError(f"{STORE_FLAGS[said[0]]} and {said[0]}= in the policy say the same; give one of them")
+        plan = plan.with_store(given, STORE_FLAGS)
     if budget is None:
         return plan
     if "budget=" in text:
@@ -219,7 +233,7 @@ def show_sizes(args: argparse.Namespace) -> int:
         config = ModelConfig.from_dir(Path(args.model))
     else:
         raise ValueError(f"--plan needs a model's directory or a name of --list-models, not {args.model!r}")
-    plans = {args.policy: parse_plan(args.policy, args.kv_budget)} | {name: parse(name) for name in POLICIES}
+    plans = {args.policy: parse_plan(args.policy, args.kv_budget, args)} | {name: parse(name) for name in POLICIES}
     room = args.max_new_tokens
     n = max(1, config.max_position_embeddings - room)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -248,8 +262,11 @@ def check(args: argparse.Namespace) -> str | None:
         raise ValueError(
             "--load-cache goes on with the prompt as it stands; leave out --chat, --question, --num-samples and --xray"
         )
-    if args.load_cache and (args.policy != "full" or args.kv_budget):
-        raise ValueError("--load-cache keeps the plan it was saved with; leave out --policy and --kv-budget")
+    stored = any(getattr(args, flag[2:].replace("-", "_")) for flag in STORE_FLAGS.values())
+    if args.load_cache and (args.policy != "full" or args.kv_budget or stored):
+        raise ValueError(
+            "--load-cache keeps the plan it was saved with; leave out --policy, --kv-budget and the bits of a store"
+        )
     if args.compare and (args.load_cache or args.interactive or args.num_samples > 1):
         raise ValueError(
             "--compare reads the prompt again under another plan; leave out --load-cache, --interactive and --num-samples"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.show import percent
+from nanokv.plan import POLICIES, STORES
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -18,6 +19,15 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def compatible() -> str:
+    """Which policies run in which stores, as the plans' own check says; tests/test_stores.py runs every pair."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for keep, policy in POLICIES.items():
+        rows.setdefault(tuple(n for n, store in STORES.items() if not store.refuses(policy)), []).append(f"`{keep}`")
+    head = ["policies", *(f"`{n}`" for n in STORES)]
+    return markdown(head, [[" ".join(names), *("✓" if n in good else "–" for n in STORES)] for good, names in rows.items()])
 
 
 def quality() -> str:

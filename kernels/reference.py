@@ -39,9 +39,10 @@ def decode(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Attention of new tokens over everything stored before them; every stored token that the model may see is seen.
 
-    q (B,H,T,D), k and v (B,Hkv,S,D), length (B,Hkv): how many slots of each head are valid, or None if all S are; kpos (B,Hkv,S) and
-    now (B,T): absolute positions, only read under a sliding window W (visible: kpos > now − W).
-    group mean | max: also return the votes, the attention each slot received from the query heads of its KV head; `noise` as for `mass`.
+    q (B,H,T,D), k and v (B,Hkv,S,D), length (B,Hkv): how many slots of each head are valid, or bool (B,Hkv,S) which, or None if all S
+    are; kpos (B,Hkv,S) and now (B,T): absolute positions, only read under a sliding window W (visible: kpos > now − W).
+    group mean | max | each: also return the votes, the attention each slot received from the query heads of its KV head, or, each,
+    from every one alone (B,H,S); `noise` as for `mass`.
     → out (B,H,T,D) in q's dtype, lse (B,H,T) fp32 natural log of the summed exponentials (−inf and out 0 where
     nothing is visible), votes (B,Hkv,S) fp32 summed over T, or None.
     """
@@ -56,6 +57,23 @@ def decode(
         heard = weight if noise is None else _noisy(score, noise, now[:, None, None, :, None], kpos[:, :, None, None])
         votes = _group(heard.sum(3), group)
     return _values(weight, v).to(q.dtype), lse.flatten(1, 2), votes
+
+
+def decode_quant(
+    q: Tensor,
+    k: tuple[Tensor, Tensor, Tensor],
+    v: tuple[Tensor, Tensor, Tensor],
+    length: Tensor | None,
+    kpos: Tensor,
+    now: Tensor,
+    sliding_window: int | None,
+    bits: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """`decode` over codes: k and v are (words, scale, zero) as `quantize` makes them, K over token groups, V over channel groups; bits of
+    K and of V. → out (B,H,T,D) in q's dtype, lse (B,H,T) fp32.
+    """
+    k, v = dequantize(*k, bits[0]), dequantize(*v, bits[1])
+    return decode(q, k, v, length, kpos, now, sliding_window)[:2]
 
 
 def mass(
@@ -136,7 +154,8 @@ def mask(length: Tensor | None, kpos: Tensor, now: Tensor, sliding_window: int |
     """bool (B,Hkv,1|T,S): the slots a decode query sees; None if it sees all."""
     seen = None
     if length is not None:
-        seen = (torch.arange(n, device=length.device) < length[..., None])[:, :, None]
+        known = length.dim() == 3
+        seen = length[:, :, None] if known else (torch.arange(n, device=length.device) < length[..., None])[:, :, None]
     if sliding_window is not None:
         near = kpos[:, :, None] > now[:, None, :, None] - sliding_window
         seen = near if seen is None else seen & near
@@ -155,4 +174,83 @@ def _values(weight: Tensor, v: Tensor) -> Tensor:
 
 
 def _group(x: Tensor, group: str) -> Tensor:
+    if group == "each":
+        return x.flatten(1, 2)
     return x.mean(2) if group == "mean" else x.amax(2)
+
+
+# ---- codes: how numbers become few bits, and how these lie in memory ------------------------------------------------
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """codes (…,D) uint8 below 2^bits → words. Planar: W words hold W·P codes, the code of channel c in field c div W of word c mod W, so
+    that a plane of fields is a run of channels and no kernel ever interleaves.
+
+    8 bits: uint8 (…,D). 4: int16 (…,D/4), four fields each. 2: uint8 (…,D/4), four fields. 3: uint8 (…,3D/8), the two low bits as
+    for 2, behind them the third bits, eight fields each.
+    """
+    if bits == 8:
+        return codes
+    if bits == 3:
+        return torch.cat((pack(codes & 3, 2), _pack(codes >> 2, 1, 8, torch.uint8)), -1)
+    return _pack(codes, bits, 4, torch.int16 if bits == 4 else torch.uint8)
+
+
+def _pack(codes: Tensor, bits: int, fields: int, dtype: torch.dtype) -> Tensor:
+    planes = codes.unflatten(-1, (fields, -1)).int()
+    shift = torch.arange(0, bits * fields, bits, dtype=torch.int32, device=codes.device)[:, None]
+    return (planes << shift).sum(-2).to(dtype)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """What `pack` packed: (…,D) uint8."""
+    if bits == 8:
+        return words
+    if bits == 3:
+        low = words.shape[-1] * 2 // 3
+        return unpack(words[..., :low], 2) | _unpack(words[..., low:], 1, 8) << 2
+    return _unpack(words, bits, 4)
+
+
+def _unpack(words: Tensor, bits: int, fields: int) -> Tensor:
+    shift = torch.arange(0, bits * fields, bits, dtype=words.dtype, device=words.device)[:, None]
+    return (words[..., None, :] >> shift & 2**bits - 1).to(torch.uint8).flatten(-2)
+
+
+def quantize(x: Tensor, bits: int, tokens: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric, uniform: x (…,S,D) in blocks of `tokens` × `channels` → words, scale and zero (…,S/tokens,D/channels) fp16.
+
+    x ≈ code · scale + zero, code in 0 … 2^bits − 1. Both are rounded so that no code is clipped: with the stored ones the error is at
+    most scale/2. A block without a range has scale 1 and code 0.
+    """
+    blocks = (
+        x.float().unflatten(-2, (-1, tokens)).unflatten(-1, (-1, channels))
+    )  # (…,S/tokens,tokens,D/channels,channels)
+    least, most = blocks.amin((-3, -1)), blocks.amax((-3, -1))
+    zero = least.half()
+    off = (zero.float() - least).clamp(
+        min=0
+    )  # where rounding lifted the zero above the least, half a step must reach it
+    scale = _half_up(torch.maximum((most - zero.float()) / (2**bits - 1), 2 * off))
+    scale = scale.masked_fill(scale == 0, 1)
+    code = (blocks - spread(zero.float())) / spread(scale.float())
+    return pack(code.round().clamp(0, 2**bits - 1).to(torch.uint8).flatten(-2).flatten(-3, -2), bits), scale, zero
+
+
+def dequantize(words: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """What `quantize` kept of x: (…,S,D) fp32."""
+    codes = unpack(words, bits)
+    tokens, channels = codes.shape[-2] // scale.shape[-2], codes.shape[-1] // scale.shape[-1]
+    blocks = codes.float().unflatten(-2, (-1, tokens)).unflatten(-1, (-1, channels))
+    return (blocks * spread(scale.float()) + spread(zero.float())).flatten(-2).flatten(-3, -2)
+
+
+def spread(x: Tensor) -> Tensor:
+    """A number per block (…,n,m) against blocks (…,n,tokens,m,channels)."""
+    return x[..., None, :, None]
+
+
+def _half_up(x: Tensor) -> Tensor:
+    """x ≥ 0 in fp16, never below x."""
+    half = x.half()
+    return torch.where(half.float() < x, (x * (1 + 2**-10) + 2**-24).half(), half)

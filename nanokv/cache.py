@@ -31,7 +31,7 @@ class KVCache:
         rows = next(iter(stores.values())).slots.cursor.shape[0]
         for i in range(ctx.config.num_hidden_layers):
             owner = plan.owner(i)
-            tail = Tail(plan.keep.ask.tail, rows, ctx) if plan.keep.every and not plan.keep.watches else None
+            tail = Tail(plan.keep.again.tail, rows, ctx) if plan.keep.every and not plan.keep.watches else None
             if owner == i:
                 self.layers.append(Owner(stores[i], plan, i, ctx, tail))
             else:
@@ -72,7 +72,7 @@ class KVCache:
         frozen = self.stores[i].slots.frozen
         self.stores[i] = self.layers[i].store = self.plan.store.pack(rows, self.plan.keep, ahead, self.ctx)
         if frozen:
-            self.stores[i].slots.freeze()
+            self.stores[i].freeze()
 
     def maintain(self, written: int, seen: list[int]) -> None:
         """Upkeep between steps, on a schedule the host knows: `written` tokens just came, each row's text is `seen` long."""
@@ -95,12 +95,12 @@ class KVCache:
 
     def _prompt(self, i: int, b: int, kept: Kept, readers: list[Owner | Reader], seen: list[int]) -> Prompt:
         """Row b of what layer i holds, as the policy sees it, with what the last queries of all that read it say."""
-        plan, config, ask = self.plan, self.ctx.config, self.plan.keep.ask
+        plan, config, ask = self.plan, self.ctx.config, self.plan.keep.again
         rank, owners = plan.rank(i), config.num_hidden_layers - len(plan.share)
         kept = kept.within(seen[b], config.sliding_window)
         visible = min(seen[b], config.sliding_window - 1) if config.sliding_window else seen[b]
         place = i, rank, owners, seen[b], visible
-        found = Prompt(*place, kept.k, kept.v, kept.pos, kept.votes, 0, inv_freq=self.ctx.inv_freq)
+        found = Prompt(*place, kept.k, kept.v, kept.pos, kept.votes, 0, inv_freq=self.ctx.inv_freq, codes=kept.codes)
         if readers[0].tail is None or not ask.tail:
             return found
         tails = [x.tail.ordered(b, seen) for x in readers]  # (1,H,w,D) each
@@ -115,7 +115,7 @@ class KVCache:
 
     def _heard(self, q: Tensor, kept: Kept) -> Tensor:
         """The votes of the last w queries (1,H,w,D) for kept keys, of which each head's last w are theirs → (1,Hkv,N)."""
-        ask, (_, heads, n, _) = self.plan.keep.ask, kept.k.shape
+        ask, (_, heads, n, _) = self.plan.keep.again, kept.k.shape
         votes = torch.zeros(1, heads, n, device=q.device)
         for h, group in enumerate(q.chunk(heads, 1)):
             m = int(kept.length[0, h])
@@ -126,24 +126,26 @@ class KVCache:
     def freeze(self) -> None:
         """From now on every step has the same shapes: for a compiled or captured step."""
         for store in self.stores.values():
-            store.slots.freeze()
+            store.freeze()
 
     def report(self, seen: list[int]) -> Report:
         """The receipt. seen: tokens of text that this cache stands for, per row."""
         cfg, dtype = self.ctx.config, self.ctx.dtype
-        k_bits, v_bits = self.plan.store.bits(dtype)
-        lines, held = [], []
+        lines, held, counted = [], 0, {}
         for i in range(cfg.num_hidden_layers):
             owner = self.plan.owner(i)
-            store = self.stores[owner]
-            length = store.slots.length.tolist()
-            tail = [self.layers[i].tail.q] if self.layers[i].tail else []
-            size = _nbytes([*(store.tensors() if owner == i else []), *tail])
-            lines.append(LayerReport(i, owner, size, length, k_bits, v_bits))
-            held.append((store.live_bytes() if owner == i else 0) + _nbytes(tail))
+            store, tail = self.stores[owner], [self.layers[i].tail.q] if self.layers[i].tail else []
+            before = sum(counted.values())
+            counted |= _storages([*(store.tensors() if owner == i else []), *tail])
+            k, v, rest = store.live()
+            elements = int(store.length.sum()) * cfg.head_dim
+            size = sum(counted.values()) - before
+            lines.append(LayerReport(i, owner, size, store.length.tolist(), 8 * k / elements, 8 * v / elements))
+            held += (k + v + rest if owner == i else 0) + sum(x.nbytes for x in tail)
+        held += sum(x.nbytes for x in self.ctx.made.values())
         heads = cfg.num_hidden_layers * cfg.num_key_value_heads
         full = sum(seen) * heads * 2 * cfg.head_dim * dtype.itemsize
-        return Report(sum(x.bytes for x in lines), sum(held), 0, full, seen, lines)
+        return Report(sum(x.bytes for x in lines), held, 0, full, seen, lines)
 
 
 class Owner:
@@ -252,6 +254,11 @@ class Report:
     def ratio(self) -> float:
         return self.full_bytes / self.bytes
 
+    def _mean(self, bits: str) -> float:
+        """Over all that is stored."""
+        held = [sum(n for row in x.kept for n in row) if x.owner == x.layer else 0 for x in self.layers]
+        return sum(n * getattr(x, bits) for n, x in zip(held, self.layers, strict=True)) / sum(held)
+
     @property
     def short(self) -> list[LayerReport]:
         """The layers in which some head holds less than the whole text."""
@@ -265,7 +272,7 @@ class Report:
     def __str__(self) -> str:
         line = (
             f"kv: {mib(self.bytes)} of {mib(self.full_bytes)} dense ({self.ratio:.1f}x) · "
-            f"K {self.layers[0].k_bits:.3g} V {self.layers[0].v_bits:.3g} bits/elem · "
+            f"K {self._mean('k_bits'):.3g} V {self._mean('v_bits'):.3g} bits/elem · "
         )
         total, layers = _span(self.seen), len(self.layers)
         if not self.short:
@@ -287,6 +294,6 @@ def mib(n: int) -> str:
     return "0 B" if n == 0 else f"{n / 2**20:.1f} MiB" if n < 2**30 else f"{n / 2**30:.2f} GiB"
 
 
-def _nbytes(tensors: list[Tensor]) -> int:
-    """Bytes of the storages behind these tensors, each once: a view counts as all it keeps alive."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+def _storages(tensors: list[Tensor]) -> dict[int, int]:
+    """Address → bytes of the storages behind these tensors: a view counts as all it keeps alive."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

@@ -8,8 +8,8 @@ This module knows no method by name and imports nothing of nanokv's when it runs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -82,6 +82,7 @@ class Prompt:
     q_mean: Tensor | None = None  # (readers,H,D) fp32, of queries before rotation
     q_cov: Tensor | None = None  # (readers,H,D,D)
     inv_freq: Tensor | None = None  # (D/2,) the rotation's angle per position
+    codes: Mapping[str, Tensor] | None = None  # of what a store has rounded: see `Kept`
 
     def __len__(self) -> int:
         return self.k.shape[2]
@@ -102,7 +103,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Kept:
-    """What survives of one row in one layer: a value that can be saved, packed twice or trimmed again."""
+    """What survives of one row in one layer: a value that can be saved, packed twice or trimmed again.
+
+    `rest` is demoted instead of dropped: a second set of tokens, to be held more coarsely. `codes` is how a store that rounds has written
+    the same tokens down, for it alone to read, so that nothing is rounded twice: (1,Hkv,N,·) each, or, of a store whose tokens
+    can only leave together, whatever it likes.
+    """
 
     k: Tensor  # (1,Hkv,N,D)
     v: Tensor  # (1,Hkv,N,D)
@@ -112,6 +118,8 @@ class Kept:
     sink: Tensor  # (1,Hkv) int32: first slots that the default rule never overwrites
     votes: Tensor | None = None  # (1,Hkv,N) fp32, for policies that go on counting while decoding
     score: float = 0.0  # of the whole layer, for rules across layers
+    rest: Kept | None = None
+    codes: Mapping[str, Tensor] | None = None
 
     @classmethod
     def all(
@@ -120,7 +128,7 @@ class Kept:
         """Every token of the prompt; votes (1,Hkv,N) go with them."""
         length = p.real.sum(-1, dtype=torch.int32)
         heads = torch.ones_like(length)
-        return cls(_own(p.k), _own(p.v), _own(p.pos), length, heads * limit, heads * sink, votes, score)
+        return cls(_own(p.k), _own(p.v), _own(p.pos), length, heads * limit, heads * sink, votes, score, codes=p.codes)
 
     @classmethod
     def top(
@@ -146,7 +154,7 @@ class Kept:
         row = at[..., None].expand(-1, -1, -1, p.k.shape[-1])
         k, v, pos = p.k.gather(2, row), p.v.gather(2, row), p.pos.gather(2, at).masked_fill(~real, -1)
         heads, votes = torch.ones_like(n), None if votes is None else votes.gather(2, at)
-        return cls(k, v, pos, n.clone(), heads * limit, heads * sink, votes)
+        return cls(k, v, pos, n.clone(), heads * limit, heads * sink, votes, codes=_pick(p.codes, at))
 
     def within(self, seen: int, sliding_window: int | None) -> Kept:
         """Without what a model with this window will not see again after `seen` tokens."""
@@ -159,7 +167,21 @@ class Kept:
         row = at[..., None].expand_as(self.k)
         votes = None if self.votes is None else self.votes.gather(2, at)
         pos, length = self.pos.gather(2, at).masked_fill(~real, -1), self.length - gone.to(torch.int32)
-        return replace(self, k=self.k.gather(2, row), v=self.v.gather(2, row), pos=pos, length=length, votes=votes)
+        k, v, codes = self.k.gather(2, row), self.v.gather(2, row), _pick(self.codes, at)
+        return replace(self, k=k, v=v, pos=pos, length=length, votes=votes, codes=codes)
+
+    def demote(self, p: Prompt) -> Kept:
+        """The same, with all other tokens of the prompt as `rest`."""
+        mine = torch.where(self.pos < 0, torch.iinfo(torch.int32).max, self.pos)
+        at = torch.searchsorted(mine, p.pos.contiguous()).clamp(max=max(0, mine.shape[2] - 1))
+        kept = mine.gather(2, at) == p.pos
+        score = torch.zeros_like(p.pos, dtype=torch.float32).masked_fill(kept, -torch.inf)
+        return replace(self, rest=Kept.top(p, score, p.real.sum(-1, dtype=torch.int32) - self.length))
+
+    @property
+    def parts(self) -> list[Kept]:
+        """The sets it consists of."""
+        return [self] if self.rest is None else [self, *self.rest.parts]
 
     def edges(self, sink: int, recent: int, roll: bool, score: float = 0.0) -> Kept:
         """The text's first `sink` and last `recent` tokens, of a row whose heads hold the same ones.
@@ -174,6 +196,13 @@ class Kept:
         heads = torch.ones_like(self.length)
         limit, protected = (sink + recent, sink) if roll else (-1, 0)
         return Kept(k, v, pos, heads * k.shape[2], heads * limit, heads * protected, score=score)
+
+
+def _pick(codes: Mapping[str, Tensor] | None, at: Tensor) -> Mapping[str, Tensor] | None:
+    """The codes of the tokens at (1,Hkv,N)."""
+    if codes is None:
+        return None
+    return {name: x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[3])) for name, x in codes.items()}
 
 
 def _own(x: Tensor) -> Tensor:
@@ -253,7 +282,8 @@ class Policy(ABC):
     """Which tokens of a layer stay. Holds hyper-parameters only, never tensors; one instance serves every layer.
 
     Class attributes (not fields): `ask`, the prompt statistics wanted; `watches`, the statistics wanted of each decode
-    step; `wait`, how many tokens after the prompt still belong to the dense prompt before `keep` is asked; `every`, after how many
+    step; `demotes`, whether what it drops goes on as `Kept.rest`, and `once`, whether it judges a token once and never again;
+    `wait`, how many tokens after the prompt still belong to the dense prompt before `keep` is asked; `every`, after how many
     tokens `keep` is asked again about what is held then (0: never); `positions`, absolute | cache: whether slots behind the sinks
     push them away or not (see `Store.read`); `store`, the one that suits it where a plan names none.
     """
@@ -264,6 +294,18 @@ class Policy(ABC):
     every = 0
     positions = "absolute"
     store = "dense"
+    demotes = False
+    once = False
+
+    @property
+    def again(self) -> Ask:
+        """What is asked when it looks again after `every` tokens."""
+        return self.ask
+
+    @property
+    def singly(self) -> bool:
+        """Whether single tokens leave while decoding, others than the oldest behind the sinks."""
+        return bool(self.every or self.watches) or type(self).slot is not Policy.slot
 
     def fit(self, case: Case) -> Policy:
         """This policy with percents, bytes and family thresholds turned into numbers. ValueError if it cannot."""
@@ -309,6 +351,13 @@ class Context:
     device: torch.device
     dtype: torch.dtype
     inv_freq: Tensor  # (D/2,) fp32, the model's: for queries and keys that must be turned once more
+    made: dict[str, Tensor] = field(default_factory=dict)  # constants that all layers share
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A constant, made when it is first asked for."""
+        if name not in self.made:
+            self.made[name] = make().to(self.device)
+        return self.made[name]
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
@@ -334,6 +383,11 @@ class Store(Protocol):
     def maintain(self, written: int) -> None:
         """Host-scheduled upkeep between steps; `written` counts tokens."""
 
+    def freeze(self) -> None:
+        """From now on every step has the same shapes."""
+
+    exact: int | None  # of how many tokens, the first ones, `unpack` gives K and V as they came; none: of all
+
     def unpack(self) -> list[Kept]:
         """What is held, a value per row, in temporal order."""
 
@@ -343,8 +397,12 @@ class Store(Protocol):
     def tensors(self) -> list[Tensor]:
         """Everything it holds on the device, for the receipt."""
 
-    def live_bytes(self) -> int:
-        """Bytes of the slots in use and of the bookkeeping."""
+    def live(self) -> tuple[int, int, int]:
+        """Bytes in use of K, of V (scales and what is still exact included) and of the bookkeeping."""
+
+    @property
+    def length(self) -> Tensor:
+        """(B,Hkv) int32: tokens held."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,16 +411,30 @@ class StoreSpec(ABC):
 
     granule = 1  # tokens that can only leave together
     pads = True  # whether all heads take the slots of the longest
-    reports_votes = True  # whether `read` can tell a watching policy what each slot received
+    coarse = False  # whether it has a place for `Kept.rest`
     capturable = True  # whether a step over it may be compiled or captured in a graph
 
-    @abstractmethod
-    def bits(self, dtype: torch.dtype) -> tuple[float, float]:
-        """Bits per element of K and of V, scales included."""
+    def refuses(self, keep: Policy) -> str:
+        """Why it cannot hold what this policy keeps; empty if it can."""
+        if self.granule > 1 and keep.singly:
+            return f"lets single tokens go while decoding, and here {self.granule} of them share a scale and leave together"
+        if keep.demotes and not self.coarse:
+            return "hands back a second set to be held more coarsely, for which there is no place"
+        if self.coarse and not keep.demotes:
+            return "drops what it does not keep, so nothing would be coarse"
+        return ""
+
+    def misfit(self, config: Any) -> str:
+        """Why a model of this shape cannot be laid out so; empty if it can."""
+        return ""
 
     @abstractmethod
     def cost(self, config: Any, dtype: torch.dtype) -> tuple[float, int]:
         """Bytes per token and fixed bytes, of one row in one layer."""
+
+    def shared(self, config: Any) -> int:
+        """Bytes of the constants that all layers share."""
+        return 0
 
     @abstractmethod
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> Store:

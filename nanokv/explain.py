@@ -28,12 +28,13 @@ def explain(session: Session, width: int = 64) -> str:
             if owner != layer:
                 lines.append(f"layer {layer:3}  reads layer {owner}'s")
                 continue
-            kept = cache.stores[owner].unpack()[row]
-            counts = kept.length[0].tolist()
+            parts = cache.stores[owner].unpack()[row].parts
+            counts = cache.stores[owner].length[row].tolist()
             held = [0] * -(-seen // cell)
-            for pos, n in zip(kept.pos[0].tolist(), counts, strict=True):
-                for p in pos[:n]:
-                    held[p // cell] += 1
+            for kept in parts:
+                for pos, n in zip(kept.pos[0].tolist(), kept.length[0].tolist(), strict=True):
+                    for p in pos[:n]:
+                        held[p // cell] += 1
             strip = "".join(_shade(h, len(counts) * min(cell, seen - i * cell)) for i, h in enumerate(held))
             span = f"{counts[0]}" if len(set(counts)) == 1 else f"{min(counts)}–{max(counts)}"
             lazy = f"  score {cache.scores[owner][row]:.2f}" if cache.scores[owner][row] else ""
@@ -50,11 +51,12 @@ def xray(session: Session, pieces: Sequence[str], row: int = 0) -> str:
     cache, seen = session.cache, session.seen[row]
     held, where = torch.zeros(seen), [[] for _ in range(seen)]
     for owner, store in cache.stores.items():
-        kept = store.unpack()[row]
-        heads = kept.pos.shape[1]
-        for pos, n in zip(kept.pos[0], kept.length[0].tolist(), strict=True):
-            held[pos[:n].long().cpu()] += 1 / heads / len(cache.stores)
-        for p in sorted(set(kept.pos[0].flatten().tolist()) - {-1}):
+        heads, layer = store.length.shape[1], set()
+        for kept in store.unpack()[row].parts:
+            for pos, n in zip(kept.pos[0], kept.length[0].tolist(), strict=True):
+                held[pos[:n].long().cpu()] += 1 / heads / len(cache.stores)
+                layer |= set(pos[:n].tolist())
+        for p in layer:
             where[p].append(owner)
     spans = []
     for piece, share, layers in zip(pieces[:seen], held.tolist(), where, strict=False):

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
+from kernels.reference import pack, unpack
+
+__all__ = ["BACKENDS", "EAGER", "SDPA", "Ops", "merge", "pack", "unpack"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,10 @@ class Ops:
     prefill: Callable[..., Tensor]  # a prompt or a chunk of one: out alone
     turn: Callable[..., tuple[Tensor, Tensor]]  # new tokens among themselves: out and lse, to merge with what is stored
     decode: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+    decode_quant: Callable[..., tuple[Tensor, Tensor]]
     mass: Callable[..., Tensor]
+    quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    dequantize: Callable[..., Tensor]
     norm: Callable[[Tensor, Tensor, float], Tensor]  # (x (…,C), weight (C,), eps) → (…,C)
     swiglu: Callable[[Tensor], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x (…,C), weight (N,C), bias (N,)) → (…,N)
@@ -102,13 +108,88 @@ def sdpa_decode(
     )
     out, lse = out.reshape(B, H, T, D), lse.reshape(B, H, T)
     if length is not None:  # nor for a head without tokens
-        empty = (length == 0).repeat_interleave(H // k.shape[1], 1)[..., None]
+        none = ~length.any(-1) if length.dim() == 3 else length == 0
+        empty = none.repeat_interleave(H // k.shape[1], 1)[..., None]
         out, lse = out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)
     return out, lse, None
 
 
-EAGER = Ops("eager", eager_prefill, reference.prefill, reference.decode, reference.mass, norm, swiglu, linear)
-SDPA = replace(EAGER, name="sdpa", prefill=sdpa_prefill, decode=sdpa_decode)
+def sdpa_decode_quant(
+    q: Tensor,
+    k: tuple[Tensor, Tensor, Tensor],
+    v: tuple[Tensor, Tensor, Tensor],
+    length: Tensor | None,
+    kpos: Tensor,
+    now: Tensor,
+    sliding_window: int | None,
+    bits: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """As `reference.decode_quant`. A single token's query takes K's scales and its weights take V's, so the codes are multiplied as
+    they are and neither K nor V ever exists; more queries than that are cheaper served by keys and values made once.
+    """
+    B, H, T, D = q.shape
+    if T > 1 or q.device.type != "cpu" or 3 in bits:
+        k, v = (reference.dequantize(*x, b).to(q.dtype) for x, b in zip((k, v), bits, strict=True))
+        return sdpa_decode(q, k, v, length, kpos, now, sliding_window)[:2]
+    (kq, ks, kz), (vq, vs, vz) = k, v
+    heads, groups, S, runs = ks.shape[1], ks.shape[2], kq.shape[2], vs.shape[3]
+    state = q.view(B, heads, -1, D).float() * D**-0.5  # (B,Hkv,G,D)
+    score = (kz.float() @ state.transpose(2, 3))[..., None]  # (B,Hkv,groups,G,1): the zeros add one number per group
+    state = _bytewise(state[:, :, None] * ks.float()[:, :, :, None], bits[0])
+    for channels, codes in _numbers(kq, bits[0]):
+        score = score + state[..., channels] @ codes.unflatten(2, (groups, -1)).transpose(3, 4)  # (…,G,tokens)
+    score = score.transpose(2, 3).flatten(3)  # (B,Hkv,G,S)
+    seen = reference.mask(length, kpos, now, sliding_window, S)
+    if seen is not None:
+        score = score.masked_fill(~seen, -torch.inf)
+    top = score.amax(-1, keepdim=True)
+    weight = score.sub_(top.masked_fill(top.isneginf(), 0)).exp_()
+    total = weight.sum(-1, keepdim=True)
+    # where runs of channels have a scale each: the weights times every one of them, and of the products each run's own
+    scaled = (weight[:, :, None] * vs.float().transpose(2, 3)[:, :, :, None]).flatten(2, 3)  # (B,Hkv,runs·G,S)
+    part = _channelwise(torch.cat([scaled @ codes for _, codes in _numbers(vq, bits[1])], -1), bits[1])
+    part = part.unflatten(2, (runs, -1)).unflatten(4, (runs, -1)).diagonal(0, 2, 4)  # (B,Hkv,G,D/runs,runs)
+    out = (part.transpose(3, 4) + (weight @ vz.float())[..., None]).flatten(3) / total.masked_fill(total == 0, 1)
+    return out.reshape(B, H, T, D).to(q.dtype), (top + total.log()).view(B, H, T)
+
+
+def _numbers(words: Tensor, bits: int) -> list[tuple[slice, Tensor]]:
+    """Codes of packed words as numbers: (which channels, in the order of `_bytewise`; (B,Hkv,S,·) fp32), one for each field of a byte."""
+    if bits == 8:
+        return [(slice(None), words.float())]
+    octets, n = words.view(torch.uint8), words.shape[-1] * words.itemsize
+    fields = [octets & 2**bits - 1, *(octets >> shift & 2**bits - 1 for shift in range(bits, 8 - bits, bits))]
+    return [(slice(i * n, (i + 1) * n), x.float()) for i, x in enumerate([*fields, octets >> 8 - bits])]
+
+
+def _bytewise(x: Tensor, bits: int) -> Tensor:
+    """Channels (…,D) as the bytes of packed words hold them. Of 4-bit words, int16, one byte has fields 0 and 1, the other 2 and 3."""
+    if bits != 4:
+        return x
+    return x.unflatten(-1, (2, 2, -1)).permute(*range(x.dim() - 1), -2, -1, -3).flatten(-3)
+
+
+def _channelwise(x: Tensor, bits: int) -> Tensor:
+    """… and back."""
+    if bits != 4:
+        return x
+    return x.unflatten(-1, (2, -1, 2)).permute(*range(x.dim() - 1), -1, -3, -2).flatten(-3)
+
+
+EAGER = Ops(
+    "eager",
+    eager_prefill,
+    reference.prefill,
+    reference.decode,
+    reference.decode_quant,
+    reference.mass,
+    reference.quantize,
+    reference.dequantize,
+    norm,
+    swiglu,
+    linear,
+)
+SDPA = replace(EAGER, name="sdpa", prefill=sdpa_prefill, decode=sdpa_decode, decode_quant=sdpa_decode_quant)
 BACKENDS = {"eager": EAGER, "sdpa": SDPA}
 
 

@@ -46,6 +46,8 @@ class Plan:
         """This plan for one prompt: percents, bytes and thresholds as numbers."""
         if not self.ready:
             raise ValueError(f"{self} has no map of layers yet; LLM.ready finds or makes the one of a loaded model")
+        if why := self.store.misfit(config):
+            raise ValueError(f"{self.names[1]}: {why}")
         token_bytes, fixed = self.cost(config, dtype)
         owners = config.num_hidden_layers - len(self.share)
         return replace(
@@ -58,11 +60,13 @@ class Plan:
     def cost(self, config: ModelConfig, dtype: torch.dtype) -> tuple[float, int]:
         """Bytes per token and fixed bytes, of one row in one owning layer, with what the policy needs beside the store's."""
         token_bytes, fixed = self.store.cost(config, dtype)
+        owners = config.num_hidden_layers - len(self.share)
+        fixed += math.ceil(self.store.shared(config) / owners)
         if self.keep.watches:  # a vote beside each position
             return token_bytes + 4 * config.num_key_value_heads, fixed + 4
         if self.keep.every:  # the last queries of every layer
-            tail = self.keep.ask.tail * config.num_attention_heads * config.head_dim * dtype.itemsize
-            fixed += math.ceil(tail * config.num_hidden_layers / (config.num_hidden_layers - len(self.share)))
+            tail = self.keep.again.tail * config.num_attention_heads * config.head_dim * dtype.itemsize
+            fixed += math.ceil(tail * config.num_hidden_layers / owners)
         return token_bytes, fixed
 
     def sketch(self, n_layers: int) -> Plan:
@@ -75,6 +79,18 @@ class Plan:
     def with_budget(self, text: str) -> Plan:
         """This plan under a kept budget given as text: tokens, percent or bytes."""
         return replace(self, keep=self.keep.with_budget(int(text) if text.lstrip("-").isdigit() else text))
+
+    def with_store(self, given: Mapping[str, str], flags: Mapping[str, str]) -> Plan:
+        """This plan with keys of its store set, as `flags` calls them to the user; a dense one becomes `int`."""
+        name = "int" if self.names[1] == "dense" else self.names[1]
+        keys = {f.name for f in fields(STORES[name])}
+        for key in given:
+            if key not in keys:
+                others = [n for n, part in STORES.items() if key in {f.name for f in fields(part)}]
+                raise ValueError(f"store {name} does not know {flags[key]}; use one of {', '.join(others)}")
+        store = configure(name, STORES[name] if name != self.names[1] else self.store, given)
+        check(self.names[0], self.keep, name, store)
+        return replace(self, store=store, names=(self.names[0], name))
 
     def __str__(self) -> str:
         parts = [canonical(name, part) for name, part in zip(self.names, (self.keep, self.store), strict=True)]
@@ -104,11 +120,19 @@ def parse(text: str) -> Plan:
         chosen[axis] = name, configure(name, AXES[axis][name], _pairs(name, rest))
     keep_axis, store_axis, share_axis = AXES
     keep = chosen.get(keep_axis, ("full", POLICIES["full"]))
-    store = chosen.get(store_axis, (keep[1].store, STORES[keep[1].store]))
+    name, _, rest = keep[1].store.partition(":")
+    store = chosen.get(store_axis) or (name, configure(name, STORES[name], _pairs(name, rest)))
     _, sharer = chosen.get(share_axis, ("", None))
-    if keep[1].watches and not store[1].reports_votes:
-        raise ValueError(f"{keep[0]} watches decode attention, which store {store[0]} does not report; use store dense")
+    check(*keep, *store)
     return Plan(keep[1], store[1], names=(keep[0], store[0]), sharer=sharer, ready=sharer is None)
+
+
+def check(keep_name: str, keep: Policy, store_name: str, store: StoreSpec) -> None:
+    """ValueError if this store cannot hold what this policy keeps."""
+    if why := store.refuses(keep):
+        others = [name for name, part in STORES.items() if name != store_name and not part.refuses(keep)]
+        instead = f"; use one of {', '.join(others)}" if others else ""
+        raise ValueError(f"{keep_name}+{store_name}: {keep_name} {why}{instead}")
 
 
 def _pairs(name: str, text: str) -> dict[str, str]:

@@ -35,9 +35,9 @@ def save(llm: LLM, session: Session, file: Path) -> None:
         )
     tensors, scores = {}, {}
     for owner, store in session.cache.stores.items():
-        kept = store.unpack()[0]
         scores[owner] = session.cache.scores[owner][0]
-        tensors |= {f"{owner}.{f}": getattr(kept, f).contiguous() for f in FIELDS if getattr(kept, f) is not None}
+        for i, part in enumerate(store.unpack()[0].parts):
+            tensors |= {f"{owner}.{i}.{name}": x.contiguous() for name, x in _tensors(part, store.exact).items()}
     facts = {"plan": str(session.plans[0]), "seen": session.seen[0], "model": llm.fingerprint(), "scores": scores}
     facts["share"] = session.plans[0].share
     part = file.with_name(f".{file.name}.part")
@@ -65,8 +65,31 @@ def restore(llm: LLM, file: Path, room: int) -> Session:
     return session
 
 
+def _tensors(part: Kept, exact: int | None) -> dict[str, torch.Tensor]:
+    """What a file holds of one set: of tokens that a store has rounded their codes, and keys and values only of those it has not."""
+    found = {f: getattr(part, f) for f in FIELDS if getattr(part, f) is not None}
+    if part.codes is not None:
+        found |= {"k": part.k[:, :, :exact], "v": part.v[:, :, :exact]}
+        found |= {f"codes.{name}": x for name, x in part.codes.items()}
+    return found
+
+
 def _kept(tensors: dict[str, torch.Tensor], owner: str, score: float) -> Kept:
-    values = {f: tensors.get(f"{owner}.{f}") for f in FIELDS}
-    if any(values[f] is None for f in FIELDS[:-1]):
-        raise KeyError(f"layer {owner} is incomplete")
-    return Kept(*(values[f] for f in FIELDS), score=score)
+    sets: dict[int, dict[str, torch.Tensor]] = {}
+    for name, x in tensors.items():
+        of, i, field = name.split(".", 2)
+        if of == owner:
+            sets.setdefault(int(i), {})[field] = x
+    kept = None
+    for i in reversed(range(len(sets))):
+        values = sets[i]
+        if any(f not in values for f in FIELDS[:-1]):
+            raise KeyError(f"layer {owner} is incomplete")
+        codes = {name[len("codes.") :]: x for name, x in values.items() if name.startswith("codes.")}
+        n = values["pos"].shape[2]
+        for f in ("k", "v"):
+            values[f] = torch.cat((x := values[f], x.new_zeros(*x.shape[:2], n - x.shape[2], x.shape[3])), 2)
+        kept = Kept(*(values.get(f) for f in FIELDS), score=score, rest=kept, codes=codes or None)
+    if kept is None:
+        raise KeyError(f"layer {owner} is missing")
+    return kept

@@ -5,7 +5,7 @@ Knows no method; holds no key and no value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Slots:
         self.ragged, self.sliding_window, self.frozen = ragged, sliding_window, False
         length, wanted, sink, limit = self._measure(rows, room)
         self.cursor, self.wanted, self.sink, self.limit = length, wanted, sink, limit  # cursor: tokens ever written
-        size = limit if ragged else torch.full_like(limit, int(limit.max()))
+        size = limit if ragged else torch.full_like(limit, self._room())
         self.first = (
             size.flatten().cumsum(0).view_as(size)[..., None] - size[..., None]
         )  # int64, as torch wants an index
@@ -36,6 +36,14 @@ class Slots:
             spare = 1 if ragged else 0  # takes what `votes` writes for slots that a head does not have
             self.flat_votes = self.flat_pos.new_zeros(self.total + spare, dtype=torch.float32)
         self._fill(rows)
+
+    def _room(self) -> int:
+        """How many slots each head gets where all get the same number."""
+        return int(self.limit.max())
+
+    def _where(self, b: int, n: int) -> Tensor:
+        """(Hkv,n): in which slots row b's first n tokens lie, in the order in which they were written."""
+        return torch.arange(n, device=self.first.device).expand(self.first.shape[1], -1)
 
     def _measure(self, rows: Sequence[Kept], room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """length, limit as the policy gave it (−1 grows), sink, and the slots a head really gets: (B,Hkv) each."""
@@ -53,7 +61,7 @@ class Slots:
         for b, r in enumerate(rows):
             n = r.pos.shape[2]
             real = torch.arange(n, device=r.pos.device) < r.length[0, :, None]
-            row = (self.first[b] + torch.arange(n, device=r.pos.device))[real]
+            row = (self.first[b] + self._where(b, n))[real]
             self.flat_pos[row] = r.pos[0][real]
             if self.flat_votes is not None:
                 self.flat_votes[row] = r.votes[0][real]
@@ -136,18 +144,19 @@ class Slots:
         oldest = pos.masked_fill(safe, torch.iinfo(torch.int32).max).argmin(-1)
         return torch.where(self.cursor < self.limit, self.cursor, oldest.to(torch.int32))[..., None]
 
-    def unpack(self, k: Tensor, v: Tensor) -> list[Kept]:
-        """Keys and values as the store has them, (slots,D) by `flat` row, as a value per row of the batch, in temporal order."""
+    def unpack(self, k: Tensor, v: Tensor, codes: Mapping[str, Tensor] | None = None) -> list[Kept]:
+        """Keys, values and codes as the store has them, (slots,·) by `flat` row, as a value per row of the batch, in temporal order."""
         rows, pos, votes = [], self.pos, None if self.flat_votes is None else self.votes
         for b, n in enumerate(self.length):
             real = torch.arange(int(n.max()), device=n.device) < n[:, None]  # (Hkv,N)
-            when = pos[b, :, : real.shape[1]].masked_fill(~real, torch.iinfo(torch.int32).max)
-            at = when.argsort(-1)
+            at = pos[b].masked_fill(pos[b] < 0, torch.iinfo(torch.int32).max).argsort(-1)[:, : real.shape[1]]
             row = (at + self.first[b]).masked_fill(~real, 0)
             held = None if votes is None else votes[b].gather(1, at)[None]
-            when = when.gather(1, at).masked_fill(~real, -1)
+            when = pos[b].gather(1, at).masked_fill(~real, -1)
             wanted, sink = self.wanted[b : b + 1].clone(), self.sink[b : b + 1].clone()
-            rows.append(Kept(k[row][None], v[row][None], when[None], n[None].clone(), wanted, sink, votes=held))
+            mine = None if codes is None else {name: x[row][None] for name, x in codes.items()}
+            here = when[None], n[None].clone(), wanted, sink
+            rows.append(Kept(k[row][None], v[row][None], *here, votes=held, codes=mine))
         return rows
 
     def host_ring(self) -> int:
@@ -174,6 +183,13 @@ class Slots:
         if self.flat_votes is not None:
             self.votes[:, :, at] = 0
         self._count(1)
+
+    def add(self, at: Tensor, pos: Tensor, real: Tensor) -> None:
+        """Note that the slots at (B,Hkv,T) hold the tokens at pos (B,Hkv,T), of each head only the first `real`."""
+        self.flat_pos.index_copy_(0, self.flat(at), torch.where(real, pos, -1).flatten().to(torch.int32))
+        self.cursor += real.sum(-1, dtype=torch.int32)
+        if not self.frozen:
+            self.bound = min(self.bound + pos.shape[2], self.most)
 
     def _count(self, n: int) -> None:
         self.cursor += n

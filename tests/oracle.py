@@ -282,3 +282,40 @@ def cascade(q, k, T: int, steps: int, budget: int, sink: int, rings: int):
         paid = pay(t0)
         score = {j: beta * score[j] + (1 - beta) * paid.get(j, 0.0) for j in score}
         yield held
+
+
+class HeldCache:
+    """A cache that computes nothing: the prompt attends in full, and each later token i to the keys and values that a store said it held
+    then, in `held[i][layer][head]` = (positions, K (n,D), V (n,D)). `true[layer][head]` collects what the model gave it.
+    """
+
+    owns = True
+
+    def __init__(self, config, held, prompt: int, share=None):
+        self.config, self.held, self.prompt, self.share = config, held, prompt, share or {}
+        self.true = {}
+        self.layers = [HeldLayer(self, i) for i in range(config.num_hidden_layers)]
+
+
+class HeldLayer:
+    owns = True
+
+    def __init__(self, cache: HeldCache, index: int):
+        self.cache, self.index = cache, index
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+        c, cfg, of = self.cache, self.cache.config, self.cache.share.get(self.index, self.index)
+        if of == self.index:
+            c.true[of] = k[0].double(), v[0].double()
+        keys, values = c.true[of]
+        out, group = torch.zeros_like(q), cfg.num_attention_heads // cfg.num_key_value_heads
+        for i in pos[0].tolist():
+            for h in range(cfg.num_attention_heads):
+                kv = h // group
+                when, K, V = torch.arange(i + 1), keys[kv, : i + 1], values[kv, : i + 1]
+                if i in c.held:
+                    when, K, V = (x.double() for x in c.held[i][of][kv])
+                near = when > i - (cfg.sliding_window or math.inf)
+                score = K[near] @ q[0, h, i].double() / math.sqrt(cfg.head_dim)
+                out[0, h, i] = (score.softmax(0) @ V[near]).to(q.dtype)
+        return out

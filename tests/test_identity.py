@@ -44,6 +44,7 @@ SMALL = {
     "expected": ["expected:budget=20,sink=2,future=32", "expected:budget=40%,sink=1,heads=ada,select=chunk,chunk=4"],
 }
 PLANS = [plan for plans in SMALL.values() for plan in plans]
+ROUND = {"mikv": ["mikv:budget=20,recent=0.3"], "zipcache": ["zipcache:every=5"]}  # not lossless: tests/test_stores.py
 STEPS = 14
 
 
@@ -152,13 +153,13 @@ def test_a_budget_as_large_as_the_prompt_changes_nothing(name, llm_of):
         "duo": "duo:recent=200",
         "cascade": "cascade:budget=84",
         "scissorhands": "scissorhands:budget=200",
+        "zipcache": "zipcache:salient=1+mixed:high=16",
     }.get(name, f"{name}:budget=80" + (",window=4" if hasattr(POLICIES[name], "window") else ""))
     llm, prompt, more = llm_of("g3"), text(60, seed=5), text(STEPS, seed=6)
     full, _ = run(llm, "full", [prompt], [more])
     same, _ = run(llm, enough, [prompt], [more])
-    torch.testing.assert_close(
-        full, same, atol=2e-5 if POLICIES[name].watches or POLICIES[name].store == "ragged" else 0, rtol=0
-    )
+    apart = POLICIES[name].watches or POLICIES[name].store != "dense"  # another order of sums
+    torch.testing.assert_close(full, same, atol=2e-5 if apart else 0, rtol=0)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -178,7 +179,7 @@ def test_twice_in_a_row_is_the_same(plan, llm_of):
 
 
 def test_every_policy_is_among_the_small_plans():
-    assert set(SMALL) == set(POLICIES)
+    assert set(SMALL | ROUND) == set(POLICIES)
 
 
 def test_the_oracle_notices_one_wrong_token(llm_of):

@@ -5,34 +5,37 @@ from __future__ import annotations
 from conftest import ROOT
 
 CEILINGS = {
-    "generate.py": 445,
+    "generate.py": 460,
     "bench.py": 335,
     "nanokv/fidelity.py": 80,
-    "nanokv/contract.py": 280,
-    "nanokv/slots.py": 175,
+    "nanokv/contract.py": 345,
+    "nanokv/slots.py": 195,
     "nanokv/config.py": 230,
     "nanokv/model.py": 120,
     "nanokv/loader.py": 165,
     "nanokv/llm.py": 430,
     "nanokv/engine.py": 170,
     "nanokv/prompt.py": 145,
-    "nanokv/cache.py": 265,
-    "nanokv/plan.py": 160,
+    "nanokv/cache.py": 280,
+    "nanokv/plan.py": 185,
     "nanokv/share.py": 180,
-    "nanokv/ops.py": 120,
+    "nanokv/ops.py": 170,
     "nanokv/tokenizer.py": 200,
     "nanokv/chat.py": 70,
     "nanokv/explain.py": 100,
-    "nanokv/save.py": 80,
+    "nanokv/save.py": 90,
     "nanokv/sampler.py": 55,
     "nanokv/rope.py": 45,
-    "nanokv/policies/scorer.py": 135,
-    "kernels/reference.py": 160,
+    "nanokv/policies/scorer.py": 150,
+    "nanokv/stores/dense.py": 200,
+    "nanokv/stores/grouped.py": 230,
+    "nanokv/stores/mixed.py": 170,
+    "kernels/reference.py": 255,
     "weights/fetch.py": 260,
     "weights/from_gguf.py": 290,
     "weights/registry.py": 80,
 }
-METHOD, STORE, TOTAL = 80, 110, 5300
+METHOD, STORE, TOTAL = 80, 110, 6100
 
 
 def lines(path) -> int:

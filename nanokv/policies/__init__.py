@@ -10,12 +10,14 @@ from nanokv.policies.h2o import H2O
 from nanokv.policies.keydiff import KeyDiff
 from nanokv.policies.keyformer import Keyformer
 from nanokv.policies.knorm import Knorm
+from nanokv.policies.mikv import MiKV
 from nanokv.policies.random import Random
 from nanokv.policies.scissorhands import Scissorhands
 from nanokv.policies.simlayer import SimLayerKV
 from nanokv.policies.snapkv import SnapKV
 from nanokv.policies.streaming import StreamingLLM
 from nanokv.policies.tova import TOVA
+from nanokv.policies.zipcache import ZipCache
 
 POLICIES: dict[str, Policy] = {
     "full": Full(),
@@ -36,4 +38,6 @@ POLICIES: dict[str, Policy] = {
     "knorm": Knorm(),
     "keydiff": KeyDiff(),
     "expected": ExpectedAttention(),
+    "mikv": MiKV(),
+    "zipcache": ZipCache(),
 }

@@ -28,6 +28,7 @@ class Scorer(Policy):
     Deviation: what is sure is taken first, so that the sum is exact; the authors blend two budgets and round.
     select=chunk (ChunkKV, Liu et al. 2025, arXiv:2502.00299, §3): tokens stay or go in runs of `chunk` by their mean score, the same runs
     in all heads unless they compete. Deviation: the last run is cut where the budget ends.
+    demote=true: what does not stay is not dropped but held more coarsely (MiKV, Yang et al. 2024, arXiv:2402.18096), by store mixed.
     every=n: after each n new tokens what is held is judged anew, so that a head (of those that compete: the mean) never holds more than
     budget + n.
     """
@@ -40,6 +41,7 @@ class Scorer(Policy):
     beta: int = 20
     floor: float = 0.2
     chunk: int = 20
+    demote: bool = False
 
     beside = None  # how many slots new tokens get beside the budget; none: as many as come
     least = 1  # tokens that stay whatever their score; also the smallest budget
@@ -70,13 +72,21 @@ class Scorer(Policy):
 
     @property
     def store(self) -> str:
-        return "ragged" if self.heads == "ada" else "dense"
+        return "mixed" if self.demote else "ragged" if self.heads == "ada" else "dense"
+
+    @property
+    def demotes(self) -> bool:
+        return self.demote
 
     def fit(self, case: Case) -> Scorer:
         if self.heads == "ada" and case.pads and isinstance(self.budget, str) and not self.budget.endswith("%"):
             raise ValueError(
                 f"a budget of {self.budget} cannot be held with heads=ada in a store that pads heads to the longest; "
                 "use store ragged, or give tokens or percent"
+            )
+        if self.demote and isinstance(self.budget, str) and not self.budget.endswith("%"):
+            raise ValueError(
+                f"a budget of {self.budget} cannot be held where nothing is dropped; give tokens or percent"
             )
         beside = self.every if self.every and self.beside is None else self.beside
         return replace(self, budget=case.tokens(self.budget, self.least, beside))
@@ -92,6 +102,10 @@ class Scorer(Policy):
 
     def best(self, p: Prompt, n: int, evict: bool = False, votes: Tensor | None = None) -> Kept:
         """The n best tokens of each head; evict: a head then stays at its number, and votes (1,Hkv,N) go with the tokens."""
+        kept = self._best(p, n, evict, votes)
+        return kept.demote(p) if self.demote else kept
+
+    def _best(self, p: Prompt, n: int, evict: bool, votes: Tensor | None) -> Kept:
         if len(p) <= n:
             return Kept.all(p, n if evict else -1, votes=votes)
         score = self.score(p).float().masked_fill(~p.real, -torch.inf)

@@ -2,6 +2,24 @@
 
 from nanokv.contract import StoreSpec
 from nanokv.stores.dense import Dense
+from nanokv.stores.fp8 import Fp8
+from nanokv.stores.ints import Int
+from nanokv.stores.mixed import Mixed
 from nanokv.stores.ragged import Ragged
+from nanokv.stores.rot4 import Rot4
+from nanokv.stores.turbo import Turbo
 
-STORES: dict[str, StoreSpec] = {"dense": Dense(), "ragged": Ragged()}
+STORES: dict[str, StoreSpec] = {
+    "dense": Dense(),
+    "ragged": Ragged(),
+    "int": Int(),
+    "int8": Int(k=8, v=8),
+    "int4": Int(),
+    "int2": Int(k=2, v=2),
+    "kivi4": Int(group=32, residual=32),
+    "kivi2": Int(k=2, v=2, group=32, residual=32),
+    "fp8": Fp8(),
+    "rot4": Rot4(),
+    "turbo": Turbo(),
+    "mixed": Mixed(),
+}

@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 from nanokv.contract import Ask, Context, Kept, Policy
 from nanokv.ops import merge
 from nanokv.slots import Slots
-from nanokv.stores.dense import Dense, DenseStore
+from nanokv.stores.codec import Codec
+from nanokv.stores.dense import Dense, SlotStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +29,15 @@ class Ragged(Dense):
         return RaggedStore(rows, policy, room, ctx)
 
 
-class RaggedStore(DenseStore):
+class RaggedStore(SlotStore):
     """K, V (slots,D). What does not look at a single head is the dense store's."""
 
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context):
         self.slots, self.policy, self.ctx = Slots(rows, room, ctx.config.sliding_window, ragged=True), policy, ctx
+        plain = Codec(ctx.config.head_dim, ctx.dtype)
+        self.codecs, self.pin, self.exact, self.pinned = (plain, plain), 0, None, []
         self.k, self.v = (ctx.empty(self.slots.total, ctx.config.head_dim) for _ in range(2))  # (slots,D)
+        self.planes = [[self.k], [self.v]]
         self._fill(rows)
 
     def _fill(self, rows: list[Kept]) -> None:

@@ -1,0 +1,59 @@
+"""Eight-bit floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanokv.contract import Context, Kept
+from nanokv.stores.codec import Codec
+from nanokv.stores.dense import Rounding
+
+FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8(Rounding):
+    """FP8 (Micikevicius et al. 2022, arXiv:2209.05433, §3): each number to the nearest of e4m3 (three bits of mantissa, up to 448) or
+    e5m2 (two bits, up to 57344), times a scale per KV head that the largest number of the first tokens sets once.
+
+    Deviations from what serving engines do: the scale is a power of two, so that scaling itself rounds nothing; what comes
+    later and is larger than the format goes to its largest number.
+    """
+
+    format: str = "e4m3"  # e4m3 | e5m2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.format not in FORMATS:
+            raise ValueError(f"fp8:format={self.format}; format is {' or '.join(FORMATS)}")
+
+    def widths(self, dim: int) -> tuple[float, float]:
+        return dim, dim
+
+    def codecs(self, rows: Sequence[Kept], ctx: Context) -> tuple[Codec, Codec]:
+        return tuple(Fp8Codec(self.scale(rows, name), FORMATS[self.format], ctx.config.head_dim) for name in "kv")
+
+    def scale(self, rows: Sequence[Kept], name: str) -> Tensor:
+        """(B,Hkv,1,1) fp32: the least power of two that brings each head's numbers into the format."""
+        if rows[0].codes is not None:
+            return torch.cat([r.codes[f"{name}s"][:, :, :1] for r in rows])
+        whole = [torch.nn.functional.pad(getattr(r, name), (0, 0, 0, 1)) for r in rows]  # a row may be empty
+        most = torch.cat([x.float().abs().amax((2, 3), keepdim=True) for x in whole])
+        least = most / torch.finfo(FORMATS[self.format]).max
+        return torch.where(least > 0, least.log2().ceil().clamp(-60, 60).exp2(), 1.0)
+
+
+class Fp8Codec(Codec):
+    def __init__(self, scale: Tensor, kind: torch.dtype, dim: int):
+        self.scale, self.kind, self.planes = scale, kind, [(dim, torch.uint8)]
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        most = torch.finfo(self.kind).max
+        return ((x.float() / self.scale).clamp(-most, most).to(self.kind).view(torch.uint8),)
+
+    def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return (planes[0].view(self.kind).to(dtype) * self.scale).to(dtype)
