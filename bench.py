@@ -3,6 +3,7 @@
 quality   tasks under both protocols, a second turn, fidelity to the full cache       speed    prefill, decode, share of the memory bus
 memory    receipt and peak, one process a row       peers    transformers, kvpress, llama.cpp on the same prompts       all    these four
 kvpress   its scores and ours at equal settings, without the speeds that peers takes too
+codes     what each store's rounding does to the keys and values of a text
 endless   20,000 generated tokens: speed and bytes at both ends       prose    perplexity of a text, far beyond the context if you like
 
 The last line on stdout is the result as one JSON document; --json writes it to a file, with machine, versions and commit.
@@ -34,7 +35,9 @@ TUNED = ("snapkv:window=8,kernel=13", "simlayer:recent=256")
 QUICK = ("full", "random", "streaming", *TUNED, "adakv:window=8,kernel=13", "keydiff", "tova")
 
 
-PARTS = ("quick", "quality", "speed", "memory", "peers", "kvpress", "endless", "prose")
+PARTS = ("quick", "quality", "codes", "speed", "memory", "peers", "kvpress", "endless", "prose")
+# beside the registered stores, other settings of theirs
+CODES = ("full+fp8:format=e5m2", "full+turbo:k=3,v=3", "full+turbo:k=2,v=2")
 # what holds a budget of 512 over any length, and the ways to read a long text
 ENDLESS = ("streaming:budget=512", "h2o:budget=512", "tova:budget=512", "snapkv:budget=512,every=128")
 PROSE = tuple(f"streaming:positions=cache,sink={sink},recent={recent}" for sink, recent in ((4, 1020), (0, 1024)))
@@ -61,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     a("--batches", nargs="+", type=int, metavar="B", help="rows, for speed and memory (1)")
     a("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     a("--seeds", type=int, metavar="N", help="texts of each task and length")
+    a("--tokens", type=int, metavar="N", help="quality: of the text that fidelity is taken on (32; with --full 64)")
     a("--floor", type=float, metavar="F", help="what full must solve, 0 … 1, before other scores are shown")
     a("--full", action="store_true", help="quality: more lengths, budgets and texts; goes on where it was broken off")
     a("--gguf", metavar="FILE", help="peers: the same model for llama-bench")
@@ -105,7 +109,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     facts = record.facts(llm, ["torch", "triton", *extra])
     print(f"{llm.name} · {facts['machine']} · {llm.dtypes['prefill']}/{llm.dtypes['decode']}", file=sys.stderr)
     job = Job(args, llm, facts, bar)
-    parts = dict(zip(PARTS, (quick, quality, speed, memory, peers, kvpress, endless, prose), strict=True))
+    parts = dict(zip(PARTS, (quick, quality, codes, speed, memory, peers, kvpress, endless, prose), strict=True))
     result = {"what": args.what, "command": record.command(argv), **facts, "plans": {}}
     t0 = time.perf_counter()
     for name in ("quality", "speed", "memory", "peers") if args.what == "all" else (args.what,):
@@ -126,12 +130,13 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 USES = {  # which part listens to which flag; quick is a small one of quality and speed
-    "plans": ("quick", "quality", "speed", "memory", "endless", "prose"),
+    "plans": ("quick", "quality", "codes", "speed", "memory", "endless", "prose"),
     "budgets": ("quick", "quality", "speed", "memory", "peers", "kvpress"),
-    "lengths": ("quick", "quality", "speed", "memory", "peers", "kvpress", "endless", "prose"),
+    "lengths": ("quick", "quality", "codes", "speed", "memory", "peers", "kvpress", "endless", "prose"),
     "batches": ("speed", "memory"),
     "tasks": ("quick", "quality", "peers", "kvpress"),
     "seeds": ("quick", "quality", "peers", "kvpress"),
+    "tokens": ("quality",),
     "floor": ("quick", "quality"),
     "full": ("quality",),
     "gguf": ("peers",),
@@ -142,7 +147,7 @@ def check(args: argparse.Namespace) -> None:
     for flag, parts in USES.items():
         if getattr(args, flag) and args.what not in (*parts, "all"):
             raise ValueError(f"--{flag} is of {' and '.join(parts)}, not of {args.what}; leave it out")
-    for flag in ("lengths", "batches", "seeds"):
+    for flag in ("lengths", "batches", "seeds", "tokens"):
         value = getattr(args, flag)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             raise ValueError(f"--{flag} is {value}; give numbers of at least 1")
@@ -199,7 +204,7 @@ def quality(job: Job) -> dict:
     if args.full and args.lengths is None and "needle" in tasks:  # the rest of the grid
         items += [Item("needle", n, s) for n in (500, 2000, 3000) for s in range(seeds // 2)]
     texts = [(n, seed) for n in lengths for seed in range(3 if args.full else 1)]
-    found = judge(job, plans, items, texts, 64 if args.full else 32)
+    found = judge(job, plans, items, texts, args.tokens or (64 if args.full else 32))
     print(show.quality(found["quality"]))
     print(
         f"on the text that follows, and where greedy departs from what it writes under full:\n{show.fidelity(found['fidelity'])}\n"
@@ -263,6 +268,16 @@ def estimate(llm: LLM, plans: list[Plan], items: list[Item], texts: list[tuple[i
         f"{len(items) - len(left) + len(texts) - len(reads)} of these are done already; about {seconds / 60:.0f} minutes to go",
         file=sys.stderr,
     )
+
+
+def codes(job: Job) -> dict:
+    from evals import codes as c
+
+    texts = job.args.plans or [t for t in (*registered(), *CODES) if t.startswith("full+") and t != "full+ragged"]
+    plans = {text: parse(text) for text in texts}
+    found = [r for n in job.args.lengths or [1024] for r in c.codes(job.llm, plans, n)]
+    print(f"relative mean squared error of keys and values, none left exact\n{show.codes(found)}\n")
+    return {"plans": {k: str(p) for k, p in plans.items()}, "codes": found}
 
 
 def speed(job: Job) -> dict:

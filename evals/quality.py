@@ -204,8 +204,9 @@ def _takes_budget(plan: Plan) -> bool:
 
 
 def registered() -> list[str]:
-    """Every policy, full first, and every store under the full cache."""
-    return [*POLICIES, *(f"full+{name}" for name in STORES if name != "dense")]
+    """Every policy, full first, and under the full cache every store that takes it, once where two names say the same."""
+    stores = {spec: name for name, spec in STORES.items() if name != "dense" and not spec.refuses(Plan().keep)}
+    return [*POLICIES, *(f"full+{name}" for name in stores.values())]
 
 
 def mean(values: Sequence[float]) -> float:

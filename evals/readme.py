@@ -27,7 +27,9 @@ def compatible() -> str:
     for keep, policy in POLICIES.items():
         rows.setdefault(tuple(n for n, store in STORES.items() if not store.refuses(policy)), []).append(f"`{keep}`")
     head = ["policies", *(f"`{n}`" for n in STORES)]
-    return markdown(head, [[" ".join(names), *("✓" if n in good else "–" for n in STORES)] for good, names in rows.items()])
+    return markdown(
+        head, [[" ".join(names), *("✓" if n in good else "–" for n in STORES)] for good, names in rows.items()]
+    )
 
 
 def quality() -> str:

@@ -177,6 +177,18 @@ def endless(found: Sequence[dict]) -> str:
     return table(head, rows)
 
 
+def codes(found: Sequence[dict]) -> str:
+    cells = [
+        [
+            f["plan"],
+            *(f"{f[f'{x}_bits']:.2f}" for x in "kv"),
+            *(f"{f[f'{x}_{y}']:.5f}" for x in "kv" for y in ("mse", "worst")),
+        ]
+        for f in found
+    ]
+    return table(["plan", "K bits", "V bits", "K error", "worst layer", "V error", "worst layer"], cells)
+
+
 def prose(found: Sequence[dict]) -> str:
     """Perplexities of one text, against the first row's."""
     rows = [

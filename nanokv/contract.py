@@ -282,10 +282,11 @@ class Policy(ABC):
     """Which tokens of a layer stay. Holds hyper-parameters only, never tensors; one instance serves every layer.
 
     Class attributes (not fields): `ask`, the prompt statistics wanted; `watches`, the statistics wanted of each decode
-    step; `demotes`, whether what it drops goes on as `Kept.rest`, and `once`, whether it judges a token once and never again;
-    `wait`, how many tokens after the prompt still belong to the dense prompt before `keep` is asked; `every`, after how many
-    tokens `keep` is asked again about what is held then (0: never); `positions`, absolute | cache: whether slots behind the sinks
-    push them away or not (see `Store.read`); `store`, the one that suits it where a plan names none.
+    step; `sink`, how many first tokens never leave; `demotes`, whether what it drops goes on as `Kept.rest`, and `once`,
+    whether it judges a token once and never again; `wait`, how many tokens after the prompt still belong to the dense prompt
+    before `keep` is asked; `every`, after how many tokens `keep` is asked again about what is held then (0: never); `positions`,
+    absolute | cache: whether slots behind the sinks push them away or not (see `Store.read`); `store`, the one that suits it
+    where a plan names none.
     """
 
     ask = Ask()
@@ -296,6 +297,7 @@ class Policy(ABC):
     store = "dense"
     demotes = False
     once = False
+    sink = 0
 
     @property
     def again(self) -> Ask:
@@ -429,8 +431,8 @@ class StoreSpec(ABC):
         return ""
 
     @abstractmethod
-    def cost(self, config: Any, dtype: torch.dtype) -> tuple[float, int]:
-        """Bytes per token and fixed bytes, of one row in one layer."""
+    def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
+        """Bytes per token and fixed bytes, of one row in one layer, of whose tokens the policy never lets the first `sink` go."""
 
     def shared(self, config: Any) -> int:
         """Bytes of the constants that all layers share."""

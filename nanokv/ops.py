@@ -96,8 +96,8 @@ def sdpa_decode(
     The G query heads of a KV head become G·T queries of one head, so each key is read once.
     """
     B, H, T, D = q.shape
-    some_see_nothing = sliding_window is not None and T > 1  # torch's kernel has no answer for such a row
-    if group is not None or q.device.type != "cpu" or some_see_nothing:
+    masks_differ = sliding_window is not None and T > 1  # from query to query, for which this call has no room
+    if group is not None or q.device.type != "cpu" or masks_differ:
         return reference.decode(q, k, v, length, kpos, now, sliding_window, group, noise)
     bias = None
     seen = reference.mask(length, kpos, now, sliding_window, k.shape[2])
@@ -107,10 +107,9 @@ def sdpa_decode(
         q.reshape(B, k.shape[1], -1, D), k, v, attn_mask=bias
     )
     out, lse = out.reshape(B, H, T, D), lse.reshape(B, H, T)
-    if length is not None:  # nor for a head without tokens
-        none = ~length.any(-1) if length.dim() == 3 else length == 0
-        empty = none.repeat_interleave(H // k.shape[1], 1)[..., None]
-        out, lse = out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)
+    if seen is not None:  # torch's kernel has no answer for a query that sees nothing
+        none = ~seen.any(-1).expand(-1, -1, T).repeat_interleave(H // k.shape[1], 1)
+        out, lse = out.masked_fill(none[..., None], 0), lse.masked_fill(none, -torch.inf)
     return out, lse, None
 
 

@@ -59,7 +59,7 @@ class Plan:
 
     def cost(self, config: ModelConfig, dtype: torch.dtype) -> tuple[float, int]:
         """Bytes per token and fixed bytes, of one row in one owning layer, with what the policy needs beside the store's."""
-        token_bytes, fixed = self.store.cost(config, dtype)
+        token_bytes, fixed = self.store.cost(config, dtype, self.keep.sink)
         owners = config.num_hidden_layers - len(self.share)
         fixed += math.ceil(self.store.shared(config) / owners)
         if self.keep.watches:  # a vote beside each position

@@ -286,13 +286,14 @@ def cascade(q, k, T: int, steps: int, budget: int, sink: int, rings: int):
 
 class HeldCache:
     """A cache that computes nothing: the prompt attends in full, and each later token i to the keys and values that a store said it held
-    then, in `held[i][layer][head]` = (positions, K (n,D), V (n,D)). `true[layer][head]` collects what the model gave it.
+    then, in `held[i][layer][head]` = (positions, K (n,D), V (n,D)). `true[layer][head]` collects what the model gave it. turn: all later
+    tokens come at once; they attend to `held[prompt]` and to each other.
     """
 
     owns = True
 
-    def __init__(self, config, held, prompt: int, share=None):
-        self.config, self.held, self.prompt, self.share = config, held, prompt, share or {}
+    def __init__(self, config, held, prompt: int, share=None, turn: bool = False):
+        self.config, self.held, self.prompt, self.share, self.turn = config, held, prompt, share or {}, turn
         self.true = {}
         self.layers = [HeldLayer(self, i) for i in range(config.num_hidden_layers)]
 
@@ -313,8 +314,14 @@ class HeldLayer:
             for h in range(cfg.num_attention_heads):
                 kv = h // group
                 when, K, V = torch.arange(i + 1), keys[kv, : i + 1], values[kv, : i + 1]
-                if i in c.held:
+                if i in c.held and not c.turn:
                     when, K, V = (x.double() for x in c.held[i][of][kv])
+                elif c.turn and i >= c.prompt:
+                    own = slice(c.prompt, i + 1)
+                    when, K, V = (
+                        torch.cat((a.double(), b[own]))
+                        for a, b in zip(c.held[of][kv], (torch.arange(i + 1), keys[kv], values[kv]), strict=True)
+                    )
                 near = when > i - (cfg.sliding_window or math.inf)
                 score = K[near] @ q[0, h, i].double() / math.sqrt(cfg.head_dim)
                 out[0, h, i] = (score.softmax(0) @ V[near]).to(q.dtype)

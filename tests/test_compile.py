@@ -6,12 +6,18 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import text
-from test_identity import PLANS, STEPS, run
+from test_identity import SMALL, STEPS, run
 
 from nanokv import parse
 
 
-@pytest.mark.parametrize("plan", [*PLANS, "streaming:sink=2,recent=10,positions=cache"])
+# the last, most entangled one of each policy
+KINDS = [plans[-1] for name, plans in SMALL.items() if name not in ("pyramidkv", "chunkkv")]
+
+
+@pytest.mark.parametrize(
+    "plan", [*KINDS, "adakv:budget=20,window=4,kernel=3", "streaming:sink=2,recent=10,positions=cache"]
+)
 def test_a_step_is_one_graph_and_stays_one(plan, llm_of):
     llm, more = llm_of("g3"), text(STEPS, seed=6)
     torch._dynamo.reset()

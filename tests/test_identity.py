@@ -117,7 +117,7 @@ def test_a_ragged_batch_equals_each_row_alone(plan, llm_of):
         torch.testing.assert_close(together[row], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("model", "chunk"), [("g3", 1), ("g3", 16), ("g3", 59), ("mistral", 16)])
+@pytest.mark.parametrize(("model", "chunk"), [("g3", 1), ("g3", 59), ("mistral", 16)])
 @pytest.mark.parametrize("plan", PLANS)
 def test_chunks_equal_the_whole_prompt(plan, chunk, model, llm_of):
     llm, prompt, more = llm_of(model), text(60, seed=5), text(STEPS, seed=6)
@@ -163,7 +163,7 @@ def test_a_budget_as_large_as_the_prompt_changes_nothing(name, llm_of):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [1, 3])
 def test_prompts_shorter_than_window_or_sinks_work(plan, n, llm_of):
     llm, prompt, more = llm_of("g3"), text(n, seed=11), text(STEPS, seed=12)
     logits, held = run(llm, plan, [prompt], [more])
@@ -191,7 +191,8 @@ def test_the_oracle_notices_one_wrong_token(llm_of):
     assert (logits[0] - masked(llm, prompt + more, 60, held[0])).abs().max() > 1e-3
 
 
-SCORERS = [n for n, p in POLICIES.items() if isinstance(p, Scorer) and n not in ("pyramidkv", "adakv", "chunkkv")]
+CONFIGURED = ("pyramidkv", "adakv", "chunkkv", "mikv")  # another scorer with other defaults
+SCORERS = [n for n, p in POLICIES.items() if isinstance(p, Scorer) and n not in CONFIGURED]
 SPLITS = ["heads=ada", "layers=pyramid", "layers=pyramid,heads=ada", "select=chunk,chunk=4", "heads=ada,every=9"]
 
 

@@ -42,7 +42,7 @@ def test_a_budget_holds_over_1500_tokens_in_memory_that_does_not_grow(plan, llm_
         assert sum(int(c.sum()) for c in counts) <= 3 * 2 * (BOUNDED[plan] or 96), t
         if t > 200:
             sizes.add(session.report().bytes)
-            places |= {x.data_ptr() for s in session.cache.stores.values() for x in (s.k, s.v)}
+            places |= {x.data_ptr() for s in session.cache.stores.values() for x in (*s.planes[0], *s.planes[1])}
     assert len(sizes) == 1 and len(places) == 6  # the very same storages
     assert logits.isfinite().all() and session.seen == [1700]
 

@@ -6,7 +6,7 @@ from conftest import ROOT
 
 CEILINGS = {
     "generate.py": 460,
-    "bench.py": 335,
+    "bench.py": 350,
     "nanokv/fidelity.py": 80,
     "nanokv/contract.py": 345,
     "nanokv/slots.py": 195,
@@ -27,7 +27,7 @@ CEILINGS = {
     "nanokv/sampler.py": 55,
     "nanokv/rope.py": 45,
     "nanokv/policies/scorer.py": 150,
-    "nanokv/stores/dense.py": 200,
+    "nanokv/stores/dense.py": 210,
     "nanokv/stores/grouped.py": 230,
     "nanokv/stores/mixed.py": 170,
     "kernels/reference.py": 255,
@@ -35,7 +35,7 @@ CEILINGS = {
     "weights/from_gguf.py": 290,
     "weights/registry.py": 80,
 }
-METHOD, STORE, TOTAL = 80, 110, 6100
+METHOD, STORE, TOTAL = 80, 110, 6400
 
 
 def lines(path) -> int:

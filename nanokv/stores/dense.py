@@ -22,7 +22,7 @@ BOOKKEEPING = 4 * 4 + 8  # bytes per row and head: cursor, limit, wanted, sink, 
 class Dense(StoreSpec):
     """K and V unquantised (the layout every engine has; no paper)."""
 
-    def cost(self, config: Any, dtype: torch.dtype) -> tuple[float, int]:
+    def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
         per_head = 2 * config.head_dim * dtype.itemsize + 4  # K, V and an int32 position
         return config.num_key_value_heads * per_head, config.num_key_value_heads * BOOKKEEPING
 
@@ -35,8 +35,8 @@ class Dense(StoreSpec):
 class Rounding(StoreSpec):
     """A store that rounds each token alone, when it comes, and never again.
 
-    pin: the first so many tokens held stay exact, as attention sinks suffer most (IntactKV, arXiv:2403.01241); sinks that a
-    policy never lets go are exact in any case.
+    pin: the first so many tokens held stay exact, as attention sinks suffer most (IntactKV, arXiv:2403.01241), but in heads that let
+    them go; sinks that a policy never lets go are exact in any case.
     """
 
     pin: int = 0
@@ -54,12 +54,13 @@ class Rounding(StoreSpec):
         """Bytes per token and KV head of K and of V."""
 
     def refuses(self, keep: Policy) -> str:
-        if self.pin and keep.watches and keep.watches.noise is not None:
-            return "votes under noise, which cannot be put together from exact and coded tokens: leave pin out"
+        if self.pin and type(keep).slot is not Policy.slot:
+            return "may let the first tokens go while decoding, so none stay exact: leave pin out"
         return super().refuses(keep)
 
-    def cost(self, config: Any, dtype: torch.dtype) -> tuple[float, int]:
-        pinned = 2 * (self.pin + 1) * config.head_dim * dtype.itemsize if self.pin else 0
+    def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
+        pin = max(self.pin, sink)
+        pinned = 2 * (pin + 1) * config.head_dim * dtype.itemsize if pin else 0
         heads = config.num_key_value_heads
         return heads * (sum(self.widths(config.head_dim)) + 4), heads * (BOOKKEEPING + pinned)
 
@@ -83,6 +84,8 @@ class SlotStore:
         self.default_rule = type(policy).slot is Policy.slot
         self.codecs, rounds = codecs, type(codecs[0]) is not Codec
         self.pin = min(max(pin, self.slots.protected), self.slots.capacity) if rounds else 0
+        if self.slots.turns:  # behind its sinks a ring holds later and later tokens, not the first ones
+            self.pin = min(self.pin, self.slots.protected)
         self.exact = self.pin if rounds else None
         n, heads = len(rows), ctx.config.num_key_value_heads
         self.planes = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ class Fp8(Rounding):
         super().__post_init__()
         if self.format not in FORMATS:
             raise ValueError(f"fp8:format={self.format}; format is {' or '.join(FORMATS)}")
+
+    def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
+        token, fixed = super().cost(config, dtype, sink)
+        return token, fixed + 2 * 4 * config.num_key_value_heads  # the scales
 
     def widths(self, dim: int) -> tuple[float, float]:
         return dim, dim

@@ -17,7 +17,7 @@ class GroupSlots(Slots):
 
     A head's tokens count from 0 as they are written. The first `pin` stay where they are. The others enter the window, and whenever it
     holds residual + group of them its first `group` move behind it and the rest closes up: `moved` groups so far, of which a head that
-    grows has them all and one with a limit a ring of `turns`. Where a token that the policy's ring has let go lies, pos is −1.
+    grows has them all and one with a limit a ring of `laps`. Where a token that the policy's ring has let go lies, pos is −1.
     """
 
     def __init__(self, rows: list[Kept], room: int, sliding_window: int | None, pin: int, group: int, residual: int):
@@ -34,9 +34,9 @@ class GroupSlots(Slots):
             self.near = min(self.near, int(self.limit.max()))
         grows = (self.limit - self.pin - self.residual).div(self.group, rounding_mode="floor").clamp(min=0)
         ring = -(self.sink + self.residual - self.limit).div(self.group, rounding_mode="floor")
-        self.turns = torch.where(wraps, ring.clamp(min=1), grows)
+        self.laps = torch.where(wraps, ring.clamp(min=1), grows)
         self.moved = (self.cursor - self.pin - self.residual).div(self.group, rounding_mode="floor").clamp(min=0)
-        return self.near + int(self.turns.max()) * self.group
+        return self.near + int(self.laps.max()) * self.group
 
     def _measure(self, rows: list[Kept], room: int) -> tuple[Tensor, ...]:
         measured = super()._measure(rows, room)
@@ -49,9 +49,9 @@ class GroupSlots(Slots):
     def place_of(self, nth: Tensor, b: int | None = None) -> Tensor:
         """(B,Hkv,n): in which slots the nth tokens (B,Hkv,n) lie; b: of this row alone."""
         rows = slice(None) if b is None else slice(b, b + 1)
-        moved, turns = self.moved[rows, :, None], self.turns[rows, :, None].clamp(min=1)
+        moved, laps = self.moved[rows, :, None], self.laps[rows, :, None].clamp(min=1)
         behind = nth - self.pin
-        ring = self.near + (behind.div(self.group, rounding_mode="floor") % turns) * self.group + behind % self.group
+        ring = self.near + (behind.div(self.group, rounding_mode="floor") % laps) * self.group + behind % self.group
         near = torch.where(behind < 0, nth, nth - moved * self.group)
         return torch.where((behind >= 0) & (behind < moved * self.group), ring, near)
 
@@ -69,7 +69,7 @@ class GroupSlots(Slots):
         super().place(row, pos)
 
     def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), self.moved, self.turns, self.rooms]
+        return [*super().tensors(), self.moved, self.laps, self.rooms]
 
 
 class GroupedStore:
@@ -93,9 +93,9 @@ class GroupedStore:
         else:
             self._resume(rows)
         self.ahead = 0  # tokens that `maintain` has yet to be told of and `extend` has counted
-        self.count = (s.cursor - s.pin - s.moved * group).cpu()  # tokens in each window …
-        self.moved = s.moved.cpu().clone()  # … and groups behind it, as the host knows them
-        self.turns = s.turns.cpu()
+        # the host knows of each (row, head): tokens in its window, groups behind it, groups it has memory for
+        self.count = (s.cursor - s.pin - s.moved * group).flatten().tolist()
+        self.moved, self.laps = s.moved.flatten().tolist(), s.laps.flatten().tolist()
         self._bound()
 
     def _encode(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -155,7 +155,7 @@ class GroupedStore:
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         a, T = 0, k.shape[2]
         while a < T:
-            free = self.spec.residual + self.spec.group - int(self.count.max())
+            free = self.spec.residual + self.spec.group - max(self.count)
             step = min(free, self.slots.span, T - a)
             self.append(k[:, :, a : a + step], v[:, :, a : a + step], pos[:, a : a + step])
             self._flush(step)
@@ -173,17 +173,17 @@ class GroupedStore:
 
     def _flush(self, written: int) -> None:
         s, group, residual = self.slots, self.spec.group, self.spec.residual
-        self.count += written
-        due = (self.count >= residual + group).nonzero()
-        if not len(due):
-            self._bound()
-            return
-        b, h = due.unbind(1)
-        at = (self.moved[b, h] % self.turns[b, h]).long().to(s.cursor.device)
-        self.count[b, h] -= group
-        self.moved[b, h] += 1
+        self.count = [n + written for n in self.count]
+        due = [i for i, n in enumerate(self.count) if n >= residual + group]
+        into = [self.moved[i] % self.laps[i] for i in due]
+        for i in due:
+            self.count[i] -= group
+            self.moved[i] += 1
         self._bound()
-        b, h = b.to(at.device), h.to(at.device)
+        if not due:
+            return
+        at, heads = torch.tensor([due, into], device=s.cursor.device), s.cursor.shape[1]
+        b, h, at = at[0] // heads, at[0] % heads, at[1]
         first, rest = slice(s.pin, s.pin + group), slice(s.pin + group, s.near)
         k, v = self.k[b, h], self.v[b, h]  # copies (n,near,D)
         for mine, new in zip(self.body, self._encode(k[:, first], v[:, first]), strict=True):
@@ -198,8 +198,8 @@ class GroupedStore:
 
     def _bound(self) -> None:
         """How far any head reaches: exact slots, and groups."""
-        self.near = self.slots.pin + int(self.count.max())
-        self.far = min(self.groups, int(self.moved.max()))
+        self.near = self.slots.pin + max(self.count)
+        self.far = min(self.groups, max(self.moved))
 
     def read(self, q: Tensor, pos: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         s = self.slots
@@ -252,7 +252,7 @@ class GroupedStore:
 
     def live(self) -> tuple[int, int, int]:
         s, group = self.slots, self.spec.group
-        near, far = int((self.count + s.pin).sum()), int(torch.minimum(self.moved, self.turns).sum())
+        near, far = sum(n + s.pin for n in self.count), sum(map(min, self.moved, self.laps))
         sizes = []
         for exact, half in zip((self.k, self.v), self.body, strict=True):
             one = sum(x.nbytes for x in half) // max(1, half[0].shape[:3].numel())  # bytes of a group of one head

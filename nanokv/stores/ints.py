@@ -50,11 +50,11 @@ class Int(StoreSpec):
             return ""
         return f"group={self.group} does not divide this model's head dimension {dim}; give {dim & -dim}"
 
-    def cost(self, config: Any, dtype: torch.dtype) -> tuple[float, int]:
+    def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
         dim, heads = config.head_dim, config.num_key_value_heads
         token = dim * (self.k + self.v) / 8 + 4 * dim / self.group + 4 * dim / self.channels(dim) + 4
         exact = 2 * dim * dtype.itemsize + 4
-        near = (self.pin + self.residual + self.group) * exact + max(0, self.group - self.residual) * token
+        near = (max(self.pin, sink) + self.residual + self.group) * exact + max(0, self.group - self.residual) * token
         return heads * token, int(heads * (near + BOOKKEEPING + 3 * 4))
 
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> GroupedStore:

@@ -52,8 +52,8 @@ class Mixed(StoreSpec):
     def shared(self, config: Any) -> int:
         return Turbo(k=self.low, v=min(self.high, 4)).shared(config)
 
-    def cost(self, config: Any, dtype: torch.dtype) -> tuple[float, int]:
-        token, fixed = HIGH[self.high].cost(config, dtype)
+    def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
+        token, fixed = HIGH[self.high].cost(config, dtype, sink)
         return token, 3 * fixed
 
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> MixedStore:
