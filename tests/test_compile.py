@@ -10,7 +10,6 @@ from test_identity import SMALL, STEPS, run
 
 from nanokv import parse
 
-
 # the last, most entangled one of each policy
 KINDS = [plans[-1] for name, plans in SMALL.items() if name not in ("pyramidkv", "chunkkv")]
 
