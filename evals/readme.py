@@ -34,7 +34,43 @@ def compatible() -> str:
 
 def quality() -> str:
     """Means over tasks at the smallest length that has them all, and fidelity at the same."""
-    found = _read("quality.json")
+    return _scores(_read("quality.json"))
+
+
+def stores() -> str:
+    """The same for stores that round, alone and under policies."""
+    return _scores(_read("stores.json"))
+
+
+def codes() -> str:
+    """What rounding does to the keys and values of a text."""
+    rows = []
+    for f in _read("codes.json")["codes"]:
+        cells = [f"{f[f'{x}_bits']:.2f}" for x in "kv"] + [
+            f"{f[f'{x}_{y}']:.5f}" for x in "kv" for y in ("mse", "worst")
+        ]
+        rows.append([f"`{f['plan'].removeprefix('full+')}`", *cells])
+    return markdown(["store", "K bits", "V bits", "K error", "worst layer", "V error", "worst layer"], rows)
+
+
+def paces() -> str:
+    """Decoding over rounded caches, against the dense one in the same run."""
+    found = _read("stores-speed.json")["speed"]
+    full = next(f for f in found if f["plan"] == "full")
+    rows = [
+        [
+            f"`{f['plan']}`",
+            f"{f['decode_tok_s']:.1f}",
+            f"{f['decode_tok_s'] / full['decode_tok_s']:.2f}",
+            f"{f['bytes'] / 2**20:.1f} MiB",
+        ]
+        for f in found
+        if f["length"] == full["length"]
+    ]
+    return markdown(["plan", "tokens/s", "of full's", "cache"], rows)
+
+
+def _scores(found: dict[str, Any]) -> str:
     length = min(
         (n for n in found["averages"]), key=lambda n: (-sum(str(p["length"]) == n for p in found["quality"]), int(n))
     )
@@ -113,5 +149,8 @@ def prose() -> str:
     return markdown(["plan", "tokens", "perplexity", "against full"], rows)
 
 
+TABLES = (compatible, quality, stores, codes, paces, decode, kvpress, needles, endless, prose)
+
+
 if __name__ == "__main__":
-    print("\n\n".join(f"{t.__name__}\n{t()}" for t in (quality, decode, kvpress, needles, endless, prose)))
+    print("\n\n".join(f"{t.__name__}\n{t()}" for t in TABLES))

@@ -40,6 +40,40 @@ def test_snapkv_finds_the_needles_that_the_full_cache_finds(smollm, count):
     assert full == 20 and snapkv >= 18 and chance == 0, found
 
 
+def test_four_bits_keep_a_needle_and_two_lose_it(smollm, count):
+    """1,000 tokens of prose, two thirds of them and more in codes, the needle among those."""
+    found = {"full": 0, "full+int4": 0, "full+turbo:k=2,v=2": 0}
+    for seed in range(5):
+        task = needle(seed, 1000, count, depth=seed / 5)
+        for plan in found:
+            found[plan] += answer(smollm, plan, task)[0]
+    assert found["full"] == found["full+int4"] == 5 and found["full+turbo:k=2,v=2"] <= 2, found
+
+
+def test_rounding_keys_hurts_more_than_rounding_values(smollm):
+    """Two bits for one of them and eight for the other, odds against the full cache's on prose."""
+    from evals.quality import fidelity
+
+    plans = [parse(p) for p in ("full", "full+int:k=2,v=8", "full+int:k=8,v=2", "full+int4", "full+int8")]
+    _, keys, values, four, eight = (sum(r["kl"]) / len(r["kl"]) for r in fidelity(smollm, plans, 0, 1000, 16))
+    assert keys > values > eight and four > 3 * eight and keys > four, (keys, values, four, eight)
+
+
+def test_lazy_layers_and_four_bits_take_a_fifth_of_the_memory():
+    """SimLayerKV's headline: half the layers hold 1,024 tokens, and all of them 4 bits; scales, windows and positions included."""
+    from evals.quality import text_of
+    from nanokv import load
+
+    llm = load("smollm2-135m", "simlayer:variant=light+kivi4", dtype="bfloat16")
+    session = llm.session(32)
+    session.start([text_of(llm, 0, 7500)])
+    for _ in range(3):
+        session.feed(torch.tensor([[1]]))
+    report = session.report()
+    assert len(report.short) == 15 and report.live_bytes <= report.full_bytes / 4.8
+    assert report.bytes == storages(session.cache, {}, (Context, type(llm.config)))
+
+
 PLANS = {
     "full": lambda n: {n},
     "streaming": lambda n: {1024},
@@ -139,7 +173,7 @@ def test_the_peak_of_a_compressed_prefill_is_far_below_the_full_cache(smollm, co
 def test_the_readmes_five_lines_of_python_run(capsys):
     from nanokv import load
 
-    llm = load("smollm2-135m", plan="snapkv:budget=256")
+    llm = load("smollm2-135m", plan="snapkv:budget=256+int4")
     for piece in llm.stream("Once upon a time", max_new_tokens=8):
         print(piece, end="")
     assert len(capsys.readouterr().out.split()) > 3 and "kv: " in str(llm.report())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nanokv.contract import Context, Kept
-from nanokv.stores.codec import Codec
+from nanokv.stores.codec import Codec, look_up
 from nanokv.stores.dense import Rounding
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -39,8 +39,13 @@ class Fp8(Rounding):
     def widths(self, dim: int) -> tuple[float, float]:
         return dim, dim
 
+    def shared(self, config: Any) -> int:
+        return 4 * 256
+
     def codecs(self, rows: Sequence[Kept], ctx: Context) -> tuple[Codec, Codec]:
-        return tuple(Fp8Codec(self.scale(rows, name), FORMATS[self.format], ctx.config.head_dim) for name in "kv")
+        kind = FORMATS[self.format]
+        numbers = ctx.once(self.format, lambda: torch.arange(256, dtype=torch.uint8).view(kind).float())
+        return tuple(Fp8Codec(self.scale(rows, name), kind, numbers, ctx.config.head_dim) for name in "kv")
 
     def scale(self, rows: Sequence[Kept], name: str) -> Tensor:
         """(B,Hkv,1,1) fp32: the least power of two that brings each head's numbers into the format."""
@@ -53,12 +58,15 @@ class Fp8(Rounding):
 
 
 class Fp8Codec(Codec):
-    def __init__(self, scale: Tensor, kind: torch.dtype, dim: int):
-        self.scale, self.kind, self.planes = scale, kind, [(dim, torch.uint8)]
+    def __init__(self, scale: Tensor, kind: torch.dtype, numbers: Tensor, dim: int):
+        self.scale, self.kind, self.numbers, self.planes = scale, kind, numbers, [(dim, torch.uint8)]
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         most = torch.finfo(self.kind).max
         return ((x.float() / self.scale).clamp(-most, most).to(self.kind).view(torch.uint8),)
 
     def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return (planes[0].view(self.kind).to(dtype) * self.scale).to(dtype)
+        return look_up(self.numbers.to(dtype), planes[0]) * self.scale.to(dtype)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.scale, self.numbers]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanokv.contract import Context, Kept
 from nanokv.ops import pack, unpack
-from nanokv.stores.codec import Codec, hadamard, rotate
+from nanokv.stores.codec import Codec, hadamard, look_up, rotate
 from nanokv.stores.dense import Rounding
 
 # of a normal number, those that lose least of its square (Lloyd, Max); the negative half mirrors these
@@ -76,11 +76,11 @@ class TurboCodec(Codec):
         y = self.turn(x.float())
         length = y.norm(dim=-1, keepdim=True)
         code = torch.bucketize(y / length.clamp(min=1e-30), self.between).to(torch.uint8)
-        own = self.levels[code.to(torch.int32)].norm(dim=-1, keepdim=True)
+        own = look_up(self.levels, code).norm(dim=-1, keepdim=True)
         return pack(code, self.bits), (length / own).half()
 
     def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return self.levels.to(dtype)[unpack(planes[0], self.bits).to(torch.int32)] * planes[1].to(dtype)
+        return look_up(self.levels.to(dtype), unpack(planes[0], self.bits)) * planes[1].to(dtype)
 
     def turn(self, x: Tensor) -> Tensor:
         return rotate(x * self.sign.to(x.dtype), self.h)
