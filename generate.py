@@ -203,14 +203,15 @@ STORE_FLAGS = {"k": "--k-bits", "v": "--v-bits", "group": "--kv-group-size", "re
 def parse_plan(text: str, budget: str | None, args: argparse.Namespace | None = None):
     """--policy, --kv-budget and the flags of its store as a plan."""
     from nanokv import parse
+    from nanokv.stores import STORES
 
     plan = parse(text)
     flags = {key: getattr(args, flag[2:].replace("-", "_"), None) for key, flag in STORE_FLAGS.items()}
     if given := {key: value for key, value in flags.items() if value is not None}:
-        said = [key for part in text.split("+")[1:] for key in given if re.search(rf"[:,]{key}=", part)]
-        if said:
+        named = next((part for part in text.split("+") if part.partition(":")[0].strip() in STORES), "")
+        if said := [key for key in given if re.search(rf"[:,]\s*{key}=", named)]:
             raise ValueError(f"{STORE_FLAGS[said[0]]} and {said[0]}= in the policy say the same; give one of them")
-        plan = plan.with_store(given, STORE_FLAGS)
+        plan = plan.with_store(None if named else "int", given, STORE_FLAGS)
     if budget is None:
         return plan
     if "budget=" in text:
@@ -413,7 +414,7 @@ def command(chat, word: str, rest: str, args: argparse.Namespace) -> str:
         return "nothing is cached yet" if chat.session is None else str(chat.session.report())
     if word == "/policy":
         if rest:
-            chat.replan(parse_plan(rest, None if "budget=" in rest else args.kv_budget))
+            chat.replan(parse_plan(rest, None if "budget=" in rest else args.kv_budget, args))
         return str(chat.plan)
     return f"unknown command {word}; commands are /reset /stats /policy PLAN /exit"
 
@@ -440,7 +441,7 @@ def end_block(llm, session, turn, peak: int, args: argparse.Namespace) -> list[s
     ]
     if args.chunk:
         lines[-1] += "; prefilled in chunks, so the whole prompt's cache was alive at once"
-    if name != "full" and not report.short:
+    if name != "full" and not report.short and not session.plan.keep.demotes:
         lines.append(f"{name} had nothing to drop: every layer still holds all {max(report.seen)} tokens")
     spare = report.bytes - report.live_bytes
     if spare > 0.1 * report.bytes:

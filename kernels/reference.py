@@ -227,7 +227,7 @@ def quantize(x: Tensor, bits: int, tokens: int, channels: int) -> tuple[Tensor, 
         x.float().unflatten(-2, (-1, tokens)).unflatten(-1, (-1, channels))
     )  # (…,S/tokens,tokens,D/channels,channels)
     least, most = blocks.amin((-3, -1)), blocks.amax((-3, -1))
-    zero = least.half()
+    zero = least.clamp(-HALF, HALF).half()
     off = (zero.float() - least).clamp(
         min=0
     )  # where rounding lifted the zero above the least, half a step must reach it
@@ -245,6 +245,9 @@ def dequantize(words: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return (blocks * spread(scale.float()) + spread(zero.float())).flatten(-2).flatten(-3, -2)
 
 
+HALF = torch.finfo(torch.float16).max
+
+
 def spread(x: Tensor) -> Tensor:
     """A number per block (…,n,m) against blocks (…,n,tokens,m,channels)."""
     return x[..., None, :, None]
@@ -253,4 +256,4 @@ def spread(x: Tensor) -> Tensor:
 def _half_up(x: Tensor) -> Tensor:
     """x ≥ 0 in fp16, never below x."""
     half = x.half()
-    return torch.where(half.float() < x, (x * (1 + 2**-10) + 2**-24).half(), half)
+    return torch.where(half.float() < x, (x * (1 + 2**-10) + 2**-24).half(), half).clamp(max=HALF)

@@ -172,8 +172,9 @@ class Kept:
 
     def demote(self, p: Prompt) -> Kept:
         """The same, with all other tokens of the prompt as `rest`."""
-        mine = torch.where(self.pos < 0, torch.iinfo(torch.int32).max, self.pos)
-        at = torch.searchsorted(mine, p.pos.contiguous()).clamp(max=max(0, mine.shape[2] - 1))
+        mine = torch.nn.functional.pad(self.pos, (0, 1), value=-1)  # one more, as there may be none
+        mine = torch.where(mine < 0, torch.iinfo(torch.int32).max, mine)
+        at = torch.searchsorted(mine, p.pos.contiguous()).clamp(max=mine.shape[2] - 1)
         kept = mine.gather(2, at) == p.pos
         score = torch.zeros_like(p.pos, dtype=torch.float32).masked_fill(kept, -torch.inf)
         return replace(self, rest=Kept.top(p, score, p.real.sum(-1, dtype=torch.int32) - self.length))
@@ -418,12 +419,12 @@ class StoreSpec(ABC):
 
     def refuses(self, keep: Policy) -> str:
         """Why it cannot hold what this policy keeps; empty if it can."""
-        if self.granule > 1 and keep.singly:
-            return f"lets single tokens go while decoding, and here {self.granule} of them share a scale and leave together"
         if keep.demotes and not self.coarse:
             return "hands back a second set to be held more coarsely, for which there is no place"
+        if self.granule > 1 and keep.singly:
+            return f"lets single tokens go while decoding, and here {self.granule} of them share a scale and leave together"
         if self.coarse and not keep.demotes:
-            return "drops what it does not keep, so nothing would be coarse"
+            return "demotes nothing, so nothing would be coarse: add demote=true if it ranks tokens"
         return ""
 
     def misfit(self, config: Any) -> str:
@@ -433,6 +434,10 @@ class StoreSpec(ABC):
     @abstractmethod
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
         """Bytes per token and fixed bytes, of one row in one layer, of whose tokens the policy never lets the first `sink` go."""
+
+    def coarse_bytes(self, config: Any) -> float:
+        """Bytes per token of `Kept.rest`."""
+        return 0
 
     def shared(self, config: Any) -> int:
         """Bytes of the constants that all layers share."""

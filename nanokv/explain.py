@@ -77,15 +77,13 @@ def sizes(config: ModelConfig, plans: dict[str, Plan], n: int, room: int, dtype:
     ]
     for name, plan in plans.items():
         plan = plan.sketch(n_layers)
-        per_token, fixed = plan.cost(config, dtype)
         try:
-            keep = plan.fit(config, dtype, n, room).keep
+            plan = plan.fit(config, dtype, n, room)
         except ValueError as e:
             lines.append(f"{name:12} {e}")
             continue
-        size = int((n_layers - len(plan.share)) * ((keep.holds(n) + plan.ahead(room)) * per_token + fixed))
+        size = int((n_layers - len(plan.share)) * plan.held(config, dtype, n, room))
+        kept = n if plan.keep.demotes else plan.keep.holds(n)
         fits = "fits" if size + config.parameters() * dtype.itemsize <= free else "does not fit"
-        lines.append(
-            f"{name:12} at most {keep.holds(n):>7} tokens per head  {mib(size):>10}  {full / size:5.1f}x  {fits}"
-        )
+        lines.append(f"{name:12} at most {kept:>7} tokens per head  {mib(size):>10}  {full / size:5.1f}x  {fits}")
     return lines

@@ -222,13 +222,13 @@ class LLM:
     def _check_cache(self, session: Session, prompts: Sequence[Sequence[int]], room: int, copies: int) -> None:
         """Raise before the work if the cache cannot fit: kept tokens of all layers and one layer's whole prompt."""
         context, plan = self.models.context, session.plan
-        per_token, fixed = plan.cost(self.config, context.dtype)
+        per_token, _ = plan.cost(self.config, context.dtype)
+        dense, _ = Plan().cost(self.config, self.models.prefill.embed_tokens.weight.dtype)
         layers, need, n = self.config.num_hidden_layers - len(plan.share), 0.0, len(prompts) * copies
         for p in prompts:
-            keep = plan.fit(self.config, context.dtype, len(p), room, n).keep
-            whole = layers if session.chunk or keep.wait else 1
-            held = keep.holds(len(p)) + plan.ahead(room)
-            need += copies * layers * (held * per_token + fixed) + whole * len(p) * per_token
+            fitted = plan.fit(self.config, context.dtype, len(p), room, n)
+            whole = layers if session.chunk or fitted.keep.wait else 1
+            need += copies * layers * fitted.held(self.config, context.dtype, len(p), room) + whole * len(p) * dense
         free = free_bytes(self.device)
         if need > free:
             fits = max(0, int(free / (layers * per_token * n)) - room)

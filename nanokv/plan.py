@@ -69,6 +69,13 @@ class Plan:
             fixed += math.ceil(tail * config.num_hidden_layers / owners)
         return token_bytes, fixed
 
+    def held(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> float:
+        """At most how many bytes one layer takes after a prompt of n tokens, for one row, once fitted: for estimates before the run."""
+        token, fixed = self.cost(config, dtype)
+        kept, ahead = self.keep.holds(n), self.ahead(room)
+        demoted = (n - kept + room) * self.store.coarse_bytes(config) if self.keep.demotes else 0
+        return (kept + ahead) * token + fixed + demoted
+
     def sketch(self, n_layers: int) -> Plan:
         """For sizes before there is a map: as many layers share as asked, whichever they will be."""
         if self.ready:
@@ -80,9 +87,9 @@ class Plan:
         """This plan under a kept budget given as text: tokens, percent or bytes."""
         return replace(self, keep=self.keep.with_budget(int(text) if text.lstrip("-").isdigit() else text))
 
-    def with_store(self, given: Mapping[str, str], flags: Mapping[str, str]) -> Plan:
-        """This plan with keys of its store set, as `flags` calls them to the user; a dense one becomes `int`."""
-        name = "int" if self.names[1] == "dense" else self.names[1]
+    def with_store(self, name: str | None, given: Mapping[str, str], flags: Mapping[str, str]) -> Plan:
+        """This plan with this store, or its own, and keys of it set, as `flags` calls them to the user."""
+        name = name or self.names[1]
         keys = {f.name for f in fields(STORES[name])}
         for key in given:
             if key not in keys:

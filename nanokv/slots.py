@@ -69,9 +69,8 @@ class Slots:
         self.bound = self.written = int(self.cursor.max())
         self.even = not self.ragged and all(bool((x == x[0, 0]).all()) for x in (self.cursor, self.limit, self.sink))
         self.protected = int(self.sink.max())  # of every head, where `even`
-        window = self.sliding_window
-        rings = (self.wanted >= 0) | (False if window is None else self.limit == self.sink + window)
-        self.turns = bool(rings.any())  # whether some head overwrites what it holds, sooner or later
+        # whether some head overwrites what it holds, sooner or later
+        self.turns = self.sliding_window is not None or bool((self.wanted >= 0).any())
         if self.frozen:
             self.freeze()
 

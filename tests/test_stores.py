@@ -10,6 +10,7 @@ from oracle import HeldCache
 from test_codecs import Shape, context, kept
 from test_identity import ROUND, SMALL, STEPS
 
+from kernels import reference
 from nanokv import parse
 from nanokv.contract import Context, Kept, Policy
 from nanokv.plan import Plan
@@ -251,9 +252,8 @@ def test_a_ring_of_groups_shows_exactly_what_a_ring_of_tokens_holds(sink, recent
     for step in steps:
         fed(store, k, v, [at], [step])
         at += step
-        for pos, keys, _ in values(store):
+        for pos, _, _ in values(store):
             assert pos.tolist() == [j for j in range(at) if j < sink or j >= at - recent]
-            assert (keys - k[0, 0, pos.long()]).abs().max() < 1 or not torch.equal(keys, k[0, 0, pos.long()])
         out, lse, _ = store.read(torch.ones(1, 4, 1, 16), torch.tensor([[at - 1]]))
         for h in range(4):
             _, keys, vals = values(store)[h // 2]
@@ -291,8 +291,8 @@ def test_more_room_saving_and_batches_change_nothing(plan, llm_of, tmp_path):
 
     llm, plan = llm_of("g3"), parse(plan)
     prompts, more = [text(60, seed=5), text(33, seed=7)], [text(STEPS, seed=6), text(STEPS, seed=9)]
-    batch, single, tight = (llm.session(n, None, plan) for n in (30, 30, 6))
-    batch.start(prompts), single.start(prompts[:1]), tight.start(prompts[:1])
+    batch, single, tight, other = (llm.session(n, None, plan) for n in (30, 30, 6, 30))
+    batch.start(prompts), single.start(prompts[:1]), tight.start(prompts[:1]), other.start(prompts[1:])
     save(llm, single, tmp_path / "c")
     alone = restore(llm, tmp_path / "c", 30)
     assert (tmp_path / "c").stat().st_size < 2.2 * alone.report().live_bytes + 20_000  # codes, not what they stand for
@@ -300,15 +300,16 @@ def test_more_room_saving_and_batches_change_nothing(plan, llm_of, tmp_path):
         if t == 5:
             tight.reserve(20)
         if t in (0, 5):  # codes as they are, not rounded again
-            for other in (alone, tight):
-                for i, store in other.cache.stores.items():
+            for same in (alone, tight) if t == 0 else (tight,):
+                for i, store in same.cache.stores.items():
                     for a, b in zip(values(store), values(single.cache.stores[i]), strict=True):
-                        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) or (t == 5 and other is alone)
+                        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
         right, *same = (s.feed(torch.tensor([[more[0][t]]])) for s in (single, alone, tight))
         for mine in same:
             torch.testing.assert_close(mine, right, atol=5e-2, rtol=5e-2)  # other sums: a new code may be its neighbour
-        mine = batch.feed(torch.tensor([[m[t]] for m in more]))[:1]
-        torch.testing.assert_close(mine, right, atol=5e-2, rtol=5e-2)
+        both = batch.feed(torch.tensor([[m[t]] for m in more]))
+        second = other.feed(torch.tensor([[more[1][t]]]))
+        torch.testing.assert_close(both, torch.cat((right, second)), atol=5e-2, rtol=5e-2)
     if plan.keep.every == 0:
         save(llm, alone, tmp_path / "d")
         later = restore(llm, tmp_path / "d", 3)
@@ -493,12 +494,12 @@ def test_zipcache_and_mikv_hold_every_token_at_the_bits_they_say(llm_of):
 def test_zipcache_divides_by_how_many_queries_could_see_a_token():
     from nanokv.contract import Prompt
 
-    votes = torch.tensor([[[6.0, 3.0, 2.2, 0.9, 0.8, 0.5]]])
+    votes = torch.tensor([[[6.0, 2.0, 1.5, 1.2, 1.1, 0.8]]])
     x = torch.zeros(1, 1, 6, 4)
     p = Prompt(0, 0, 1, 6, 6, x, x, torch.arange(6, dtype=torch.int32)[None, None], votes, 6)
     found = parse("zipcache:salient=0.5").keep.keep(p)
     fair = sorted(range(6), key=lambda j: -votes[0, 0, j].item() / (6 - j))[:3]
-    assert found.pos[0, 0].tolist() == sorted(fair) == [0, 1, 2] or found.pos[0, 0].tolist() == sorted(fair)
+    assert found.pos[0, 0].tolist() == sorted(fair) == [0, 4, 5] and votes[0, 0].topk(3).indices.tolist() == [0, 1, 2]
     assert sorted(found.pos[0, 0].tolist() + found.rest.pos[0, 0].tolist()) == list(range(6))
 
 
@@ -513,7 +514,15 @@ MIKV_REFUSED = [
 
 
 @pytest.mark.parametrize(
-    "plan", [*MIKV_REFUSED, "snapkv:every=64+int4", "keyformer:budget=20+turbo:pin=4", "full+int:k=3", "full+turbo:v=8"]
+    "plan",
+    [
+        *MIKV_REFUSED,
+        "snapkv:every=64+int4",
+        "keyformer:budget=20+turbo:pin=4",
+        "full+int:k=3",
+        "full+turbo:v=8",
+        "full+int4:group=1",
+    ],
 )
 def test_what_cannot_work_says_so_in_one_sentence(plan):
     with pytest.raises(ValueError) as e:
@@ -521,7 +530,78 @@ def test_what_cannot_work_says_so_in_one_sentence(plan):
     assert "\n" not in str(e.value) and len(str(e.value)) < 260
 
 
-def test_a_model_whose_heads_do_not_divide_is_told_what_does(llm_of):
-    for plan, word in (("full+int4:group=12", "give 16"), ("full+rot4:block=6", "give 16")):
-        with pytest.raises(ValueError, match=word):
-            llm_of("g3").session(4, None, parse(plan)).start([text(20)])
+def test_a_model_whose_heads_cannot_be_packed_is_told_what_can():
+    for name in ("int4", "rot4", "turbo"):
+        assert "use fp8" in STORES[name].misfit(Shape(70)) and not STORES[name].misfit(Shape(80))
+        assert not STORES[name].misfit(Shape(96))
+
+
+@pytest.mark.parametrize("store", ["int4:group=8,residual=8", "fp8:pin=2", "rot4", "turbo:pin=3"])
+def test_a_prompt_may_come_in_another_type_than_the_cache_keeps(store, tiny):
+    from nanokv import load
+
+    llm = load(str(tiny("g3")[0]), f"full+{store}", dtype="bfloat16/float16")
+    session = llm.session(20)
+    session.start([text(40, seed=5), text(3, seed=6)])
+    for t in range(12):
+        assert session.feed(torch.tensor([[t], [t]])).isfinite().all()
+    assert session.cache.stores[0].unpack()[0].k.dtype == torch.float16
+
+
+PAST = ["mikv:budget=10", "h2o:budget=10,heads=ada,demote=true", "zipcache:every=5", "zipcache:every=5+mixed:high=16"]
+PAST += [
+    "snapkv:budget=8,window=4,every=5,demote=true",
+    "zipcache:every=5+mixed:high=8,low=4",
+    "zipcache:salient=0,every=3",
+]
+
+
+@pytest.mark.parametrize("model", ["mistral", "g3"])
+@pytest.mark.parametrize("plan", PAST)
+def test_two_sets_of_tokens_far_past_a_models_window(plan, model, llm_of):
+    llm, steps, n = llm_of(model), 50, 30
+    prompt, more = text(n, seed=5), text(steps, seed=6)
+    session, held, logits = llm.session(steps, None, parse(plan)), {}, []
+    session.start([prompt])
+    for token in more:
+        watch(session, held)
+        logits.append(session.feed(torch.tensor([[token]])))
+        cache = session.cache
+        del cache.maintain
+    oracle = HeldCache(llm.config, held, n)
+    with torch.no_grad():
+        model, ids = llm.models.prefill, torch.tensor([prompt + more])
+        expected = model.logits(model.hidden(ids, torch.arange(n + steps)[None], oracle))[0, n:]
+    torch.testing.assert_close(torch.cat(logits), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "full+fp8:pin=2",
+        "full+turbo:pin=3",
+        "streaming:sink=4,recent=14+int4:group=4,residual=4",
+        "full+int4:group=8,residual=4",
+    ],
+)
+def test_under_a_window_a_cache_saved_from_a_batch_fits_another_room(plan, llm_of, tmp_path):
+    from nanokv.save import restore, save
+
+    llm, plan = llm_of("mistral"), parse(plan)
+    session = llm.session(50, None, plan)
+    session.start([text(60, seed=5), text(6, seed=7)])
+    save(llm, session, tmp_path / "c")
+    for room in (1, 5, 60):
+        again = restore(llm, tmp_path / "c", room)
+        for i, store in again.cache.stores.items():
+            for a, b in zip(values(store), values(session.cache.stores[i]), strict=True):
+                assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_numbers_beyond_fp16_lose_precision_and_nothing_else():
+    x = torch.randn(1, 2, 64, 64) * 3e5
+    for bits in (2, 4, 8):
+        assert reference.dequantize(*reference.quantize(x, bits, 32, 1), bits).isfinite().all()
+    for name in ("rot4", "turbo", "fp8"):
+        codec = STORES[name].codecs([kept(x, x)], context(64))[0]
+        assert codec.decode(codec.encode(x), torch.float32).isfinite().all()

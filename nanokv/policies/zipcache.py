@@ -31,6 +31,9 @@ class ZipCache(Policy):
                 f"salient={self.salient},every={self.every}; salient is a share from 0 to 1, every a number of tokens or 0"
             )
 
+    def holds(self, n: int) -> int:
+        return round(self.salient * n)
+
     def keep(self, p: Prompt) -> Kept:
         seen_by = (p.seen - p.pos).clamp(1, p.n_votes)
         return Kept.top(p, p.votes.sum(0, keepdim=True) / seen_by, round(self.salient * len(p))).demote(p)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+HALF = torch.finfo(torch.float16).max  # scales are fp16, and infinity times no code is no number
+
 
 class Codec:
     """Exact: one plane, the vector itself. A codec that rounds replaces all of it.
@@ -18,6 +20,10 @@ class Codec:
 
     def __init__(self, dim: int, dtype: torch.dtype):
         self.planes = [(dim, dtype)]
+
+    def of_row(self, b: int) -> Codec:
+        """For one row of the batch."""
+        return self
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         return (x,)

@@ -83,9 +83,10 @@ class SlotStore:
         self.slots, self.policy, self.ctx = Slots(rows, room, ctx.config.sliding_window), policy, ctx
         self.default_rule = type(policy).slot is Policy.slot
         self.codecs, rounds = codecs, type(codecs[0]) is not Codec
-        self.pin = min(max(pin, self.slots.protected), self.slots.capacity) if rounds else 0
-        if self.slots.turns:  # behind its sinks a ring holds later and later tokens, not the first ones
-            self.pin = min(self.pin, self.slots.protected)
+        # behind its sinks a ring holds later and later tokens, not the first ones; nor does a slot that a policy may give away
+        sinks = self.slots.protected if self.default_rule else 0
+        first = sinks if self.slots.turns else max(pin, sinks)
+        self.pin = min(first, self.slots.capacity) if rounds else 0
         self.exact = self.pin if rounds else None
         n, heads = len(rows), ctx.config.num_key_value_heads
         self.planes = [
@@ -100,7 +101,11 @@ class SlotStore:
         for b, r in enumerate(rows):
             n = r.k.shape[2]
             for name, x, planes, codec in zip("kv", (r.k, r.v), self.planes, self.codecs, strict=True):
-                codes = codec.encode(x) if r.codes is None else [r.codes[f"{name}{i}"] for i in range(len(planes))]
+                codes = (
+                    codec.of_row(b).encode(x)
+                    if r.codes is None
+                    else [r.codes[f"{name}{i}"] for i in range(len(planes))]
+                )
                 for plane, code in zip(planes, codes, strict=True):
                     plane[b, :, :n] = code[0]
             for pinned, x in zip(self.pinned, (r.k, r.v), strict=False):
@@ -114,24 +119,28 @@ class SlotStore:
         return True
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        s, (k_planes, v_planes) = self.slots, self.planes
-        codes = (*self.codecs[0].encode(k), *self.codecs[1].encode(v))
-        if s.even and self.default_rule and k.shape[2] == 1:  # the host knows the slot: copies, no index arithmetic
-            at = s.host_ring()
-            for plane, code in zip((*k_planes, *v_planes), codes, strict=True):
-                plane[:, :, at : at + 1] = code
-            for pinned, x in zip(self.pinned, (k, v), strict=False):
-                pinned[:, :, min(at, self.pin)] = x[:, :, 0]
-            s.place_at(at, pos)
+        s = self.slots
+        if not (s.even and self.default_rule and k.shape[2] == 1):
+            self.put(self.policy.slot(s, pos), k, v, pos)
             return
-        at = self.policy.slot(s, pos)
-        self._write(at, codes, k, v)
-        s.place(s.flat(at), pos)
+        at = s.host_ring()  # the host knows the slot: copies, no index arithmetic
+        for plane, code in zip((*self.planes[0], *self.planes[1]), self._encode(k, v), strict=True):
+            plane[:, :, at : at + 1] = code
+        for pinned, x in zip(self.pinned, (k, v), strict=False):
+            pinned[:, :, min(at, self.pin)] = x[:, :, 0]
+        s.place_at(at, pos)
 
-    def _write(self, at: Tensor, codes: Sequence[Tensor], k: Tensor, v: Tensor) -> None:
-        """Into the slots at (B,Hkv,T)."""
+    def put(self, at: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> None:
+        """The tokens at pos (B,T) into the slots at (B,Hkv,T)."""
+        self._write(at, k, v)
+        self.slots.place(self.slots.flat(at), pos)
+
+    def _encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return (*self.codecs[0].encode(k), *self.codecs[1].encode(v))
+
+    def _write(self, at: Tensor, k: Tensor, v: Tensor) -> None:
         row = self.slots.flat(at)  # torch scatters bf16 by copying the whole tensor; index_copy_ writes in place
-        for plane, code in zip((*self.planes[0], *self.planes[1]), codes, strict=True):
+        for plane, code in zip((*self.planes[0], *self.planes[1]), self._encode(k, v), strict=True):
             plane.view(-1, plane.shape[3]).index_copy_(0, row, code.reshape(-1, plane.shape[3]))
         if self.pinned:
             head = torch.arange(at.shape[:2].numel(), device=at.device).view(*at.shape[:2], 1) * (self.pin + 1)
@@ -143,7 +152,7 @@ class SlotStore:
         """Tokens (B,Hkv,T) that each head adds to what it holds, of which only the first `real` are there."""
         s = self.slots
         at = s.cursor[..., None] + torch.arange(pos.shape[2], device=pos.device)
-        self._write(at, (*self.codecs[0].encode(k), *self.codecs[1].encode(v)), k, v)
+        self._write(at, k, v)
         s.add(at, pos, real)
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
@@ -205,9 +214,11 @@ class SlotStore:
         )
         if self.exact is None:
             return self.slots.unpack(k.view(-1, k.shape[-1]), v.view(-1, v.shape[-1]))
-        k, v = k.clone(), v.clone()
-        for x, pinned in zip((k, v), self.pinned, strict=False):
-            x[:, :, : self.pin] = pinned[:, :, : self.pin]
+        if self.pinned:
+            k, v = (
+                torch.cat((x[:, :, : self.pin], y[:, :, self.pin :]), 2)
+                for x, y in zip(self.pinned, (k, v), strict=True)
+            )
         codes = {
             f"{name}{i}": plane.view(-1, plane.shape[3])
             for name, planes in zip("kv", self.planes, strict=True)

@@ -50,7 +50,8 @@ class Fp8(Rounding):
     def scale(self, rows: Sequence[Kept], name: str) -> Tensor:
         """(B,Hkv,1,1) fp32: the least power of two that brings each head's numbers into the format."""
         if rows[0].codes is not None:
-            return torch.cat([r.codes[f"{name}s"][:, :, :1] for r in rows])
+            known = [torch.nn.functional.pad(r.codes[f"{name}s"], (0, 0, 0, 1), value=1.0) for r in rows]  # … or empty
+            return torch.cat([x[:, :, :1] for x in known])
         whole = [torch.nn.functional.pad(getattr(r, name), (0, 0, 0, 1)) for r in rows]  # a row may be empty
         most = torch.cat([x.float().abs().amax((2, 3), keepdim=True) for x in whole])
         least = most / torch.finfo(FORMATS[self.format]).max
@@ -60,6 +61,9 @@ class Fp8(Rounding):
 class Fp8Codec(Codec):
     def __init__(self, scale: Tensor, kind: torch.dtype, numbers: Tensor, dim: int):
         self.scale, self.kind, self.numbers, self.planes = scale, kind, numbers, [(dim, torch.uint8)]
+
+    def of_row(self, b: int) -> Fp8Codec:
+        return Fp8Codec(self.scale[b : b + 1], self.kind, self.numbers, self.planes[0][0])
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         most = torch.finfo(self.kind).max

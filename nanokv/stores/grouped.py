@@ -21,27 +21,27 @@ class GroupSlots(Slots):
     """
 
     def __init__(self, rows: list[Kept], room: int, sliding_window: int | None, pin: int, group: int, residual: int):
-        self.least_pin, self.group, self.residual = pin, group, residual
+        self.group, self.residual = group, residual
+        codes = rows[0].codes  # as another store of this kind divided its slots
+        self.least = (pin, 0) if codes is None else (int(codes["pin"]), codes["k"].shape[2])
+        self.ahead = room
         super().__init__(rows, room, sliding_window)
 
     def _room(self) -> int:
         """Also fixes how the slots are divided."""
-        self.pin = max(self.least_pin, int(self.sink.max()))  # sinks stay, and a ring of groups cannot let them
-        wraps = (self.limit < self.rooms) | (self.limit == self.wanted)
+        self.pin = max(self.least[0], int(self.sink.max()))  # sinks stay, and a ring of groups cannot let them
+        wraps = (self.limit < self.cursor + self.ahead) | (self.limit == self.wanted)
+        if self.sliding_window is not None:
+            wraps |= self.limit == self.sink + self.sliding_window
         self.wraps = bool(wraps.any())
         self.near = self.pin + self.residual + self.group
         if not self.wraps:  # a text that never fills the window needs no more than its own length
-            self.near = min(self.near, int(self.limit.max()))
+            self.near = max(min(self.near, int(self.limit.max())), self.least[1])
         grows = (self.limit - self.pin - self.residual).div(self.group, rounding_mode="floor").clamp(min=0)
         ring = -(self.sink + self.residual - self.limit).div(self.group, rounding_mode="floor")
         self.laps = torch.where(wraps, ring.clamp(min=1), grows)
         self.moved = (self.cursor - self.pin - self.residual).div(self.group, rounding_mode="floor").clamp(min=0)
         return self.near + int(self.laps.max()) * self.group
-
-    def _measure(self, rows: list[Kept], room: int) -> tuple[Tensor, ...]:
-        measured = super()._measure(rows, room)
-        self.rooms = measured[0] + room
-        return measured
 
     def _where(self, b: int, n: int) -> Tensor:
         return self.place_of(torch.arange(n, device=self.cursor.device).expand(1, self.cursor.shape[1], n), b)[0]
@@ -69,7 +69,7 @@ class GroupSlots(Slots):
         super().place(row, pos)
 
     def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), self.moved, self.laps, self.rooms]
+        return [*super().tensors(), self.moved, self.laps]
 
 
 class GroupedStore:
@@ -111,7 +111,7 @@ class GroupedStore:
                 n, moved = int(r.length[0, h]), int(s.moved[b, h])
                 near = at[h, :n] < s.near
                 for mine, x in ((self.k, r.k), (self.v, r.v)):
-                    mine[b, h, at[h, :n][near]] = x[0, h, :n][near]
+                    mine[b, h, at[h, :n][near]] = x[0, h, :n][near].to(mine.dtype)
                 k, v = (x[0, h, s.pin : s.pin + moved * group].unflatten(0, (moved, group)) for x in (r.k, r.v))
                 if moved:
                     for mine, new in zip(self.body, self._encode(k, v), strict=True):
@@ -236,7 +236,7 @@ class GroupedStore:
         for b, row in enumerate(rows):
             mine = slice(b, b + 1)
             codes = {"k": self.k[mine], "v": self.v[mine], "pos": s.pos[mine]}
-            codes |= {"cursor": s.cursor[mine], "moved": s.moved[mine]}
+            codes |= {"cursor": s.cursor[mine], "moved": s.moved[mine], "pin": torch.tensor(s.pin)}
             codes |= {
                 f"{name}{i}": x[mine] for name, half in zip("kv", self.body, strict=True) for i, x in enumerate(half)
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,10 @@ class Int(StoreSpec):
     tokens, V per token over `group` channels; scale and zero are fp16. The last tokens stay exact until a group of them is complete.
 
     pin: the first so many tokens held stay exact for ever (IntactKV, arXiv:2403.01241), and so do sinks a policy never lets go.
-    kivi4 and kivi2 are the paper's group of 32 with the 32 last tokens exact; int8, int4 and int2 take groups of 64 (or of a whole
-    head where that is smaller). Deviations from the authors' code: at least `residual` tokens are exact at all times, at most
-    residual + group − 1, where their K drops to none after each flush and their V slides by single tokens; a group without a range
-    divides nothing by zero; KV heads are rounded before they are repeated for their query heads.
+    kivi4 and kivi2 are the paper's group of 32 with the 32 last tokens exact; int8, int4 and int2 take groups of 64 (V: of the
+    largest part of that which divides a head). Deviations from the authors' code: at least `residual` tokens are exact at all
+    times, at most residual + group − 1, where their K drops to none after each flush and their V slides by single tokens; a group
+    without a range divides nothing by zero; KV heads are rounded before they are repeated for their query heads.
     """
 
     k: int = 4
@@ -33,8 +34,8 @@ class Int(StoreSpec):
     def __post_init__(self):
         if self.k not in (2, 4, 8) or self.v not in (2, 4, 8):
             raise ValueError(f"k={self.k},v={self.v}; bits are 2, 4 or 8")
-        if self.group < 1 or self.residual < 0 or self.pin < 0:
-            raise ValueError(f"group={self.group},residual={self.residual},pin={self.pin}; group ≥ 1, the others ≥ 0")
+        if self.group < 2 or self.residual < 0 or self.pin < 0:
+            raise ValueError(f"group={self.group},residual={self.residual},pin={self.pin}; group ≥ 2, the others ≥ 0")
 
     @property
     def granule(self) -> int:
@@ -42,20 +43,23 @@ class Int(StoreSpec):
 
     def channels(self, dim: int) -> int:
         """How many channels of V share a scale."""
-        return min(self.group, dim)
+        return math.gcd(self.group, dim)
 
     def misfit(self, config: Any) -> str:
-        dim = config.head_dim
-        if dim % self.channels(dim) == dim % 4 == 0:
-            return ""
-        return f"group={self.group} does not divide this model's head dimension {dim}; give {dim & -dim}"
+        return (
+            ""
+            if config.head_dim % 4 == 0
+            else f"four codes share a word, and {config.head_dim} channels are no fours; use fp8"
+        )
 
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
         dim, heads = config.head_dim, config.num_key_value_heads
         token = dim * (self.k + self.v) / 8 + 4 * dim / self.group + 4 * dim / self.channels(dim) + 4
         exact = 2 * dim * dtype.itemsize + 4
-        near = (max(self.pin, sink) + self.residual + self.group) * exact + max(0, self.group - self.residual) * token
-        return heads * token, int(heads * (near + BOOKKEEPING + 3 * 4))
+        near = (
+            max(self.pin, sink) + self.residual + self.group
+        ) * exact + self.group * token  # a ring takes a group more
+        return heads * token, int(heads * (near + BOOKKEEPING + 2 * 4))
 
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> GroupedStore:
         return GroupedStore(rows, policy, room, ctx, self)

@@ -43,7 +43,9 @@ class Mixed(StoreSpec):
         if self.high < 16 and type(keep).slot is not Policy.slot:
             return f"demotes single tokens at any time, so they would be rounded twice; with it, mixed wants high=16, not {self.high}"
         if keep.watches and keep.watches.noise is not None:
-            return "votes under noise, which cannot be put together from two sets"
+            return "votes under noise, which cannot be put together from two sets: leave demote out"
+        if self.high < 16 and keep.every and not keep.once:
+            return f"judges what it kept anew, which would be rounded twice; with every=, mixed wants high=16, not {self.high}"
         return super().refuses(keep)
 
     def misfit(self, config: Any) -> str:
@@ -55,6 +57,9 @@ class Mixed(StoreSpec):
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
         token, fixed = HIGH[self.high].cost(config, dtype, sink)
         return token, 3 * fixed
+
+    def coarse_bytes(self, config: Any) -> float:
+        return Turbo(k=self.low, v=self.low).cost(config, torch.float32, 0)[0]
 
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> MixedStore:
         return MixedStore(rows, policy, room, ctx, self)
@@ -73,6 +78,7 @@ class MixedStore:
 
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec: Mixed):
         self.policy, self.ctx, self.spec = policy, ctx, spec
+        self.moves = type(policy).slot is not Policy.slot  # whoever makes room for a new token goes to the coarse set
         self.apart = spec.high < 16 or policy.once  # what was judged is not judged again
         sets = [r.parts for r in rows]
         if self.apart and len(sets[0]) == 2:  # as a policy gives them; three: as `unpack` does
@@ -81,12 +87,15 @@ class MixedStore:
         plain = Codec(ctx.config.head_dim, ctx.dtype)
         self.near = SlotStore([replace(r, rest=None) for r in near], policy, room, ctx, (plain, plain))
         self.high = self._set(high[0], HIGH[spec.high], 0) if high else None
-        self.low = self._set(low, Turbo(k=spec.low, v=spec.low), 0 if self.apart else room)
+        self.low = self._set(low, Turbo(k=spec.low, v=spec.low), room if self.moves else 0)
         self.slots = self.near.slots  # what the policy decides on
 
     def _set(self, rows: list[Kept], spec: StoreSpec, room: int) -> SlotStore:
         rows = [replace(r, rest=None, votes=None, limit=torch.full_like(r.limit, -1)) for r in rows]
-        store = spec.pack(rows, Grows(), room, self.ctx)
+        # no ring of the model's window: tokens come in no order of time, so the oldest slot may not be out of it
+        config = self.ctx.config
+        store = spec.pack(rows, Grows(), room, replace(self.ctx, config=replace(config, sliding_window=None)))
+        store.slots.sliding_window = config.sliding_window
         store.slots.even = False  # heads fill up each at its own pace
         if self.near.slots.frozen:
             store.freeze()
@@ -98,13 +107,14 @@ class MixedStore:
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         s = self.near.slots
-        if type(self.policy).slot is not Policy.slot:  # whoever makes room for the new token moves over
-            row, full = s.flat(self.policy.slot(s, pos)), (s.cursor >= s.limit)[..., None]
-            gone = [
-                x[0].view(-1, x[0].shape[3])[row].view_as(new) for x, new in zip(self.near.planes, (k, v), strict=True)
-            ]
-            self.low.take(*gone, s.flat_pos[row].view_as(full), full)
-        self.near.append(k, v, pos)
+        if not self.moves:
+            self.near.append(k, v, pos)
+            return
+        at, full = self.policy.slot(s, pos), (s.cursor >= s.limit)[..., None]
+        row = s.flat(at)
+        gone = [x[0].view(-1, x[0].shape[3])[row].view_as(new) for x, new in zip(self.near.planes, (k, v), strict=True)]
+        self.low.take(*gone, s.flat_pos[row].view_as(full), full)
+        self.near.put(at, k, v, pos)
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         self.near.extend(k, v, pos)  # a policy that demotes token by token watches, and is fed so

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from nanokv.contract import Context, Kept
 from nanokv.ops import pack, unpack
-from nanokv.stores.codec import Codec, hadamard, rotate
+from nanokv.stores.codec import HALF, Codec, hadamard, rotate
 from nanokv.stores.dense import Rounding
 
 
@@ -33,13 +34,18 @@ class Rot4(Rounding):
             raise ValueError(f"rot4:block={self.block}; give 4 channels or more")
 
     def misfit(self, config: Any) -> str:
-        dim = config.head_dim
-        if dim % min(self.block, dim) == dim % 4 == 0:
-            return ""
-        return f"block={self.block} does not divide this model's head dimension {dim}; give {dim & -dim}"
+        return (
+            ""
+            if config.head_dim % 4 == 0
+            else f"four codes share a word, and {config.head_dim} channels are no fours; use fp8"
+        )
+
+    def size(self, dim: int) -> int:
+        """Of a block: the largest part that divides a head."""
+        return math.gcd(self.block, dim)
 
     def widths(self, dim: int) -> tuple[float, float]:
-        one = dim / 2 + 2 * dim // min(self.block, dim)
+        one = dim / 2 + 2 * dim // self.size(dim)
         return one, one
 
     def shared(self, config: Any) -> int:
@@ -47,7 +53,7 @@ class Rot4(Rounding):
 
     def codecs(self, rows: Sequence[Kept], ctx: Context) -> tuple[Codec, Codec]:
         dim = ctx.config.head_dim
-        codec = Rot4Codec(dim, min(self.block, dim), ctx.once("hadamard", lambda: hadamard(dim)))
+        codec = Rot4Codec(dim, self.size(dim), ctx.once("hadamard", lambda: hadamard(dim)))
         return codec, codec
 
 
@@ -57,7 +63,7 @@ class Rot4Codec(Codec):
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         blocks = rotate(x.float(), self.h).unflatten(-1, (-1, self.block))
-        scale = (blocks.abs().amax(-1) / 8 * (1 + 2**-11) + 2**-24).half()  # never below; 0 only where all is
+        scale = (blocks.abs().amax(-1) / 8 * (1 + 2**-10) + 2**-24).clamp(max=HALF).half()  # never below, never 0
         code = (blocks / scale.float()[..., None]).round().clamp(-8, 7) + 8
         return pack(code.to(torch.uint8).flatten(-2), 4), scale
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanokv.contract import Context, Kept
 from nanokv.ops import pack, unpack
-from nanokv.stores.codec import Codec, hadamard, look_up, rotate
+from nanokv.stores.codec import HALF, Codec, hadamard, look_up, rotate
 from nanokv.stores.dense import Rounding
 
 # of a normal number, those that lose least of its square (Lloyd, Max); the negative half mirrors these
@@ -77,7 +77,7 @@ class TurboCodec(Codec):
         length = y.norm(dim=-1, keepdim=True)
         code = torch.bucketize(y / length.clamp(min=1e-30), self.between).to(torch.uint8)
         own = look_up(self.levels, code).norm(dim=-1, keepdim=True)
-        return pack(code, self.bits), (length / own).half()
+        return pack(code, self.bits), (length / own).clamp(max=HALF).half()
 
     def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return look_up(self.levels.to(dtype), unpack(planes[0], self.bits)) * planes[1].to(dtype)
