@@ -25,7 +25,7 @@ class Slots:
         self.ragged, self.sliding_window, self.frozen = ragged, sliding_window, False
         length, wanted, sink, limit = self._measure(rows, room)
         self.cursor, self.wanted, self.sink, self.limit = length, wanted, sink, limit  # cursor: tokens ever written
-        size = limit if ragged else torch.full_like(limit, self._room())
+        size = limit if ragged else torch.full_like(limit, self._size())
         self.first = (
             size.flatten().cumsum(0).view_as(size)[..., None] - size[..., None]
         )  # int64, as torch wants an index
@@ -37,7 +37,7 @@ class Slots:
             self.flat_votes = self.flat_pos.new_zeros(self.total + spare, dtype=torch.float32)
         self._fill(rows)
 
-    def _room(self) -> int:
+    def _size(self) -> int:
         """How many slots each head gets where all get the same number."""
         return int(self.limit.max())
 

@@ -24,13 +24,13 @@ class GroupSlots(Slots):
         self.group, self.residual = group, residual
         codes = rows[0].codes  # as another store of this kind divided its slots
         self.least = (pin, 0) if codes is None else (int(codes["pin"]), codes["k"].shape[2])
-        self.ahead = room
+        self.room = room
         super().__init__(rows, room, sliding_window)
 
-    def _room(self) -> int:
+    def _size(self) -> int:
         """Also fixes how the slots are divided."""
         self.pin = max(self.least[0], int(self.sink.max()))  # sinks stay, and a ring of groups cannot let them
-        wraps = (self.limit < self.cursor + self.ahead) | (self.limit == self.wanted)
+        wraps = (self.limit < self.cursor + self.room) | (self.limit == self.wanted)
         if self.sliding_window is not None:
             wraps |= self.limit == self.sink + self.sliding_window
         self.wraps = bool(wraps.any())
@@ -143,8 +143,8 @@ class GroupedStore:
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         s = self.slots
         if s.even and not s.wraps and k.shape[2] == 1:  # the host knows the slot
-            self.k[:, :, self.near : self.near + 1], self.v[:, :, self.near : self.near + 1] = k, v
-            s.place_at(self.near, pos)
+            self.k[:, :, self.filled : self.filled + 1], self.v[:, :, self.filled : self.filled + 1] = k, v
+            s.place_at(self.filled, pos)
             return
         row = s.ring(k.shape[2])
         at = (row + torch.arange(s.cursor.numel(), device=row.device).view_as(s.cursor)[..., None] * s.near).flatten()
@@ -198,15 +198,15 @@ class GroupedStore:
 
     def _bound(self) -> None:
         """How far any head reaches: exact slots, and groups."""
-        self.near = self.slots.pin + max(self.count)
-        self.far = min(self.groups, max(self.moved))
+        self.filled = self.slots.pin + max(self.count)
+        self.used = min(self.groups, max(self.moved))
 
     def read(self, q: Tensor, pos: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         s = self.slots
-        n = s.near if s.frozen else self.near + (1 if q.shape[2] == 1 else 0)  # a single token is in already
-        groups = self.groups if s.frozen else self.far
+        n = s.near if s.frozen else self.filled + (1 if q.shape[2] == 1 else 0)  # a single token is in already
+        groups = self.groups if s.frozen else self.used
         m = 0 if near is None else min(s.protected, n)
-        parts = [self._near(x, pos, a, b) for x, a, b in ((near, 0, m), (q, m, n)) if a < b]
+        parts = [self._exact(x, pos, a, b) for x, a, b in ((near, 0, m), (q, m, n)) if a < b]
         if groups:
             k, v = ([x[:, :, :groups].flatten(2, 3) for x in half] for half in self.body)
             span = slice(s.near, s.near + groups * self.spec.group)
@@ -215,7 +215,7 @@ class GroupedStore:
             parts.append(self.ctx.ops.decode_quant(q, k, v, seen, kpos, pos, s.sliding_window, bits))
         return *(merge(parts) if len(parts) > 1 else parts[0]), None
 
-    def _near(self, q: Tensor, pos: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:
+    def _exact(self, q: Tensor, pos: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:
         s, span = self.slots, slice(a, b)
         k, v, kpos = self.k[:, :, span], self.v[:, :, span], s.pos[:, :, span]
         return self.ctx.ops.decode(q, k, v, self._held(span), kpos, pos, s.sliding_window)[:2]
