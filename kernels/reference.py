@@ -221,16 +221,14 @@ def quantize(x: Tensor, bits: int, tokens: int, channels: int) -> tuple[Tensor, 
     """Asymmetric, uniform: x (…,S,D) in blocks of `tokens` × `channels` → words, scale and zero (…,S/tokens,D/channels) fp16.
 
     x ≈ code · scale + zero, code in 0 … 2^bits − 1. Both are rounded so that no code is clipped: with the stored ones the error is at
-    most scale/2. A block without a range has scale 1 and code 0.
+    most scale/2, for |x| up to fp16's 65,504. A block without a range has scale 1 and code 0.
     """
-    blocks = (
-        x.float().unflatten(-2, (-1, tokens)).unflatten(-1, (-1, channels))
-    )  # (…,S/tokens,tokens,D/channels,channels)
+    # (…,S/tokens,tokens,D/channels,channels)
+    blocks = x.float().unflatten(-2, (-1, tokens)).unflatten(-1, (-1, channels))
     least, most = blocks.amin((-3, -1)), blocks.amax((-3, -1))
     zero = least.clamp(-HALF, HALF).half()
-    off = (zero.float() - least).clamp(
-        min=0
-    )  # where rounding lifted the zero above the least, half a step must reach it
+    # where rounding lifted the zero above the least, half a step must reach it
+    off = (zero.float() - least).clamp(min=0)
     scale = _half_up(torch.maximum((most - zero.float()) / (2**bits - 1), 2 * off))
     scale = scale.masked_fill(scale == 0, 1)
     code = (blocks - spread(zero.float())) / spread(scale.float())

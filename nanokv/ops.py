@@ -127,7 +127,7 @@ def sdpa_decode_quant(
     they are and neither K nor V ever exists; more queries than that are cheaper served by keys and values made once.
     """
     B, H, T, D = q.shape
-    if T > 1 or q.device.type != "cpu" or 3 in bits:
+    if T > 1 or q.device.type != "cpu":
         k, v = (reference.dequantize(*x, b).to(q.dtype) for x, b in zip((k, v), bits, strict=True))
         return sdpa_decode(q, k, v, length, kpos, now, sliding_window)[:2]
     (kq, ks, kz), (vq, vs, vz) = k, v

@@ -421,7 +421,9 @@ def test_a_step_over_a_rounding_store_is_one_graph_and_stays_one(plan, llm_of):
             session.cache.room -= 1
             session.cache.maintain(1, session.seen)
         torch.testing.assert_close(out[0], logits[t + 1], atol=1e-4, rtol=1e-4)
-    assert counter.frame_count == 1 or part.keep.every  # a look that moves tokens between sets makes new ones
+    assert counter.frame_count <= (
+        3 if part.keep.every else 1
+    )  # two looks move tokens between sets, which are new ones then
 
 
 def test_a_look_moves_codes_and_rounds_nothing_again(llm_of):
