@@ -92,6 +92,7 @@ class GroupedStore:
             self._fill(rows)
         else:
             self._resume(rows)
+        self.since = 0  # tokens in each window that `count` has yet to be told of: it is only brought up to date when a group is due
         self.ahead = 0  # tokens that `maintain` has yet to be told of and `extend` has counted
         # the host knows of each (row, head): tokens in its window, groups behind it, groups it has memory for
         self.count = (s.cursor - s.pin - s.moved * group).flatten().tolist()
@@ -155,7 +156,7 @@ class GroupedStore:
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         a, T = 0, k.shape[2]
         while a < T:
-            free = self.spec.residual + self.spec.group - max(self.count)
+            free = self.spec.residual + self.spec.group - (self.filled - self.slots.pin)
             step = min(free, self.slots.span, T - a)
             self.append(k[:, :, a : a + step], v[:, :, a : a + step], pos[:, a : a + step])
             self._flush(step)
@@ -173,15 +174,17 @@ class GroupedStore:
 
     def _flush(self, written: int) -> None:
         s, group, residual = self.slots, self.spec.group, self.spec.residual
-        self.count = [n + written for n in self.count]
+        self.since += written
+        self.filled += written
+        if self.filled - s.pin < residual + group:  # not even the fullest window: nothing to do, head by head
+            return
+        self.count, self.since = [n + self.since for n in self.count], 0
         due = [i for i, n in enumerate(self.count) if n >= residual + group]
         into = [self.moved[i] % self.laps[i] for i in due]
         for i in due:
             self.count[i] -= group
             self.moved[i] += 1
         self._bound()
-        if not due:
-            return
         at, heads = torch.tensor([due, into], device=s.cursor.device), s.cursor.shape[1]
         b, h, at = at[0] // heads, at[0] % heads, at[1]
         first, rest = slice(s.pin, s.pin + group), slice(s.pin + group, s.near)
@@ -252,7 +255,7 @@ class GroupedStore:
 
     def live(self) -> tuple[int, int, int]:
         s, group = self.slots, self.spec.group
-        near, far = sum(n + s.pin for n in self.count), sum(map(min, self.moved, self.laps))
+        near, far = sum(n + self.since + s.pin for n in self.count), sum(map(min, self.moved, self.laps))
         sizes = []
         for exact, half in zip((self.k, self.v), self.body, strict=True):
             one = sum(x.nbytes for x in half) // max(1, half[0].shape[:3].numel())  # bytes of a group of one head
