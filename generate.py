@@ -73,6 +73,12 @@ def parser() -> argparse.ArgumentParser:
     )
     a("--backend", default="auto", choices=("auto", "eager", "sdpa"), help="eager is plain torch, the oracle")
     a(
+        "--runner",
+        default="auto",
+        choices=("auto", "eager", "compile", "graph"),
+        help="who runs a decode step: plain calls, torch.compile (starts late, decodes fast), a CUDA graph",
+    )
+    a(
         "--random-weights",
         action="store_true",
         help="the named shape with random weights and a byte tokenizer, no download",
@@ -149,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         backend=args.backend,
+        runner=args.runner,
         random_weights=args.random_weights,
         bar=bar,
     )
@@ -157,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     say = (lambda *_: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
     backend = llm.models.ops.name + (" (decode in plain torch)" if llm.device.type != "cpu" else "")
     kept = "the saved plan" if args.load_cache else plan
-    say(f"{llm.name} · {kept} · {llm.device} · {dtypes(llm)} · backend {backend} · runner eager")
+    say(f"{llm.name} · {kept} · {llm.device} · {dtypes(llm)} · backend {backend} · runner {llm.models.runner.name}")
     if args.interactive:
         return converse(args, llm, text, common, say)
     prompt, then = ids(args, llm, text)
@@ -433,7 +440,7 @@ def end_block(llm, session, turn, peak: int, args: argparse.Namespace) -> list[s
 
     report, name = session.report(), session.plan.names[0]
     lines = [
-        f"load {llm.load_s:.2f} s",
+        f"load {llm.load_s:.2f} s" + (f", compile {turn.compile_s:.2f} s" if turn.compile_s else ""),
         f"prefill {turn.prompt_tokens} tok, {turn.prefill_s:.2f} s, {rate(turn.prompt_tokens, turn.prefill_s):.0f} tok/s",
         f"decode {turn.counted} tok, {turn.decode_s:.2f} s, {rate(turn.counted, turn.decode_s):.1f} tok/s "
         f"(without the first step, the warm-up); ended by {', '.join(dict.fromkeys(turn.reasons))}",
@@ -460,12 +467,12 @@ def write_json(file: str, llm, session, turn, peak: int, other) -> None:
         "device": str(llm.device),
         "dtype": llm.dtypes,
         "backend": llm.models.ops.name,
-        "runner": "eager",
+        "runner": llm.models.runner.name,
         "torch": torch.__version__,
         "commit": commit(),
         "prompt_tokens": turn.prompt_tokens,
         "load_s": llm.load_s,
-        "compile_s": 0.0,
+        "compile_s": turn.compile_s,
         "prefill_s": turn.prefill_s,
         "decode_s": turn.decode_s,
         "prefill_tok_s": rate(turn.prompt_tokens, turn.prefill_s),

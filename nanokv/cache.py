@@ -27,6 +27,9 @@ class KVCache:
         plan = plans[0]
         self.plans, self.plan, self.stores, self.scores, self.room, self.ctx = plans, plan, stores, scores, room, ctx
         self.fresh = 0  # tokens since the policy looked last
+        self.layout = (
+            0  # how often memory or its division has changed: what was captured or compiled for the last one is stale
+        )
         self.layers: list[Owner | Reader] = []
         rows = next(iter(stores.values())).slots.cursor.shape[0]
         for i in range(ctx.config.num_hidden_layers):
@@ -69,6 +72,7 @@ class KVCache:
         self.room = room
 
     def _pack(self, i: int, rows: list[Kept], ahead: int) -> None:
+        self.layout += 1
         frozen = self.stores[i].slots.frozen
         self.stores[i] = self.layers[i].store = self.plan.store.pack(rows, self.plan.keep, ahead, self.ctx)
         if frozen:
@@ -81,6 +85,7 @@ class KVCache:
         self.fresh += written
         if self.plan.keep.every and self.fresh >= self.plan.keep.every:
             self.fresh = 0
+            self.layout += 1
             for i in self.stores:
                 self._look_again(i, seen)
 

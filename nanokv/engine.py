@@ -16,6 +16,7 @@ from nanokv.model import Llama
 from nanokv.ops import Ops
 from nanokv.plan import Plan
 from nanokv.prompt import PromptCache
+from nanokv.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Models:
     prefill: Llama
     decode: Llama
     ops: Ops
+    runner: Runner  # of single tokens
 
     @property
     def context(self) -> Context:
@@ -115,11 +117,14 @@ class Session:
             T = self.cache.piece(tokens.shape[1])
             self.cache.room -= T
             pos = self.pos if T == 1 else self.pos + torch.arange(T, device=self.pos.device)
-            model = self.models.decode if T == 1 else self.models.prefill
-            hidden = model.hidden(tokens[:, :T], pos, self.cache)
+            if T == 1:
+                out = self.models.runner.step(tokens[:, :1], pos, self.cache)[:, None]
+            else:
+                hidden = self.models.prefill.hidden(tokens[:, :T], pos, self.cache)
+                out = self.models.prefill.logits(hidden if each else hidden[:, -1:])
             tokens = tokens[:, T:]
             if each or not tokens.shape[1]:
-                parts.append(model.logits(hidden if each else hidden[:, -1:]))
+                parts.append(out)
             self._advance(T)
             self.cache.maintain(T, self.seen)
         self.whole = True

@@ -23,6 +23,7 @@ from nanokv.config import PRESETS, ModelConfig
 from nanokv.engine import Models, Session, generate
 from nanokv.ops import BACKENDS, linear, row_linear
 from nanokv.plan import Plan, nearest, parse
+from nanokv.runner import RUNNERS, make
 from nanokv.sampler import Sampling, sample
 from nanokv.shares import KVSharer
 
@@ -40,6 +41,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     backend: str = "auto",
+    runner: str = "auto",
     random_weights: bool = False,
     bar: bool = False,
 ) -> LLM:
@@ -56,6 +58,8 @@ def load(
         raise ValueError(
             f"unknown backend {backend!r}{nearest(backend, BACKENDS)}; backends are auto, {', '.join(BACKENDS)}"
         )
+    if runner not in ("auto", *RUNNERS):
+        raise ValueError(f"unknown runner {runner!r}{nearest(runner, RUNNERS)}; runners are auto, {', '.join(RUNNERS)}")
     ops, where = BACKENDS["sdpa" if backend == "auto" else backend], _device(device)
     if random_weights:
         shape = MODELS[model].shape if model in MODELS else model
@@ -71,7 +75,8 @@ def load(
     ops = replace(ops, linear=use.linear)
     main = loader.empty(config, ops, where, use.prefill)
     read(main, bar)
-    models = Models(main, loader.copy(main, ops, use.decode) if use.decode != use.prefill else main, ops)
+    decode = loader.copy(main, ops, use.decode) if use.decode != use.prefill else main
+    models = Models(main, decode, ops, make(runner, decode))
     name = f"{model} (random weights)" if random_weights else model
     llm = LLM(name, models, words, plan, use.why, time.perf_counter() - t0)
     llm.plan = llm.ready(plan)
@@ -254,7 +259,8 @@ class Turn:
     texts: list[str] = field(default_factory=list)
     reasons: list[str | None] = field(default_factory=list)
     prefill_s: float = 0.0
-    decode_s: float = 0.0  # of the steps after the first, which is the warm-up
+    compile_s: float = 0.0
+    decode_s: float = 0.0  # of the steps after the first, which is the warm-up, without what was compiled meanwhile
     counted: int = 0  # tokens that came in decode_s, of rows that had not ended
     unfed: int | None = None  # row 0's last token, where the next turn must feed it first
     interrupted: bool = False  # set from outside, at any time; the answer ends after the step in progress
@@ -289,11 +295,12 @@ class Turn:
         self.streams = [Stopper(tokenizer.Stream(self.tokenizer, ids), self.stop) for ids in before]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        clock, column = 0.0, None
+        clock, column, runner = 0.0, None, self.session.models.runner
+        before = compiled = runner.compile_s
         for i, column in enumerate(generate(self.session, self.logits, self.limit, self._pick)):
             tokens = column.tolist()
             if i > 1:
-                self.decode_s += time.perf_counter() - clock
+                self.decode_s += time.perf_counter() - clock - (runner.compile_s - compiled)
                 self.counted += self.reasons.count(None)
             self.unfed = tokens[0] if self.ignore_eos or tokens[0] not in self.tokenizer.eos else None
             for row, token in enumerate(tokens):
@@ -305,7 +312,8 @@ class Turn:
                         yield from self._emit(row, self.streams[row].end())
             if all(self.reasons):
                 break
-            clock = time.perf_counter()
+            compiled, clock = runner.compile_s, time.perf_counter()
+        self.compile_s += runner.compile_s - before
         if self.session.open:  # a policy that waits has seen no token yet: give it the one it needs to decide
             self.session.feed(column[:, None])
             self.unfed = None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.reference import pack, unpack
+from nanokv import forms
 
 __all__ = ["BACKENDS", "EAGER", "SDPA", "Ops", "merge", "pack", "unpack"]
 
@@ -43,15 +44,22 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (…,C) in any type, computed and returned in the weight's."""
+    if _fused(x) and weight.itemsize == 2 and x.numel() == x.shape[-1]:
+        return forms.linear(x, weight, bias)
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As `linear`, but one row goes to the matrix-vector routine: on some CPUs it streams bf16 weights up to twice as fast."""
-    if x.numel() != x.shape[-1]:
+    if x.numel() != x.shape[-1] or _fused(x):
         return linear(x, weight, bias)
     out = torch.mv(weight, x.to(weight.dtype).reshape(-1))
     return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
+
+
+def _fused(x: Tensor) -> bool:
+    """Whether Inductor is going to make C++ loops of what follows."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -99,6 +107,8 @@ def sdpa_decode(
     masks_differ = sliding_window is not None and T > 1  # from query to query, for which this call has no room
     if group is not None or q.device.type != "cpu" or masks_differ:
         return reference.decode(q, k, v, length, kpos, now, sliding_window, group, noise)
+    if _fused(q) and T == 1:
+        return *forms.decode(q, k, v, reference.mask(length, kpos, now, sliding_window, k.shape[2])), None
     bias = None
     seen = reference.mask(length, kpos, now, sliding_window, k.shape[2])
     if seen is not None:

@@ -131,7 +131,7 @@ class Slots:
         at = self.cursor[..., None] + torch.arange(n, dtype=torch.int32, device=self.cursor.device)
         sink, limit = self.sink[..., None], self.limit[..., None]
         # the `where` matters: with fewer tokens than sinks, the bare modulo would write to a wrong slot
-        return torch.where(at < limit, at, sink + (at - sink) % (limit - sink))
+        return torch.where(at < limit, at, sink + (at - sink) % (limit - sink).clamp(min=1))
 
     def weakest(self, worth: Tensor, now: Tensor) -> Tensor:
         """(B,Hkv,1): a free slot, or else that of least worth (B,Hkv,S), the oldest of equals.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from conftest import ROOT
 
 CEILINGS = {
-    "generate.py": 460,
+    "generate.py": 470,
     "bench.py": 350,
     "nanokv/fidelity.py": 80,
     "nanokv/contract.py": 345,
@@ -19,7 +19,9 @@ CEILINGS = {
     "nanokv/cache.py": 280,
     "nanokv/plan.py": 185,
     "nanokv/share.py": 180,
-    "nanokv/ops.py": 170,
+    "nanokv/ops.py": 180,
+    "nanokv/runner.py": 90,
+    "nanokv/forms.py": 50,
     "nanokv/tokenizer.py": 200,
     "nanokv/chat.py": 70,
     "nanokv/explain.py": 100,
@@ -35,7 +37,7 @@ CEILINGS = {
     "weights/from_gguf.py": 290,
     "weights/registry.py": 80,
 }
-METHOD, STORE, TOTAL = 80, 110, 6400
+METHOD, STORE, TOTAL = 80, 110, 6600
 
 
 def lines(path) -> int:

@@ -1,0 +1,136 @@
+"""Who runs a step changes nothing but the time: the same logits, few graphs, none new at the third length."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._dynamo.testing
+from conftest import text
+from test_stores import of, pairs
+
+from nanokv import load, parse
+from nanokv.cache import KVCache
+from nanokv.engine import Session
+from nanokv.llm import LLM
+from nanokv.plan import Plan
+from nanokv.policies import POLICIES
+from nanokv.runner import Compiled, Eager, make
+from nanokv.stores import STORES
+
+LENGTHS, STEPS = (60, 43, 77), 4
+
+
+def counted(llm: LLM, plan: Plan, steps: int = STEPS) -> tuple[list[int], int, float]:
+    """Graphs after each of three lengths, kinds of layers, and the largest difference to eager logits."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = replace(llm.models, runner=Compiled(llm.models.decode, counter))
+    counts, kinds, worst = [], set(), 0.0
+    for n in LENGTHS:
+        more, logits = text(steps, seed=n), []
+        for models in (llm.models, compiled):
+            session = Session(models, plan, steps)
+            session.start([text(n, seed=5)])
+            logits.append(torch.cat([session.feed(torch.tensor([[t]])) for t in more]))
+        counts.append(counter.frame_count)
+        kinds |= {kind(layer) for layer in session.cache.layers}
+        worst = max(worst, (logits[0] - logits[1]).abs().max().item())
+    return counts, len(kinds), worst
+
+
+def kind(layer) -> tuple:
+    """What decides the shape of a step besides sizes: whether the layer stores, has exact tokens apart, has groups and overwrites them."""
+    store = getattr(layer, "store", None) or layer.of.store
+    apart = bool(getattr(store, "groups", 0)), bool(getattr(store, "pin", 0)), getattr(store.slots, "wraps", None)
+    return layer.owns, *apart
+
+
+def check(counts: list[int], kinds: int, worst: float, more: int = 0) -> None:
+    assert worst < 1e-3  # in fp32; a set of 2 bits has scales that make the order of a sum visible
+    assert counts[2] == counts[1] <= 2 * kinds + more + 1  # and the head's
+
+
+PAIRS = [pair for pair in pairs() if not STORES[pair[1]].refuses(POLICIES[pair[0]])]
+ALONE = [(keep, store) for keep, store in PAIRS if keep == "full" or store == "dense"] + [("mikv", "mixed")]
+
+
+@pytest.mark.parametrize(("keep", "store"), ALONE)
+def test_every_part_compiles_to_two_graphs_and_no_third(keep, store, llm_of):
+    check(*counted(llm_of("g3"), of(keep, store)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("keep", "store"), [pair for pair in PAIRS if pair not in ALONE])
+def test_every_pair_compiles_to_two_graphs_and_no_third(keep, store, llm_of):
+    # sizes of single heads: one that all layers share at first is taken for a constant, and for a number of its own later
+    check(*counted(llm_of("g3"), of(keep, store)), more=store == "ragged")
+
+
+@pytest.mark.parametrize("store", ["dense", "int4"])
+def test_an_owner_and_its_reader_are_two_kinds_of_blocks(store, llm_of):
+    check(*counted(llm_of("g3"), of("snapkv", store, {2: 0})))
+
+
+def test_a_cache_that_is_not_frozen_compiles_as_it_grows(llm_of, monkeypatch):
+    """That the counts above can fail."""
+    monkeypatch.setattr(KVCache, "freeze", lambda self: None)
+    counts, _, worst = counted(llm_of("g3"), of("full", "dense"))
+    assert worst < 1e-4 and counts[-1] > 3
+
+
+@pytest.mark.parametrize(
+    "plan", ["full", "snapkv:budget=20,window=4,every=4", "snapkv:budget=20,window=4,heads=ada,every=4+ragged"]
+)
+def test_new_memory_is_noticed_where_a_layout_changes(plan, llm_of):
+    """More room, or another look."""
+    llm, more = llm_of("g3"), text(14, seed=3)
+    logits = []
+    for models in (llm.models, replace(llm.models, runner=Compiled(llm.models.decode, "eager"))):
+        session = Session(models, parse(plan), 8)
+        session.start([text(60, seed=5)])
+        first = [session.feed(torch.tensor([[t]])) for t in more[:7]]
+        session.reserve(40)
+        logits.append(torch.cat(first + [session.feed(torch.tensor([[t]])) for t in more[7:]]))
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_turn_of_several_tokens_goes_on_from_a_compiled_cache(llm_of):
+    llm, logits = llm_of("g3"), []
+    for models in (llm.models, replace(llm.models, runner=Compiled(llm.models.decode, "eager"))):
+        session = Session(models, parse("streaming:sink=2,recent=10"), 30)
+        session.start([text(40, seed=5), text(33, seed=6)])
+        for piece in (text(1), text(9, seed=2), text(1, seed=3), text(1, seed=4)):
+            out = session.feed(torch.tensor([piece, piece]))
+        logits.append(out)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_inductor_writes_the_same_tokens(smollm):
+    """The real loops in C++ and the real model: weights in fp32, and in bfloat16 as its users have them."""
+    llm = load("smollm2-135m", "snapkv:budget=50%", runner="compile")
+    assert llm.dtypes["decode"] in ("bfloat16", "float32", "float16")
+    ids = llm.tokenizer.encode("The capital of France is Paris. The capital of Italy is")
+    for models in (smollm.models, llm.models):
+        texts = []
+        for runner in (Eager(models.decode), Compiled(models.decode)):
+            session = Session(replace(models, runner=runner), parse("snapkv:budget=50%,window=4"), 24)
+            found, out = [], session.start([ids])
+            for _ in range(24):
+                found.append(out.argmax(-1, keepdim=True))
+                out = session.feed(found[-1])
+            texts.append(torch.cat(found).flatten().tolist())
+            if isinstance(runner, Compiled):
+                assert runner.compile_s > 0
+        assert texts[0] == texts[1]
+
+
+def test_a_graph_is_refused_where_there_is_no_cuda(llm_of):
+    with pytest.raises(ValueError, match="use --runner compile or eager"):
+        make("graph", llm_of("g3").models.decode)
+
+
+def test_auto_is_eager_on_a_cpu(llm_of):
+    assert make("auto", llm_of("g3").models.decode).name == "eager"
