@@ -27,6 +27,7 @@ from evals.quality import Item, named, registered
 from evals.tasks import TASKS
 from nanokv.llm import LLM, load
 from nanokv.plan import Plan, parse
+from nanokv.runner import RUNNERS
 from weights.registry import DEFAULT, settings
 
 # chosen on these very tasks: pooling as wide as a code of single digits, and a window that leaves something to drop at 1,000 tokens
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     a("--model", default=DEFAULT, metavar="M")
     a("--device", default="auto", metavar="D")
     a("--dtype", default="auto", metavar="T")
+    a("--runner", default="auto", choices=("auto", *RUNNERS), help="of decode steps; peers measures eager and compile")
     a(
         "--plans",
         nargs="+",
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     check(args)
     plans_of(args, ())  # a mistake in a plan is told before a model is loaded
     bar = sys.stderr.isatty() and not args.quiet
-    llm = load(args.model, device=args.device, dtype=args.dtype, bar=bar)
+    llm = load(args.model, device=args.device, dtype=args.dtype, runner=args.runner, bar=bar)
     extra = ["transformers", "kvpress", "optimum-quanto", "hqq"] if args.what in ("peers", "kvpress", "all") else []
     facts = record.facts(llm, ["torch", "triton", *extra])
     print(f"{llm.name} · {facts['machine']} · {llm.dtypes['prefill']}/{llm.dtypes['decode']}", file=sys.stderr)

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ from evals.dense import begin
 from evals.quality import PROTOCOLS, Item, mean, script, solved, text_of
 from evals.speed import ROUNDS, STEPS, in_turn, stepper, timed
 from nanokv import parse
+from nanokv.engine import Session
 from nanokv.llm import LLM
 from nanokv.plan import POLICIES, Plan
+from nanokv.runner import Compiled, Eager
 from weights.fetch import locate
 
 INSTALL = "pip install -r requirements-peers.txt"
@@ -155,14 +157,20 @@ class Runner:
 
 
 def runners(llm: LLM, model: str, ids: list[int], budget: str) -> Iterator[Runner | tuple[str, str]]:
-    """Every contender after its prefill, or (name, why it is not there)."""
-    room, kept = ROUNDS * STEPS + 3, share(budget)
+    """Every contender after its prefill, or (name, why it is not there). Ours step as plain calls and with compiled blocks."""
+    room, kept = ROUNDS * STEPS + 5, share(budget)
     plans = {"full": parse("full")} | {p.name: plan for p in PAIRS if (plan := _plan(p, budget))}
     llm.session(room).start([ids])  # everybody's first prompt of a shape is slow; theirs see it twice too
-    for name, plan in plans.items():
-        session, out = llm.session(room, plan=plan), []
-        seconds = timed(lambda s=session, o=out: o.append(s.start([ids])), llm.device)
-        yield Runner(f"nanokv {name}", seconds, stepper(session, out[0]), lambda s=session: s.report().bytes)
+    for how in (Eager(llm.models.decode), Compiled(llm.models.decode)):
+        models = replace(llm.models, runner=how)
+        for name, plan in plans.items():
+            session, out = Session(models, llm.ready(plan), room), []
+            seconds = timed(lambda s=session, o=out: o.append(s.start([ids])), llm.device)
+            step = stepper(session, out[0])
+            before = how.compile_s
+            step(), step()
+            name = f"nanokv {name}" + (", compiled" if how.compile_s else "")
+            yield Runner(name, seconds, step, lambda s=session: s.report().bytes, how.compile_s - before)
     try:
         import transformers
     except ImportError:
