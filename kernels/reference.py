@@ -68,11 +68,20 @@ def decode_quant(
     now: Tensor,
     sliding_window: int | None,
     bits: tuple[int, int],
+    near: tuple[Tensor, Tensor, Tensor | None, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`decode` over codes: k and v are (words, scale, zero) as `quantize` makes them, K over token groups, V over channel groups; bits of
-    K and of V. → out (B,H,T,D) in q's dtype, lse (B,H,T) fp32.
+    K and of V. near: exact tokens besides, as (k, v (B,Hkv,N,D), which of them are there bool (B,Hkv,N) or None for all, their positions
+    (B,Hkv,N)). → out (B,H,T,D) in q's dtype, lse (B,H,T) fp32.
     """
-    k, v = dequantize(*k, bits[0]), dequantize(*v, bits[1])
+    n, (k, v) = k[0].shape[2], (dequantize(*x, b) for x, b in zip((k, v), bits, strict=True))
+    if near is not None:
+        exact_k, exact_v, held, pos = near
+        seen = [mask(x, kpos, now, None, m) for x, m in ((length, n), (held, pos.shape[2]))]
+        seen = [s if s is None else s[:, :, 0] for s in seen]
+        everything = [torch.ones(x.shape, dtype=torch.bool, device=q.device) for x in (kpos, pos)]
+        length = torch.cat([a if s is None else s for s, a in zip(seen, everything, strict=True)], 2)
+        k, v, kpos = torch.cat((k, exact_k.float()), 2), torch.cat((v, exact_v.float()), 2), torch.cat((kpos, pos), 2)
     return decode(q, k, v, length, kpos, now, sliding_window)[:2]
 
 
@@ -177,6 +186,24 @@ def _group(x: Tensor, group: str) -> Tensor:
     if group == "each":
         return x.flatten(1, 2)
     return x.mean(2) if group == "mean" else x.amax(2)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dim: x (…,C), weight (C,) → (…,C) in x's dtype."""
+    wide = x.float()
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()).to(x.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """(…,2C), the gate's half first → (…,C): up · gate · sigmoid(gate)."""
+    gate, up = gate_up.float().chunk(2, -1)
+    return (gate * gate.sigmoid() * up).to(gate_up.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (…,C), weight (N,C), bias (N,) → (…,N) in the weight's dtype."""
+    out = x.to(weight.dtype).float() @ weight.float().T
+    return (out if bias is None else out + bias.float()).to(weight.dtype)
 
 
 # ---- codes: how numbers become few bits, and how these lie in memory ------------------------------------------------

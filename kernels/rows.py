@@ -1,0 +1,72 @@
+"""What a decode step does to single rows: RMSNorm, SwiGLU, and a matrix times a vector, bound by the bytes of the matrix."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _norm(x, weight, out, C, eps, W: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, W)
+    here = c < C
+    a = tl.load(x + row * C + c, mask=here, other=0.0).to(tl.float32)
+    a = a * tl.rsqrt(tl.sum(a * a, 0) / C + tl.full([1], eps, tl.float32))
+    a = a * tl.load(weight + c, mask=here, other=0.0).to(tl.float32)
+    tl.store(out + row * C + c, a.to(out.dtype.element_ty), mask=here)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `reference.norm`. One program a row; statistics in fp32."""
+    x = x.contiguous()
+    out, C = torch.empty_like(x), x.shape[-1]
+    W = triton.next_power_of_2(C)
+    _norm[(x.numel() // C,)](x, weight, out, C, eps, W=W, num_warps=min(8, max(1, W // 512)))
+    return out
+
+
+@triton.jit
+def _swiglu(x, out, C, N: tl.constexpr):
+    row, c = tl.program_id(1).to(tl.int64), tl.program_id(0) * N + tl.arange(0, N)
+    here = c < C
+    gate = tl.load(x + row * 2 * C + c, mask=here, other=0.0).to(tl.float32)
+    up = tl.load(x + row * 2 * C + C + c, mask=here, other=0.0).to(tl.float32)
+    y = gate / (1 + tl.exp(-gate)) * up
+    tl.store(out + row * C + c, y.to(out.dtype.element_ty), mask=here)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """As `reference.swiglu`."""
+    x, C = gate_up.contiguous(), gate_up.shape[-1] // 2
+    out = x.new_empty(*x.shape[:-1], C)
+    _swiglu[triton.cdiv(C, 1024), x.numel() // (2 * C)](x, out, C, N=1024)
+    return out
+
+
+@triton.jit
+def _linear(x, weight, bias, out, N, C, BIAS: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+    """R rows of the matrix, read once from left to right."""
+    r, c = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, W)
+    rows = weight + r[:, None].to(tl.int64) * C
+    total = tl.zeros([R, W], tl.float32)
+    for at in range(0, C, W):
+        here = at + c < C
+        part = tl.load(rows + at + c[None, :], mask=(r[:, None] < N) & here[None, :], other=0.0)
+        total += part.to(tl.float32) * tl.load(x + at + c, mask=here, other=0.0).to(tl.float32)[None, :]
+    y = tl.sum(total, 1)
+    if BIAS:
+        y += tl.load(bias + r, mask=r < N, other=0.0).to(tl.float32)
+    tl.store(out + r, y.to(out.dtype.element_ty), mask=r < N)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `reference.linear` for one row: N·C weights cross the bus once, products and sums are fp32."""
+    N, C = weight.shape
+    assert x.numel() == C and weight.is_contiguous(), (x.shape, weight.stride())
+    row, out = x.to(weight.dtype).contiguous(), weight.new_empty(*x.shape[:-1], N)
+    _linear[(triton.cdiv(N, 8),)](
+        row, weight, weight if bias is None else bias, out, N, C, BIAS=bias is not None, R=8, W=512
+    )
+    return out

@@ -1,0 +1,208 @@
+"""Every kernel against its twin, on shapes that fit nothing: in Triton's interpreter, or on a GPU where there is one.
+
+The interpreter gets bf16 wrong (it computes with its bits), so here it is fp16 and fp32; tests/gpu has the rest.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import kernels
+from kernels import reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CLOSE = {torch.float32: 2e-5, torch.float16: 4e-3}
+B, H, HKV, S, D = 3, 6, 2, 100, 64
+LENGTHS = {
+    "whole": None,
+    "none": [[0, 0]] * B,
+    "one": [[1, 1]] * B,
+    "all": [[S, S]] * B,
+    "ragged": [[0, 7], [99, 1], [64, 100]],
+}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    dice = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=dice).to(DEVICE, dtype)
+
+
+def cache(dtype: torch.dtype, heads: int = HKV, dim: int = D) -> tuple[torch.Tensor, ...]:
+    """q, and k and v as the first S slots of larger memory; positions; the present."""
+    q, k, v = (
+        normal(B, H, 1, dim, dtype=dtype),
+        normal(B, heads, S + 9, dim, dtype=dtype, seed=1),
+        normal(B, heads, S + 9, dim, dtype=dtype, seed=2),
+    )
+    kpos = torch.stack([torch.randperm(S, generator=torch.Generator().manual_seed(i)) for i in range(B * heads)])
+    return (
+        q * 3,
+        k[:, :, :S],
+        v[:, :, :S],
+        kpos.view(B, heads, S).int().to(DEVICE),
+        torch.full((B, 1), S, device=DEVICE),
+    )
+
+
+def lengths(name: str, heads: int = HKV) -> torch.Tensor | None:
+    n = LENGTHS[name]
+    return (
+        None
+        if n is None
+        else torch.tensor(n, dtype=torch.int32, device=DEVICE).repeat(1, heads)[:, :heads].contiguous()
+    )
+
+
+def same(found, expected, dtype: torch.dtype) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.shape == b.shape and a.dtype == b.dtype and not a.isnan().any()
+            torch.testing.assert_close(a, b, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("window", [None, 37])
+def test_decode(name, window, dtype):
+    q, k, v, kpos, now = cache(dtype)
+    ask = q, k, v, lengths(name), kpos, now, window
+    same(kernels.decode(*ask), reference.decode(*ask), dtype)
+
+
+@pytest.mark.parametrize("group", ["mean", "max", "each"])
+@pytest.mark.parametrize("name", ["whole", "ragged"])
+def test_decode_with_votes(name, group):
+    q, k, v, kpos, now = cache(torch.float32)
+    ask = q, k, v, lengths(name), kpos, now, 61, group
+    same(kernels.decode(*ask), reference.decode(*ask), torch.float32)
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(6, 96), (1, 64), (3, 16), (2, 128)])
+def test_decode_of_other_groups_and_widths(heads, dim):
+    q, k, v, kpos, now = cache(torch.float32, heads, dim)
+    seen = normal(B, heads, S, seed=3) > 0
+    for length in (lengths("ragged", heads), seen, seen & False):
+        ask = q, k, v, length, kpos, now, None
+        same(kernels.decode(*ask), reference.decode(*ask), torch.float32)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_decode_over_eight_bit_floats(kind):
+    q, k, v, kpos, now = cache(torch.float16)
+    ask = q, k.to(kind), v.to(kind), lengths("ragged"), kpos, now, None
+    same(kernels.decode(*ask), reference.decode(*ask), torch.float16)
+
+
+@pytest.mark.parametrize("breakage", ["length", "group", "window", "votes"])
+def test_decode_can_fail(breakage):
+    """The same comparison, with one thing a little wrong."""
+    q, k, v, kpos, now = cache(torch.float32)
+    n, window = lengths("ragged"), 61
+    right = reference.decode(q, k, v, n, kpos, now, window, "mean")
+    if breakage == "length":
+        n = (n - 1).clamp(min=0)
+    if breakage == "group":
+        q = q.roll(1, 1)
+    if breakage == "window":
+        window += 3
+    found = list(kernels.decode(q, k, v, n, kpos, now, window, "mean"))
+    if breakage == "votes":
+        found[2] = found[2].roll(1, 2)
+    with pytest.raises(AssertionError):
+        same(found, right, torch.float32)
+
+
+def codes(bits: tuple[int, int], group: int, runs: int, dim: int = D, tokens: int = 96) -> tuple:
+    k, v = normal(B, HKV, tokens, dim, seed=1), normal(B, HKV, tokens, dim, seed=2) + 0.5
+    return reference.quantize(k, bits[0], group, 1), reference.quantize(v, bits[1], 1, dim // runs)
+
+
+QUANT = [((4, 4), 32, 2), ((2, 2), 16, 1), ((8, 8), 48, 1), ((8, 4), 16, 4), ((4, 2), 96, 4), ((2, 8), 32, 2)]
+
+
+def beside(dtype: torch.dtype, held: bool, n: int = 21) -> tuple:
+    k, v = normal(B, HKV, n, D, dtype=dtype, seed=5), normal(B, HKV, n, D, dtype=dtype, seed=6)
+    pos = torch.arange(80, 80 + n, dtype=torch.int32, device=DEVICE).expand(B, HKV, n).contiguous()
+    return k, v, normal(B, HKV, n, seed=7) > -0.5 if held else None, pos
+
+
+@pytest.mark.parametrize(("bits", "group", "runs"), QUANT)
+@pytest.mark.parametrize(("near", "dtype"), [(None, torch.float32), ("some", torch.float16), ("all", torch.float32)])
+def test_decode_quant(bits, group, runs, near, dtype):
+    q, _, _, kpos, now = cache(dtype)
+    k, v = codes(bits, group, runs)
+    kpos, exact = kpos[:, :, :96], None if near is None else beside(dtype, near == "some")
+    for length, window in ((None, None), (kpos % 3 != 0, 50), (lengths("ragged").clamp(max=96), None)):
+        ask = q, k, v, length, kpos, now, window, bits, exact
+        same(kernels.decode_quant(*ask), reference.decode_quant(*ask), dtype)
+
+
+@pytest.mark.parametrize("breakage", ["scale", "zero", "field", "near", "length"])
+def test_decode_quant_can_fail(breakage):
+    q, _, _, kpos, now = cache(torch.float32)
+    bits, kpos = (4, 4), kpos[:, :, :96]
+    k, v = codes(bits, 32, 2)
+    exact, n = beside(torch.float32, True), lengths("ragged").clamp(max=96)
+    right = reference.decode_quant(q, k, v, n, kpos, now, None, bits, exact)
+    if breakage == "scale":
+        k = k[0], k[1].roll(1, 2), k[2]
+    if breakage == "zero":
+        v = *v[:2], v[2].roll(1, 3)
+    if breakage == "field":
+        k = k[0].roll(4, 3), *k[1:]
+    if breakage == "near":
+        exact = *exact[:2], None, exact[3]
+    if breakage == "length":
+        n = (n - 1).clamp(min=0)
+    with pytest.raises(AssertionError):
+        same(kernels.decode_quant(q, k, v, n, kpos, now, None, bits, exact), right, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("w", "group", "window"), [(1, "mean", None), (16, "max", None), (21, "mean", 40), (32, "max", 9)]
+)
+def test_mass(w, group, window, dtype):
+    q, k = normal(B, H, w, D, dtype=dtype) * 3, normal(B, HKV, S, D, dtype=dtype, seed=1)
+    ask = q, k, S - w, window, group
+    same([kernels.mass(*ask)], [reference.mass(*ask)], dtype)
+
+
+def test_mass_can_fail():
+    q, k = normal(B, H, 16, D) * 3, normal(B, HKV, S, D, seed=1)
+    with pytest.raises(AssertionError):
+        same([kernels.mass(q, k, S - 17, None, "mean")], [reference.mass(q, k, S - 16, None, "mean")], torch.float32)
+
+
+ROWS = list(itertools.product([torch.float32, torch.float16], [(1, 1, 96), (3, 5, 576), (2, 1000)]))
+
+
+@pytest.mark.parametrize(("dtype", "shape"), ROWS)
+def test_rows(dtype, shape):
+    x, weight = normal(*shape, dtype=dtype), normal(shape[-1], seed=1)
+    same([kernels.norm(x, weight, 1e-5)], [reference.norm(x, weight, 1e-5)], dtype)
+    same([kernels.swiglu(x)], [reference.swiglu(x)], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("rows", "width", "bias"), [(70, 576, True), (3, 33, False), (8, 2048, True)])
+def test_linear(rows, width, bias, dtype):
+    x, weight = normal(1, 1, width), normal(rows, width, dtype=dtype, seed=1) * width**-0.5
+    more = normal(rows, dtype=dtype, seed=2) if bias else None
+    same([kernels.linear(x, weight, more)], [reference.linear(x, weight, more)], dtype)
+
+
+def test_rows_can_fail():
+    x, weight = normal(3, 576), normal(576, seed=1)
+    wrong = [
+        (kernels.norm(x, weight, 1e-2), reference.norm(x, weight, 1e-5)),
+        (kernels.swiglu(x), reference.swiglu(x.roll(288, 1))),
+        (kernels.linear(x[:1], normal(70, 576), None), reference.linear(x[:1], normal(70, 576).roll(1, 0), None)),
+    ]
+    for found, expected in wrong:
+        with pytest.raises(AssertionError):
+            same([found], [expected], torch.float32)
