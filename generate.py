@@ -71,7 +71,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="T",
         help="auto | float32 | bfloat16 | float16, or prefill/decode as in bfloat16/float16",
     )
-    a("--backend", default="auto", choices=("auto", "eager", "sdpa"), help="eager is plain torch, the oracle")
+    a(
+        "--backend",
+        default="auto",
+        choices=("auto", "eager", "sdpa", "triton"),
+        help="eager: plain torch, the oracle; triton: kernels, on CUDA",
+    )
     a(
         "--runner",
         default="auto",

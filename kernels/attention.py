@@ -50,29 +50,70 @@ def read(
     COMPUTE: tl.constexpr,
 ):
     """Scaled queries (M,DP) over one head's slots lo … hi−1 → their greatest logit, summed exponentials (M,), to the base 2, and output."""
-    g, j, wide = tl.arange(0, M), tl.arange(0, N), tl.arange(0, DP)[None, :] < D
     top, total = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     out = tl.zeros([M, DP], tl.float32)
-    for at in range(lo, hi, N):
-        s = at + j
-        here = s < hi
-        key = tl.load(keys + s[:, None] * k_s, mask=here[:, None] & wide, other=0.0).to(COMPUTE)
-        x = tl.dot(state, tl.trans(key), input_precision="ieee")
-        if SEEN:
-            here = here & (tl.load(seen + s, mask=here, other=0) != 0)
-        if WINDOW:
-            here = here & (tl.load(kpos + s, mask=here, other=0) > since)
-        x = tl.where(here[None, :], x, float("-inf"))
-        if VOTES:
-            tl.store(logits + s[None, :], x, mask=(g[:, None] < G) & (s[None, :] < hi))
-        above = tl.maximum(top, tl.max(x, 1))
-        finite = tl.where(above == float("-inf"), 0.0, above)
-        p, fade = tl.exp2(x - finite[:, None]), tl.exp2(top - finite)
-        total = total * fade + tl.sum(p, 1)
-        value = tl.load(values + s[:, None] * v_s, mask=(s < hi)[:, None] & wide, other=0.0).to(COMPUTE)
-        out = tl.dot(p.to(COMPUTE), value, out * fade[:, None], input_precision="ieee")
-        top = above
+    whole = lo + (hi - lo) // N * N if hi > lo else lo  # tiles without an end need no mask
+    for at in range(lo, whole, N):
+        top, total, out = _tile(
+            state, keys, values, k_s, v_s, at, hi, seen, kpos, since, logits, top, total, out,
+            SEEN, WINDOW, VOTES, False, G, M, D, DP, N, COMPUTE,
+        )  # fmt: skip
+    if whole < hi:
+        top, total, out = _tile(
+            state, keys, values, k_s, v_s, whole, hi, seen, kpos, since, logits, top, total, out,
+            SEEN, WINDOW, VOTES, True, G, M, D, DP, N, COMPUTE,
+        )  # fmt: skip
     return top, total, out
+
+
+@triton.jit
+def _tile(
+    state,
+    keys,
+    values,
+    k_s,
+    v_s,
+    at,
+    hi,
+    seen,
+    kpos,
+    since,
+    logits,
+    top,
+    total,
+    out,
+    SEEN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    VOTES: tl.constexpr,
+    END: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    N: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """N slots more, of which the last tile has only those below hi."""
+    g, s = tl.arange(0, M), at + tl.arange(0, N)
+    wide = tl.arange(0, DP)[None, :] < D if D < DP else tl.full([1, DP], True, tl.int1)
+    there = s < hi if END else tl.full([N], True, tl.int1)
+    key = tl.load(keys + s[:, None] * k_s, mask=there[:, None] & wide, other=0.0).to(COMPUTE)
+    x = tl.dot(state, tl.trans(key), input_precision="ieee")
+    here = there
+    if SEEN:
+        here = here & (tl.load(seen + s, mask=there, other=0) != 0)
+    if WINDOW:
+        here = here & (tl.load(kpos + s, mask=there, other=0) > since)
+    if SEEN or WINDOW or END:
+        x = tl.where(here[None, :], x, float("-inf"))
+    if VOTES:
+        tl.store(logits + s[None, :], x, mask=(g[:, None] < G) & there[None, :])
+    above = tl.maximum(top, tl.max(x, 1))
+    finite = tl.where(above == float("-inf"), 0.0, above) if SEEN or WINDOW else above
+    p, fade = tl.exp2(x - finite[:, None]), tl.exp2(top - finite)
+    value = tl.load(values + s[:, None] * v_s, mask=there[:, None] & wide, other=0.0).to(COMPUTE)
+    out = tl.dot(p.to(COMPUTE), value, out * fade[:, None], input_precision="ieee")
+    return above, total * fade + tl.sum(p, 1), out
 
 
 @triton.jit

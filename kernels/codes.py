@@ -18,7 +18,9 @@ from torch import Tensor
 
 from kernels.attention import LOG2E, _merge, _stretch, read, stretches
 
-BLOCK = 128  # tokens per tile, or a group of K if that is smaller
+# tokens per tile, or a group of K if that is smaller: for sm_90, 4 bits and a scale per token of V, 64 would take 33 instead of 26
+# instructions of a warp per token and 115 instead of 145 registers (compiled, not timed); M = G rows, as padding to 16 would take 31
+BLOCK = 128
 
 
 @triton.jit
@@ -27,30 +29,36 @@ def _quarter(
 ):
     """Codes of quarter J of the channels as numbers (N,W); with ASM each is too large by the same."""
     if BITS == 8:
-        codes = tl.load(at + J * W, mask=here, other=0).to(COMPUTE)
-    elif ASM is None:
-        codes = ((words >> (BITS * J)) & (2**BITS - 1)).to(COMPUTE)
+        words = tl.load(at + J * W, mask=here, other=0)
+    if ASM is None:
+        codes = (words if BITS == 8 else (words >> (BITS * J)) & (2**BITS - 1)).to(COMPUTE)
+    elif BITS == 4 and COMPUTE == tl.bfloat16:
+        codes = tl.inline_asm_elementwise(ASM, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+    elif BITS == 4:
+        codes = tl.inline_asm_elementwise(ASM, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+    elif COMPUTE == tl.bfloat16:
+        codes = tl.inline_asm_elementwise(ASM, "=r,=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=4)
     else:
-        codes = tl.inline_asm_elementwise(ASM, "=r,r", [words], dtype=COMPUTE, is_pure=True, pack=2)
+        codes = tl.inline_asm_elementwise(ASM, "=r,=r,r", [words], dtype=tl.float16, is_pure=True, pack=4)
     return codes
 
 
 @triton.jit
-def _scaled(q, ks, kz, here, COMPUTE: tl.constexpr):
-    """A quarter of the queries (M,WP) with K's scales and zeros → what multiplies codes, its sum, and what the zeros add (M,)."""
+def _scaled(q, ks, kz, here, EXTRA: tl.constexpr, COMPUTE: tl.constexpr):
+    """A quarter of the queries (M,WP) with K's scales and zeros → what multiplies codes, and what the zeros add, per channel."""
     scale = tl.load(ks, mask=here, other=0.0).to(tl.float32)
     zero = tl.load(kz, mask=here, other=0.0).to(tl.float32)
     state = (q * scale[None, :]).to(COMPUTE)
-    return state, tl.sum(state.to(tl.float32), 1), tl.sum(q * zero[None, :], 1)
+    return state, q * zero[None, :] - EXTRA * state.to(tl.float32)
 
 
 @triton.jit
-def _weighed(p, vs, vz, here, COMPUTE: tl.constexpr):
-    """Weights (M,N) with a run of V's scales and zeros → what multiplies codes, its sum, and what the zeros add (M,)."""
+def _weighed(p, vs, vz, here, EXTRA: tl.constexpr, COMPUTE: tl.constexpr):
+    """Weights (M,N) with a run of V's scales and zeros → what multiplies codes, and what the zeros add, per token."""
     scale = tl.load(vs, mask=here, other=0.0).to(tl.float32)
     zero = tl.load(vz, mask=here, other=0.0).to(tl.float32)
     weight = (p * scale[None, :]).to(COMPUTE)
-    return weight, tl.sum(weight.to(tl.float32), 1), tl.sum(p * zero[None, :], 1)
+    return weight, p * zero[None, :] - EXTRA * weight.to(tl.float32)
 
 
 @triton.jit
@@ -98,7 +106,7 @@ def _split(
     near,
     scale,
     sliding_window,
-    group,
+    GROUP: tl.constexpr,
     LENGTH: tl.constexpr,
     SEEN: tl.constexpr,
     HELD: tl.constexpr,
@@ -106,13 +114,16 @@ def _split(
     KBITS: tl.constexpr,
     VBITS: tl.constexpr,
     RUNS: tl.constexpr,
-    A0: tl.constexpr,
-    A1: tl.constexpr,
-    A2: tl.constexpr,
-    A3: tl.constexpr,
-    EXTRA: tl.constexpr,
-    KFAST: tl.constexpr,
-    VFAST: tl.constexpr,
+    K0: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+    K3: tl.constexpr,
+    KX: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    V2: tl.constexpr,
+    V3: tl.constexpr,
+    VX: tl.constexpr,
     NEAR: tl.constexpr,
     G: tl.constexpr,
     M: tl.constexpr,
@@ -133,8 +144,10 @@ def _split(
     queries = q + b * q_b + row[:, None] * q_h
     if NEAR and tl.program_id(0) == splits - 1:  # the exact tokens
         d = tl.arange(0, DP)
-        wide = (g[:, None] < G) & (d[None, :] < D)
-        state = tl.load(queries + d[None, :], mask=wide, other=0.0).to(tl.float32) * tl.full([1, 1], scale, tl.float32)
+        across = (g[:, None] < G) & (d[None, :] < D)
+        state = tl.load(queries + d[None, :], mask=across, other=0.0).to(tl.float32) * tl.full(
+            [1, 1], scale, tl.float32
+        )
         keys, values = k + b * k_b + h * k_h + d[None, :], v + b * v_b + h * v_h + d[None, :]
         flags, when = held + b * held_b + h * held_h, near_pos + b * near_b + h * near_h
         top, total, out = read(
@@ -160,7 +173,7 @@ def _split(
             COMPUTE,
         )
         out = out / tl.where(total == 0, 1.0, total)[:, None]
-        tl.store(part + mine[:, None] * D + d[None, :], out, mask=wide)
+        tl.store(part + mine[:, None] * D + d[None, :], out, mask=across)
         tl.store(
             part_lse + mine,
             tl.where(total == 0, float("-inf"), top + tl.log2(tl.where(total == 0, 1.0, total))),
@@ -169,99 +182,76 @@ def _split(
     else:
         n = tl.load(length + b * heads + h) if LENGTH else S
         lo, hi = _stretch(n, splits - 1 if NEAR else splits, N)
-        own = w < W
+        own = w < W if W < WP else tl.full([WP], True, tl.int1)
         wide = (g[:, None] < G) & own[None, :]
         f = tl.full([1, 1], scale, tl.float32)
         q0 = tl.load(queries + w[None, :], mask=wide, other=0.0).to(tl.float32) * f
         q1 = tl.load(queries + W + w[None, :], mask=wide, other=0.0).to(tl.float32) * f
         q2 = tl.load(queries + 2 * W + w[None, :], mask=wide, other=0.0).to(tl.float32) * f
         q3 = tl.load(queries + 3 * W + w[None, :], mask=wide, other=0.0).to(tl.float32) * f
-        top, total = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
+        top, each = tl.full([M], float("-inf"), tl.float32), tl.zeros([M, N], tl.float32)  # added up after the loop
         o0, o1 = tl.zeros([M, WP], tl.float32), tl.zeros([M, WP], tl.float32)
         o2, o3 = tl.zeros([M, WP], tl.float32), tl.zeros([M, WP], tl.float32)
-        z0, z1, z2, z3 = total, total, total, total
+        z0, z1, z2, z3 = each, each, each, each
         KW: tl.constexpr = D if KBITS == 8 else W
         VW: tl.constexpr = D if VBITS == 8 else W
-        KX: tl.constexpr = EXTRA if KFAST else 0
-        VX: tl.constexpr = EXTRA if VFAST else 0
         for at in range(lo, hi, N):
             s = at + j
-            here = s < hi
+            here = s < hi if LENGTH else tl.full([N], True, tl.int1)  # groups are whole tiles
             both = here[:, None] & own[None, :]
-            scales = ks + b * ks_b + h * ks_h + (at // group) * D + w
-            zeros = kz + b * ks_b + h * ks_h + (at // group) * D + w
+            scales = ks + b * ks_b + h * ks_h + (at // GROUP) * D + w
+            zeros = kz + b * ks_b + h * ks_h + (at // GROUP) * D + w
             words = kq + b * kq_b + h * kq_h + s[:, None] * KW + w[None, :]
             bits = tl.load(words, mask=both, other=0) if KBITS != 8 else words
-            a, e, c = _scaled(q0, scales, zeros, own, COMPUTE)
-            codes = _quarter(bits, words, both, 0, KBITS, W, A0 if KFAST else None, COMPUTE)
-            x = tl.dot(a, tl.trans(codes), input_precision="ieee")
-            add = c - KX * e
-            a, e, c = _scaled(q1, scales + W, zeros + W, own, COMPUTE)
-            codes = _quarter(bits, words, both, 1, KBITS, W, A1 if KFAST else None, COMPUTE)
-            x = tl.dot(a, tl.trans(codes), x, input_precision="ieee")
-            add += c - KX * e
-            a, e, c = _scaled(q2, scales + 2 * W, zeros + 2 * W, own, COMPUTE)
-            codes = _quarter(bits, words, both, 2, KBITS, W, A2 if KFAST else None, COMPUTE)
-            x = tl.dot(a, tl.trans(codes), x, input_precision="ieee")
-            add += c - KX * e
-            a, e, c = _scaled(q3, scales + 3 * W, zeros + 3 * W, own, COMPUTE)
-            codes = _quarter(bits, words, both, 3, KBITS, W, A3 if KFAST else None, COMPUTE)
-            x = tl.dot(a, tl.trans(codes), x, input_precision="ieee") + (add + c - KX * e)[:, None]
+            a, add = _scaled(q0, scales, zeros, own, KX, COMPUTE)
+            x = tl.dot(a, tl.trans(_quarter(bits, words, both, 0, KBITS, W, K0, COMPUTE)), input_precision="ieee")
+            a, more = _scaled(q1, scales + W, zeros + W, own, KX, COMPUTE)
+            add += more
+            x = tl.dot(a, tl.trans(_quarter(bits, words, both, 1, KBITS, W, K1, COMPUTE)), x, input_precision="ieee")
+            a, more = _scaled(q2, scales + 2 * W, zeros + 2 * W, own, KX, COMPUTE)
+            add += more
+            x = tl.dot(a, tl.trans(_quarter(bits, words, both, 2, KBITS, W, K2, COMPUTE)), x, input_precision="ieee")
+            a, more = _scaled(q3, scales + 3 * W, zeros + 3 * W, own, KX, COMPUTE)
+            x = tl.dot(a, tl.trans(_quarter(bits, words, both, 3, KBITS, W, K3, COMPUTE)), x, input_precision="ieee")
+            x += tl.sum(add + more, 1)[:, None]
             if SEEN:
                 here = here & (tl.load(seen + b * seen_b + h * seen_h + s, mask=here, other=0) != 0)
             if WINDOW:
                 here = here & (tl.load(kpos + b * kpos_b + h * kpos_h + s, mask=here, other=0) > since)
             x = tl.where(here[None, :], x, float("-inf"))
             above = tl.maximum(top, tl.max(x, 1))
-            finite = tl.where(above == float("-inf"), 0.0, above)
+            finite = tl.where(above == float("-inf"), 0.0, above) if SEEN or WINDOW else above
             p, fade = tl.exp2(x - finite[:, None]), tl.exp2(top - finite)
-            total = total * fade + tl.sum(p, 1)
+            over = fade[:, None]
+            each = each * over + p
             top = above
             scales = vs + b * vs_b + h * vs_h + s * RUNS
             zeros = vz + b * vs_b + h * vs_h + s * RUNS
             words = vq + b * vq_b + h * vq_h + s[:, None] * VW + w[None, :]
             bits = tl.load(words, mask=both, other=0) if VBITS != 8 else words
-            a, e, c = _weighed(p, scales, zeros, s < hi, COMPUTE)
-            z0 = z0 * fade + c - VX * e
-            o0 = tl.dot(
-                a,
-                _quarter(bits, words, both, 0, VBITS, W, A0 if VFAST else None, COMPUTE),
-                o0 * fade[:, None],
-                input_precision="ieee",
-            )
+            ever = s < hi if LENGTH else tl.full([N], True, tl.int1)
+            a, add = _weighed(p, scales, zeros, ever, VX, COMPUTE)
+            z0 = z0 * over + add
+            o0 = tl.dot(a, _quarter(bits, words, both, 0, VBITS, W, V0, COMPUTE), o0 * over, input_precision="ieee")
             if RUNS == 4:
-                a, e, c = _weighed(p, scales + 1, zeros + 1, s < hi, COMPUTE)
-            z1 = z1 * fade + c - VX * e
-            o1 = tl.dot(
-                a,
-                _quarter(bits, words, both, 1, VBITS, W, A1 if VFAST else None, COMPUTE),
-                o1 * fade[:, None],
-                input_precision="ieee",
-            )
+                a, add = _weighed(p, scales + 1, zeros + 1, ever, VX, COMPUTE)
+            z1 = z1 * over + add
+            o1 = tl.dot(a, _quarter(bits, words, both, 1, VBITS, W, V1, COMPUTE), o1 * over, input_precision="ieee")
             if RUNS > 1:
-                a, e, c = _weighed(p, scales + RUNS // 2, zeros + RUNS // 2, s < hi, COMPUTE)
-            z2 = z2 * fade + c - VX * e
-            o2 = tl.dot(
-                a,
-                _quarter(bits, words, both, 2, VBITS, W, A2 if VFAST else None, COMPUTE),
-                o2 * fade[:, None],
-                input_precision="ieee",
-            )
+                a, add = _weighed(p, scales + RUNS // 2, zeros + RUNS // 2, ever, VX, COMPUTE)
+            z2 = z2 * over + add
+            o2 = tl.dot(a, _quarter(bits, words, both, 2, VBITS, W, V2, COMPUTE), o2 * over, input_precision="ieee")
             if RUNS == 4:
-                a, e, c = _weighed(p, scales + 3, zeros + 3, s < hi, COMPUTE)
-            z3 = z3 * fade + c - VX * e
-            o3 = tl.dot(
-                a,
-                _quarter(bits, words, both, 3, VBITS, W, A3 if VFAST else None, COMPUTE),
-                o3 * fade[:, None],
-                input_precision="ieee",
-            )
+                a, add = _weighed(p, scales + 3, zeros + 3, ever, VX, COMPUTE)
+            z3 = z3 * over + add
+            o3 = tl.dot(a, _quarter(bits, words, both, 3, VBITS, W, V3, COMPUTE), o3 * over, input_precision="ieee")
+        total = tl.sum(each, 1)
         over = 1 / tl.where(total == 0, 1.0, total)[:, None]
         here = part + mine[:, None] * D + w[None, :]
-        tl.store(here, (o0 + z0[:, None]) * over, mask=wide)
-        tl.store(here + W, (o1 + z1[:, None]) * over, mask=wide)
-        tl.store(here + 2 * W, (o2 + z2[:, None]) * over, mask=wide)
-        tl.store(here + 3 * W, (o3 + z3[:, None]) * over, mask=wide)
+        tl.store(here, (o0 + tl.sum(z0, 1)[:, None]) * over, mask=wide)
+        tl.store(here + W, (o1 + tl.sum(z1, 1)[:, None]) * over, mask=wide)
+        tl.store(here + 2 * W, (o2 + tl.sum(z2, 1)[:, None]) * over, mask=wide)
+        tl.store(here + 3 * W, (o3 + tl.sum(z3, 1)[:, None]) * over, mask=wide)
         tl.store(
             part_lse + mine,
             tl.where(total == 0, float("-inf"), top + tl.log2(tl.where(total == 0, 1.0, total))),
@@ -286,8 +276,9 @@ def decode_quant(
     heads, S, groups, runs = kq.shape[1], kq.shape[2], ks.shape[2], vs.shape[3]
     assert T == 1 and D % 4 == 0 and 4 % runs == 0 and 3 not in bits, (q.shape, runs, bits)
     G, group, fast = H // heads, S // groups, q.device.type == "cuda" and q.itemsize == 2
+    compute, asm = unpacking(bits, q.dtype, fast)
     splits = stretches(B * heads, S, q.device) + (near is not None)
-    M, DP, WP = max(16, triton.next_power_of_2(G)), triton.next_power_of_2(D), triton.next_power_of_2(D // 4)
+    M, DP, WP = triton.next_power_of_2(G), triton.next_power_of_2(D), triton.next_power_of_2(D // 4)
     part, part_lse = (q.new_empty(B, H, splits, n, dtype=torch.float32) for n in (D, 1))
     out, lse = q.new_empty(B, H, T, D), q.new_empty(B, H, T, dtype=torch.float32)
     seen = length if length is not None and length.dim() == 3 else None
@@ -305,16 +296,29 @@ def decode_quant(
         q, kq, ks, kz, vq, vs, vz, *some, kpos, now, kn, vn, lse if held is None else held, near_pos, part, part_lse,
         *strides, S, kn.shape[2], D**-0.5 * LOG2E, sliding_window or 0, group,
         LENGTH=counts is not None, SEEN=seen is not None, HELD=held is not None, WINDOW=sliding_window is not None,
-        KBITS=bits[0], VBITS=bits[1], RUNS=runs, **nibbles(q.dtype), KFAST=fast and bits[0] == 4, VFAST=fast and bits[1] == 4,
-        NEAR=near is not None, G=G, M=M, D=D, DP=DP, W=D // 4, WP=WP, N=min(BLOCK, group & -group), EXACT=64,
-        COMPUTE=getattr(tl, str(q.dtype).removeprefix("torch.")), num_warps=4 if D > 64 else 2, num_stages=3,
+        KBITS=bits[0], VBITS=bits[1], RUNS=runs, **asm,
+        NEAR=near is not None, G=G, M=M, D=D, DP=DP, W=D // 4, WP=WP, N=min(BLOCK, group & -group), EXACT=32,
+        COMPUTE=getattr(tl, str(compute).removeprefix("torch.")), num_warps=4 if D > 64 else 2, num_stages=3,
     )  # fmt: skip
     _merge[(B * H,)](part, part_lse, out, lse, splits, SP=triton.next_power_of_2(splits), D=D, DP=DP)
     return out, lse
 
 
-def nibbles(dtype: torch.dtype) -> dict:
-    """PTX that makes a 4-bit field of two words into two numbers of `dtype`, for each of four fields, and what those are too large by."""
-    magic, extra = ("0x43004300", 128) if dtype == torch.bfloat16 else ("0x64006400", 1024)
-    text = "{{ .reg .b32 t; shr.u32 t, $1, {}; lop3.b32 $0, t, 0x000F000F, {}, 0xEA; }}"
-    return {f"A{j}": text.format(4 * j, magic) for j in range(4)} | {"EXTRA": extra}
+def unpacking(bits: tuple[int, int], dtype: torch.dtype, fast: bool) -> tuple[torch.dtype, dict]:
+    """In which type codes are multiplied, and the PTX that makes them numbers of that type, with what these are too large by.
+
+    A field's bits become the low ones of 128 (bf16) or of 1,024 (fp16), which is a mask and an addition in one for two numbers. bf16 has
+    room for 7 bits there, so codes of 8 are multiplied as fp16.
+    """
+    compute = torch.float16 if fast and 8 in bits else dtype
+    magic, extra = ("0x43004300", 128) if compute == torch.bfloat16 else ("0x64006400", 1024)
+    four = "{{ .reg .b32 t; shr.u32 t, $1, {}; lop3.b32 $0, t, 0x000F000F, {}, 0xEA; }}"
+    two = "{{ .reg .b32 t, u; shr.u32 t, $2, {}; prmt.b32 u, t, 0, 0x4140; prmt.b32 t, t, 0, 0x4342; lop3.b32 $0, u, 0x00030003, {}, 0xEA; "
+    two += "lop3.b32 $1, t, 0x00030003, {}, 0xEA; }}"
+    eight = "{{ prmt.b32 $0, $2, 0x64646464, 0x4140; prmt.b32 $1, $2, 0x64646464, 0x4342; }}"
+    asm = {}
+    for x, n in zip("KV", bits, strict=True):
+        text = {4: four, 2: two, 8: eight}[n]
+        asm |= {f"{x}{j}": text.format(n * j, magic, magic) if fast else None for j in range(4)}
+        asm[f"{x}X"] = extra if fast else 0
+    return compute, asm

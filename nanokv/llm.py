@@ -21,7 +21,7 @@ from nanokv import loader, tokenizer
 from nanokv.cache import Report, mib
 from nanokv.config import PRESETS, ModelConfig
 from nanokv.engine import Models, Session, generate
-from nanokv.ops import BACKENDS, linear, row_linear
+from nanokv.ops import BACKENDS, Ops, linear, row_linear, triton
 from nanokv.plan import Plan, nearest, parse
 from nanokv.runner import RUNNERS, make
 from nanokv.sampler import Sampling, sample
@@ -54,13 +54,14 @@ def load(
 
     t0 = time.perf_counter()
     plan = parse(plan) if isinstance(plan, str) else plan
-    if backend not in ("auto", *BACKENDS):
+    if backend not in ("auto", "triton", *BACKENDS):
         raise ValueError(
-            f"unknown backend {backend!r}{nearest(backend, BACKENDS)}; backends are auto, {', '.join(BACKENDS)}"
+            f"unknown backend {backend!r}{nearest(backend, [*BACKENDS, 'triton'])}; backends are auto, {', '.join(BACKENDS)}, triton"
         )
     if runner not in ("auto", *RUNNERS):
         raise ValueError(f"unknown runner {runner!r}{nearest(runner, RUNNERS)}; runners are auto, {', '.join(RUNNERS)}")
-    ops, where = BACKENDS["sdpa" if backend == "auto" else backend], _device(device)
+    where = _device(device)
+    ops = _triton(where) if backend == "triton" else BACKENDS["sdpa" if backend == "auto" else backend]
     if random_weights:
         shape = MODELS[model].shape if model in MODELS else model
         if shape not in PRESETS:
@@ -72,7 +73,7 @@ def load(
         config, words, read = _source(locate(model, bar))
     use = _precision(config, where, dtype)
     _check_weights(model, config, where, use)
-    ops = replace(ops, linear=use.linear)
+    ops = ops if backend == "triton" else replace(ops, linear=use.linear)
     main = loader.empty(config, ops, where, use.prefill)
     read(main, bar)
     decode = loader.copy(main, ops, use.decode) if use.decode != use.prefill else main
@@ -377,6 +378,18 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {name!r} cannot be used here ({str(e).splitlines()[0]}); use --device cpu") from None
     return device
+
+
+def _triton(device: torch.device) -> Ops:
+    try:
+        from triton.knobs import runtime
+    except ImportError:
+        raise ValueError("backend triton needs the triton package; pip install triton, or use --backend sdpa") from None
+    if device.type != "cuda" and not runtime.interpret:
+        raise ValueError(
+            f"backend triton makes code for CUDA devices and the device is {device.type}; use --backend sdpa"
+        )
+    return triton()
 
 
 @dataclass(frozen=True)

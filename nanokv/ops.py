@@ -132,10 +132,15 @@ def sdpa_decode_quant(
     now: Tensor,
     sliding_window: int | None,
     bits: tuple[int, int],
+    near: tuple[Tensor, Tensor, Tensor | None, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.decode_quant`. A single token's query takes K's scales and its weights take V's, so the codes are multiplied as
     they are and neither K nor V ever exists; more queries than that are cheaper served by keys and values made once.
     """
+    if near is not None:
+        exact_k, exact_v, held, pos = near
+        exact = sdpa_decode(q, exact_k, exact_v, held, pos, now, sliding_window)[:2]
+        return merge([exact, sdpa_decode_quant(q, k, v, length, kpos, now, sliding_window, bits)])
     B, H, T, D = q.shape
     if T > 1 or q.device.type != "cpu":
         k, v = (reference.dequantize(*x, b).to(q.dtype) for x, b in zip((k, v), bits, strict=True))
@@ -200,6 +205,29 @@ EAGER = Ops(
 )
 SDPA = replace(EAGER, name="sdpa", prefill=sdpa_prefill, decode=sdpa_decode, decode_quant=sdpa_decode_quant)
 BACKENDS = {"eager": EAGER, "sdpa": SDPA}
+
+
+def triton() -> Ops:
+    """SDPA with the kernels of `kernels/` for what they are made for: single tokens, and the votes of a prompt's last ones."""
+    import kernels
+
+    def decode(q, k, v, length, kpos, now, sliding_window, group=None, noise=None):
+        use = kernels.decode if q.shape[2] == 1 and noise is None else sdpa_decode
+        return use(q, k, v, length, kpos, now, sliding_window, group, noise)
+
+    def decode_quant(q, k, v, length, kpos, now, sliding_window, bits, near=None):
+        use = kernels.decode_quant if q.shape[2] == 1 else sdpa_decode_quant
+        return use(q, k, v, length, kpos, now, sliding_window, bits, near)
+
+    def mass(q, k, start, sliding_window, group, stat="sum", noise=None):
+        use = kernels.mass if stat == "sum" and noise is None and q.shape[2] <= 128 else reference.mass
+        return use(q, k, start, sliding_window, group, stat, noise)
+
+    def row(x, weight, bias):
+        return (kernels.linear if x.numel() == x.shape[-1] else linear)(x, weight, bias)
+
+    fast = {"norm": kernels.norm, "swiglu": kernels.swiglu, "linear": row}
+    return replace(SDPA, name="triton", decode=decode, decode_quant=decode_quant, mass=mass, **fast)
 
 
 def merge(states: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,12 @@ import itertools
 
 import pytest
 import torch
+import triton
+from conftest import text
 
 import kernels
 from kernels import reference
+from nanokv import load, parse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = {torch.float32: 2e-5, torch.float16: 4e-3}
@@ -206,3 +209,37 @@ def test_rows_can_fail():
     for found, expected in wrong:
         with pytest.raises(AssertionError):
             same([found], [expected], torch.float32)
+
+
+PLANS = [
+    "full",
+    "snapkv:budget=20,window=4,kernel=3",
+    "streaming:sink=2,recent=10",
+    "h2o:budget=20,recent=0.3",
+    "adakv:budget=20,window=4,kernel=3",
+    "full+int4:group=8,residual=8",
+    "streaming:sink=2,recent=10+int2:group=4,residual=6",
+    "streaming:sink=2,recent=10,positions=cache+int8:group=4,residual=4",
+    "full+fp8",
+]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_backend_gives_the_oracles_logits(plan, llm_of, tiny):
+    """Through model, caches and stores; a code may fall to its neighbour where sums are ordered otherwise."""
+    fast = load(str(tiny("g3")[0]), dtype="float32", backend="triton", device=DEVICE)
+    assert fast.models.ops.name == "triton"
+    found = []
+    for llm in (llm_of("g3"), fast):
+        session = llm.session(6, plan=parse(plan))
+        out = [session.start([text(60, seed=5)])]
+        out += [session.feed(torch.tensor([[t]], device=llm.device)) for t in text(5, seed=6)]
+        found.append(torch.cat(out).cpu())
+    torch.testing.assert_close(*found, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="here it would run")
+def test_the_backend_is_refused_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match="use --backend sdpa"):
+        load("smollm2-135m", backend="triton", device="cpu")

@@ -209,19 +209,28 @@ class GroupedStore:
         n = s.near if s.frozen else self.filled + (1 if q.shape[2] == 1 else 0)  # a single token is in already
         groups = self.groups if s.frozen else self.used
         m = 0 if near is None else min(s.protected, n)
-        parts = [self._exact(x, pos, a, b) for x, a, b in ((near, 0, m), (q, m, n)) if a < b]
+        parts = [self._decode(near, pos, *self._exact(0, m))] if m else []
+        exact = self._exact(m, n)
         if groups:
             k, v = ([x[:, :, :groups].flatten(2, 3) for x in half] for half in self.body)
             span = slice(s.near, s.near + groups * self.spec.group)
-            seen, kpos = self._held(span), s.pos[:, :, span]
-            bits = self.spec.k, self.spec.v
-            parts.append(self.ctx.ops.decode_quant(q, k, v, seen, kpos, pos, s.sliding_window, bits))
+            seen, kpos, bits = self._held(span), s.pos[:, :, span], (self.spec.k, self.spec.v)
+            parts.append(
+                self.ctx.ops.decode_quant(q, k, v, seen, kpos, pos, s.sliding_window, bits, exact if m < n else None)
+            )
+        elif m < n:
+            parts.append(self._decode(q, pos, *exact))
         return *(merge(parts) if len(parts) > 1 else parts[0]), None
 
-    def _exact(self, q: Tensor, pos: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:
-        s, span = self.slots, slice(a, b)
-        k, v, kpos = self.k[:, :, span], self.v[:, :, span], s.pos[:, :, span]
-        return self.ctx.ops.decode(q, k, v, self._held(span), kpos, pos, s.sliding_window)[:2]
+    def _exact(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Keys, values, which of them are there, and their positions, of the exact slots a … b−1."""
+        span = slice(a, b)
+        return self.k[:, :, span], self.v[:, :, span], self._held(span), self.slots.pos[:, :, span]
+
+    def _decode(
+        self, q: Tensor, pos: Tensor, k: Tensor, v: Tensor, held: Tensor | None, kpos: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.ctx.ops.decode(q, k, v, held, kpos, pos, self.slots.sliding_window)[:2]
 
     def _held(self, span: slice) -> Tensor | None:
         """bool (B,Hkv,n): which of these slots hold a token; None where all do."""

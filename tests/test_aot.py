@@ -1,0 +1,63 @@
+"""What the kernels would be on a GPU that is not here: compiled for sm_80 and sm_90, and held to bounds on the machine code.
+
+The bounds are of kernels that are limited by memory if they hold: a program that needs more instructions per cached token than the
+device issues while that token crosses the bus is slower, whatever else is right about it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PER_TOKEN = {  # warp-instructions per cached token and KV head, G = 4, D = 128, on sm_90
+    "decode _split": 21,
+    "watched _split": 21,
+    "e4m3 _split": 40,
+    "e5m2 _split": 40,
+    "int4 runs 1 _split": 26,
+    "int8 runs 1 _split": 50,
+}
+DOTS = [*PER_TOKEN, "masked _split", "int4 runs 4 _split", "int2 runs 4 _split", "mass _lse", "mass _columns"]
+
+
+@pytest.fixture(scope="module", params=[80, 90])
+def compiled(request, tmp_path_factory):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    program = [sys.executable, str(ROOT / "tests" / "gates.py"), str(request.param)]
+    done = subprocess.run(program, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return request.param, json.loads(done.stdout)
+
+
+def test_nothing_spills_and_tiles_come_in_128_bits(compiled):
+    arch, found = compiled
+    assert len(found) == (16 if arch == 90 else 15)  # sm_80 has no e4m3
+    assert {name: m["stack"] for name, m in found.items() if m["stack"]} == {}
+    for name in DOTS:
+        if name in found:
+            assert found[name]["mma"] > 0 and found[name]["wide_loads"] >= 12, name
+    for name in ("norm _norm", "swiglu _swiglu", "linear _linear"):
+        assert found[name]["wide_loads"] > found[name]["narrow_loads"], name
+
+
+def test_few_instructions_per_cached_token(compiled):
+    arch, found = compiled
+    if arch == 90:
+        assert {
+            n: found[n]["per_token"] for n, most in PER_TOKEN.items() if not 0 < found[n]["per_token"] <= most
+        } == {}
+
+
+def test_the_gates_can_fail():
+    """A tile too large for the registers shows."""
+    code = "import gates, torch; f, call, more = gates.kernels(torch.bfloat16, True)['decode _split']; "
+    code += "print(gates.machine(f, call, 90, more | {'N': 512, 'M': 64}).stack)"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT / "tests", capture_output=True, text=True)
+    assert int(done.stdout) > 0, done.stderr[-500:]
