@@ -5,7 +5,7 @@ from __future__ import annotations
 from conftest import ROOT
 
 CEILINGS = {
-    "generate.py": 470,
+    "generate.py": 475,
     "bench.py": 350,
     "nanokv/fidelity.py": 80,
     "nanokv/contract.py": 345,
@@ -19,7 +19,7 @@ CEILINGS = {
     "nanokv/cache.py": 280,
     "nanokv/plan.py": 185,
     "nanokv/share.py": 180,
-    "nanokv/ops.py": 180,
+    "nanokv/ops.py": 195,
     "nanokv/runner.py": 90,
     "nanokv/forms.py": 50,
     "nanokv/tokenizer.py": 200,
@@ -30,14 +30,18 @@ CEILINGS = {
     "nanokv/rope.py": 45,
     "nanokv/policies/scorer.py": 150,
     "nanokv/stores/dense.py": 225,
-    "nanokv/stores/grouped.py": 230,
+    "nanokv/stores/grouped.py": 240,
     "nanokv/stores/mixed.py": 170,
     "kernels/reference.py": 255,
+    "kernels/attention.py": 280,
+    "kernels/codes.py": 310,
+    "kernels/rows.py": 60,
+    "kernels/votes.py": 150,
     "weights/fetch.py": 260,
     "weights/from_gguf.py": 290,
     "weights/registry.py": 80,
 }
-METHOD, STORE, TOTAL = 80, 110, 6600
+METHOD, STORE, TOTAL = 80, 110, 7400
 
 
 def lines(path) -> int:
