@@ -3,6 +3,7 @@
 quality   tasks under both protocols, a second turn, fidelity to the full cache       speed    prefill, decode, share of the memory bus
 memory    receipt and peak, one process a row       peers    transformers, kvpress, llama.cpp on the same prompts       all    these four
 kvpress   its scores and ours at equal settings, without the speeds that peers takes too
+kernels   on a GPU: each kernel and whole decode steps against what the device can do
 codes     what each store's rounding does to the keys and values of a text
 endless   20,000 generated tokens: speed and bytes at both ends       prose    perplexity of a text, far beyond the context if you like
 
@@ -36,7 +37,7 @@ TUNED = ("snapkv:window=8,kernel=13", "simlayer:recent=256")
 QUICK = ("full", "random", "streaming", *TUNED, "adakv:window=8,kernel=13", "keydiff", "tova")
 
 
-PARTS = ("quick", "quality", "codes", "speed", "memory", "peers", "kvpress", "endless", "prose")
+PARTS = ("quick", "quality", "codes", "speed", "kernels", "memory", "peers", "kvpress", "endless", "prose")
 # beside the registered stores, other settings of theirs
 CODES = ("full+fp8:format=e5m2", "full+turbo:k=3,v=3", "full+turbo:k=2,v=2")
 # what holds a budget of 512 over any length, and the ways to read a long text
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     a("--model", default=DEFAULT, metavar="M")
     a("--device", default="auto", metavar="D")
     a("--dtype", default="auto", metavar="T")
+    a("--random-weights", action="store_true", help="the named shape with random weights: for speed and memory")
     a("--runner", default="auto", choices=("auto", *RUNNERS), help="of decode steps; peers measures eager and compile")
     a(
         "--plans",
@@ -106,12 +108,19 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     check(args)
     plans_of(args, ())  # a mistake in a plan is told before a model is loaded
     bar = sys.stderr.isatty() and not args.quiet
-    llm = load(args.model, device=args.device, dtype=args.dtype, runner=args.runner, bar=bar)
+    if args.what == "kernels":
+        from evals.kernels import need_cuda
+
+        need_cuda()
+    dummy = args.random_weights or args.what == "kernels"
+    llm = load(args.model, device=args.device, dtype=args.dtype, runner=args.runner, random_weights=dummy, bar=bar)
     extra = ["transformers", "kvpress", "optimum-quanto", "hqq"] if args.what in ("peers", "kvpress", "all") else []
     facts = record.facts(llm, ["torch", "triton", *extra])
     print(f"{llm.name} · {facts['machine']} · {llm.dtypes['prefill']}/{llm.dtypes['decode']}", file=sys.stderr)
     job = Job(args, llm, facts, bar)
-    parts = dict(zip(PARTS, (quick, quality, codes, speed, memory, peers, kvpress, endless, prose), strict=True))
+    parts = dict(
+        zip(PARTS, (quick, quality, codes, speed, kernels, memory, peers, kvpress, endless, prose), strict=True)
+    )
     result = {"what": args.what, "command": record.command(argv), **facts, "plans": {}}
     t0 = time.perf_counter()
     for name in ("quality", "speed", "memory", "peers") if args.what == "all" else (args.what,):
@@ -291,6 +300,18 @@ def speed(job: Job) -> dict:
     found = [r for n, b in job.bar(sizes, "speed") for r in s.speed(job.llm, plans, n, b, limit)]
     print(show.speed(found) + "\n")
     return {"plans": {k: str(p) for k, p in plans.items()}, "ceiling": limit, "speed": found}
+
+
+def kernels(job: Job) -> dict:
+    from evals import kernels as k
+
+    limits = k.ceilings()
+    print(" · ".join(f"{name} {value:.3g}" for name, value in limits.items()))
+    calls = list(job.bar(k.attention(), "kernels"))
+    print(show.kernels(calls, limits["copy"]) + "\n")
+    whole = list(job.bar(k.steps(limits["copy"]), "steps"))
+    print(show.steps(whole) + "\n")
+    return {"ceilings": limits, "kernels": calls, "steps": whole}
 
 
 def memory(job: Job) -> dict:

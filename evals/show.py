@@ -107,6 +107,39 @@ def memory(found: Sequence[dict]) -> str:
     return table(["plan", "tokens", "batch", "cache (receipt)", "dense", "less by", "peak of the process"], rows)
 
 
+def kernels(found: Sequence[dict], limit: float) -> str:
+    rows = []
+    for r in found:
+        head = [r["name"], str(r["kv_heads"]), str(r["group"]), str(r["batch"]), str(r["slots"]), mib(r["bytes"])]
+        if "absent" in r:
+            rows.append([*head, "-", "-", "-", r["absent"]])
+            continue
+        best = f"{r['of_best']:.2f}x" if "of_best" in r else "-"
+        spread = f"{r['p10'] * 1e6:.0f}–{r['p90'] * 1e6:.0f}"
+        rows.append(
+            [*head, f"{r['seconds'] * 1e6:.1f} ({spread})", percent(r["bytes"] / r["seconds"] / limit), best, ""]
+        )
+    return table(["", "KV heads", "group", "rows", "slots", "must read", "µs", "of copy", "to torch's best", ""], rows)
+
+
+def steps(found: Sequence[dict]) -> str:
+    rows = []
+    for r in found:
+        head = [r["model"], str(r["batch"]), str(r["slots"]), r["plan"]]
+        if "absent" in r:
+            rows.append([*head, "-", "-", "-", "-", r["absent"]])
+            continue
+        cells = [
+            f"{r['seconds'] * 1e3:.2f}",
+            f"{r['tok_s']:.0f}",
+            percent(r["of_roof"]),
+            f"{r['speedup']:.2f}x",
+            f"of {r['cap']:.2f}x",
+        ]
+        rows.append([*head, *cells])
+    return table(["model", "rows", "slots", "plan", "ms", "tokens/s", "of the roof", "to full", "bytes allow"], rows)
+
+
 def peers_speed(found: Sequence[dict]) -> str:
     rows = []
     for r in found:

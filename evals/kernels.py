@@ -1,0 +1,217 @@
+"""What a GPU's kernels reach of what the device can do: ceilings first, then attention per call, then whole decode steps, in one process.
+
+A call is timed inside a captured graph of many calls over buffers that together are far larger than the cache; a row whose result is
+not within its bound of fp32 says FAIL and has no time. Random normal numbers throughout: zeros would run faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from statistics import median, quantiles
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nanokv import load, parse
+from nanokv.engine import Session
+from nanokv.ops import EAGER, Ops, triton
+from nanokv.runner import Graphed
+
+D, CALLS, REPLAYS, L2 = 128, 20, 30, 60 << 20
+# KV heads, query heads of each, rows, slots: MHA and GQA, below and above what fills the device
+SHAPES = [
+    (8, 4, 1, 4096),
+    (8, 4, 1, 16384),
+    (8, 4, 1, 65536),
+    (32, 1, 1, 4096),
+    (32, 1, 1, 16384),
+    (8, 4, 4, 16384),
+    (8, 4, 8, 32768),
+]
+FORMATS = ("bf16", "int8", "int4", "int2")
+GATE = {"bf16": 2e-2, "int8": 2e-2, "int4": 2e-2, "int2": 2e-2}
+PLANS = (
+    "full",
+    "snapkv:budget=1024",
+    "streaming:budget=1024",
+    "simlayer:variant=light",
+    "full+int4:group=128",
+    "kvsharer",
+)
+STEPS = [
+    ("llama3-8b", 1, 4096),
+    ("llama3-8b", 1, 32768),
+    ("llama3-8b", 8, 16384),
+    ("llama2-7b", 1, 16384),
+    ("mistral-7b", 1, 32768),
+]
+
+
+def need_cuda() -> None:
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "bench.py kernels measures a CUDA device and there is none; python bench.py speed measures this one"
+        )
+
+
+def graph_times(calls: list[Callable[[], object]]) -> list[float]:
+    """Seconds per call: one graph of all of them, replayed."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()  # compiles, and sets up workspaces
+    torch.cuda.synchronize()
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for i in range(10 + REPLAYS):
+        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        a.record()
+        graph.replay()
+        b.record()
+        torch.cuda.synchronize()
+        if i >= 10:
+            times.append(a.elapsed_time(b) / 1e3 / len(calls))
+    return times
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes per second copied (read and written) and read, bf16 FLOP/s, host to device, and seconds per node of a graph."""
+    x, y = (torch.randn(2**30, device="cuda").to(torch.bfloat16) for _ in range(2))
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    host, small = torch.empty(2**28, dtype=torch.uint8).pin_memory(), torch.zeros(1, device="cuda")
+    found = {
+        "copy": 2 * x.nbytes / median(graph_times([lambda: y.copy_(x)] * 3)),
+        "read": x.nbytes / median(graph_times([lambda: x.sum()] * 3)),
+        "matmul": 2 * 8192**3 / median(graph_times([lambda: a @ a] * 3)),
+        "node": median(graph_times([lambda: small.add_(1)] * 200)),
+    }
+    target, times = host.cuda(), []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(host, non_blocking=True)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return found | {"host": host.nbytes / min(times)}
+
+
+def attention() -> Iterator[dict]:
+    """One layer's decode attention in every format, and torch's own over the same bf16 keys."""
+    ours = triton()
+    for heads, group, B, S in SHAPES:
+        size = 2 * B * heads * S * D * 2
+        copies = max(2, min(CALLS, 4 * L2 // size + 1))
+        best = None
+        for backend in (
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH,
+        ):
+            row = _row(f"torch {backend.name.lower()}", heads, group, B, S, size)
+            try:
+                with sdpa_kernel(backend):
+                    sets = [_cache(B, heads, group, S, seed) for seed in range(copies)]
+                    times = graph_times(
+                        [
+                            lambda x=sets[i % copies]: F.scaled_dot_product_attention(*x, enable_gqa=True)
+                            for i in range(CALLS)
+                        ]
+                    )
+            except RuntimeError as e:
+                yield row | {"absent": str(e).splitlines()[0][:80]}
+                continue
+            best = min(filter(None, (best, median(times))))
+            yield row | _times(times)
+        for name in FORMATS:
+            bits = {"bf16": 16, "int8": 8, "int4": 4, "int2": 2}[name]
+            sets = [_ask(ours, bits, *_cache(B, heads, group, S, seed)) for seed in range(copies)]
+            need = sum(t.nbytes for t in sets[0][1])
+            row = _row(f"nanokv {name}", heads, group, B, S, need)
+            error = (sets[0][0]().float() - _truth(bits, *sets[0][1]).float()).abs().max().item()
+            if not error <= GATE[name]:
+                yield row | {"absent": f"FAIL: {error:.3g} from fp32"}
+                continue
+            times = graph_times([sets[i % copies][0] for i in range(CALLS)])
+            yield row | _times(times) | {"error": error, "of_best": best / median(times)}
+            del sets
+
+
+def _row(name: str, heads: int, group: int, B: int, S: int, need: int) -> dict:
+    return {"name": name, "kv_heads": heads, "group": group, "batch": B, "slots": S, "bytes": need}
+
+
+def _times(times: list[float]) -> dict[str, float]:
+    tenths = quantiles(times, n=10)
+    return {"seconds": median(times), "p10": tenths[0], "p90": tenths[-1]}
+
+
+def _cache(B: int, heads: int, group: int, S: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    dice = torch.Generator("cuda").manual_seed(seed)
+    shapes = (B, heads * group, 1, D), (B, heads, S, D), (B, heads, S, D)
+    return tuple(torch.randn(s, generator=dice, device="cuda", dtype=torch.bfloat16) for s in shapes)
+
+
+def _ask(ops: Ops, bits: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
+    """A call, and the tensors that it must read."""
+    kpos, now = torch.zeros(k.shape[:3], dtype=torch.int32, device="cuda"), torch.zeros(k.shape[0], 1, device="cuda")
+    if bits == 16:
+        return lambda: ops.decode(q, k, v, None, kpos, now, None)[0], (q, k, v)
+    codes = EAGER.quantize(k, bits, 128, 1), EAGER.quantize(v, bits, 1, D)
+    return lambda: ops.decode_quant(q, *codes, None, kpos, now, None, (bits, bits))[0], (q, *codes[0], *codes[1])
+
+
+def _truth(bits: int, q: Tensor, *held: Tensor) -> Tensor:
+    """In fp32, over what is held."""
+    k, v = held if bits == 16 else (EAGER.dequantize(*held[:3], bits), EAGER.dequantize(*held[3:], bits))
+    kpos, now = torch.zeros(k.shape[:3], dtype=torch.int32, device="cuda"), torch.zeros(k.shape[0], 1, device="cuda")
+    return EAGER.decode(q.float(), k, v, None, kpos, now, None)[0]
+
+
+def steps(limit: float, models: tuple[str, ...] | None = None) -> Iterator[dict]:
+    """Whole decode steps of random weights, captured; limit: bytes per second that the device copies."""
+    for model in dict.fromkeys(m for m, _, _ in STEPS if models is None or m in models):
+        llm = load(model, random_weights=True, device="cuda", backend="triton")
+        weights = sum(p.nbytes for p in llm.models.decode.parameters()) - llm.models.decode.embed_tokens.weight.nbytes
+        for _, B, S in (s for s in STEPS if s[0] == model):
+            first = None
+            for text in PLANS:
+                row = {"model": model, "batch": B, "slots": S, "plan": text}
+                try:
+                    plan = llm.ready(parse(text))
+                    session = Session(replace(llm.models, runner=Graphed(llm.models.decode)), plan, 170)
+                    prompts = [
+                        torch.randint(0, 256, (S,), generator=torch.Generator().manual_seed(i)).tolist()
+                        for i in range(B)
+                    ]
+                    token = session.start(prompts).argmax(-1, keepdim=True)
+                    times = []
+                    for i in range(144):
+                        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                        a.record()
+                        token = session.feed(token).argmax(-1, keepdim=True)
+                        b.record()
+                        torch.cuda.synchronize()
+                        if i >= 16:
+                            times.append(a.elapsed_time(b) / 1e3)
+                except (ValueError, torch.cuda.OutOfMemoryError) as e:
+                    yield row | {"absent": str(e).splitlines()[0][:100]}
+                    continue
+                seconds, need = median(times), weights + session.report().live_bytes
+                first = first or (seconds, need)
+                cap = first[1] / need
+                yield row | {
+                    "seconds": seconds,
+                    "tok_s": B / seconds,
+                    "of_roof": need / seconds / limit,
+                    "cap": cap,
+                    "speedup": first[0] / seconds,
+                }
+        del llm
+        torch.cuda.empty_cache()
