@@ -16,7 +16,7 @@ demo: .venv/run
 test: .venv/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2
 
 lint: .venv/dev
 	$(PY) -m ruff check --fix .

@@ -167,7 +167,8 @@ def run(args: argparse.Namespace) -> int:
     common = {"limit": args.max_new_tokens, "sampling": sampling, "seed": args.seed, "stop": args.stop}
     common |= {"ignore_eos": args.ignore_eos, "overflow": args.allow_overflow}
     say = (lambda *_: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
-    backend = llm.models.ops.name + (" (decode in plain torch)" if llm.device.type != "cpu" else "")
+    plain = llm.device.type != "cpu" and llm.models.ops.name != "triton"
+    backend = llm.models.ops.name + (" (decode in plain torch)" if plain else "")
     kept = "the saved plan" if args.load_cache else plan
     say(f"{llm.name} · {kept} · {llm.device} · {dtypes(llm)} · backend {backend} · runner {llm.models.runner.name}")
     if args.interactive:

@@ -70,6 +70,18 @@ def paces() -> str:
     return markdown(["plan", "tokens/s", "of full's", "cache"], rows)
 
 
+def compiled() -> str:
+    """Decoding with compiled blocks, against full in the same run."""
+    rows = []
+    for file in ("speed-compiled.json", "speed-8000.json"):
+        found = _read(file)["speed"]
+        for f in found:
+            of = f["decode_tok_s"] / found[0]["decode_tok_s"]
+            size = f"{f['bytes'] / 2**20:.1f} MiB"
+            rows.append([f"`{f['plan']}`", str(f["length"]), f"{f['decode_tok_s']:.1f}", f"{of:.2f}", size])
+    return markdown(["plan", "tokens", "tokens/s", "of full's", "cache"], rows)
+
+
 def _scores(found: dict[str, Any]) -> str:
     length = min(
         (n for n in found["averages"]), key=lambda n: (-sum(str(p["length"]) == n for p in found["quality"]), int(n))
@@ -149,7 +161,7 @@ def prose() -> str:
     return markdown(["plan", "tokens", "perplexity", "against full"], rows)
 
 
-TABLES = (compatible, quality, stores, codes, paces, decode, kvpress, needles, endless, prose)
+TABLES = (compatible, quality, stores, codes, paces, decode, compiled, kvpress, needles, endless, prose)
 
 
 if __name__ == "__main__":

@@ -295,4 +295,4 @@ def decode(
 def stretches(heads: int, S: int, device: torch.device) -> int:
     """In how many parts each head's S slots are read: as many as fill the device, none below 128 slots."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, min(round(3 * processors / heads), 64, triton.cdiv(S, 128)))
+    return max(1, min(round(3 * processors / heads), 63, triton.cdiv(S, 128)))  # and one for exact tokens beside codes

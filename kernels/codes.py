@@ -37,28 +37,35 @@ def _quarter(
     elif BITS == 4:
         codes = tl.inline_asm_elementwise(ASM, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
     elif COMPUTE == tl.bfloat16:
-        codes = tl.inline_asm_elementwise(ASM, "=r,=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=4)
+        codes = tl.inline_asm_elementwise(ASM, "=&r,=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=4)
     else:
-        codes = tl.inline_asm_elementwise(ASM, "=r,=r,r", [words], dtype=tl.float16, is_pure=True, pack=4)
+        codes = tl.inline_asm_elementwise(ASM, "=&r,=r,r", [words], dtype=tl.float16, is_pure=True, pack=4)
     return codes
 
 
 @triton.jit
-def _scaled(q, ks, kz, here, EXTRA: tl.constexpr, COMPUTE: tl.constexpr):
-    """A quarter of the queries (M,WP) with K's scales and zeros → what multiplies codes, and what the zeros add, per channel."""
+def _scaled(q, ks, kz, here, BITS: tl.constexpr, EXTRA: tl.constexpr, COMPUTE: tl.constexpr):
+    """A quarter of the queries (M,WP) with K's scales and zeros → what multiplies codes, and what the zeros add, per channel.
+
+    The zeros count from the middle code on, so that rounding the scaled queries errs with the codes' distance from there, either way.
+    """
     scale = tl.load(ks, mask=here, other=0.0).to(tl.float32)
     zero = tl.load(kz, mask=here, other=0.0).to(tl.float32)
-    state = (q * scale[None, :]).to(COMPUTE)
-    return state, q * zero[None, :] - EXTRA * state.to(tl.float32)
+    MID: tl.constexpr = (2**BITS - 1) / 2
+    state = q * scale[None, :]
+    rounded = state.to(COMPUTE)
+    return rounded, q * zero[None, :] + MID * state - (EXTRA + MID) * rounded.to(tl.float32)
 
 
 @triton.jit
-def _weighed(p, vs, vz, here, EXTRA: tl.constexpr, COMPUTE: tl.constexpr):
-    """Weights (M,N) with a run of V's scales and zeros → what multiplies codes, and what the zeros add, per token."""
+def _weighed(p, vs, vz, here, BITS: tl.constexpr, EXTRA: tl.constexpr, COMPUTE: tl.constexpr):
+    """Weights (M,N) with a run of V's scales and zeros → what multiplies codes, and what the zeros add, per token; as for K."""
     scale = tl.load(vs, mask=here, other=0.0).to(tl.float32)
     zero = tl.load(vz, mask=here, other=0.0).to(tl.float32)
-    weight = (p * scale[None, :]).to(COMPUTE)
-    return weight, p * zero[None, :] - EXTRA * weight.to(tl.float32)
+    MID: tl.constexpr = (2**BITS - 1) / 2
+    weight = p * scale[None, :]
+    rounded = weight.to(COMPUTE)
+    return rounded, p * zero[None, :] + MID * weight - (EXTRA + MID) * rounded.to(tl.float32)
 
 
 @triton.jit
@@ -203,15 +210,15 @@ def _split(
             zeros = kz + b * ks_b + h * ks_h + (at // GROUP) * D + w
             words = kq + b * kq_b + h * kq_h + s[:, None] * KW + w[None, :]
             bits = tl.load(words, mask=both, other=0) if KBITS != 8 else words
-            a, add = _scaled(q0, scales, zeros, own, KX, COMPUTE)
+            a, add = _scaled(q0, scales, zeros, own, KBITS, KX, COMPUTE)
             x = tl.dot(a, tl.trans(_quarter(bits, words, both, 0, KBITS, W, K0, COMPUTE)), input_precision="ieee")
-            a, more = _scaled(q1, scales + W, zeros + W, own, KX, COMPUTE)
+            a, more = _scaled(q1, scales + W, zeros + W, own, KBITS, KX, COMPUTE)
             add += more
             x = tl.dot(a, tl.trans(_quarter(bits, words, both, 1, KBITS, W, K1, COMPUTE)), x, input_precision="ieee")
-            a, more = _scaled(q2, scales + 2 * W, zeros + 2 * W, own, KX, COMPUTE)
+            a, more = _scaled(q2, scales + 2 * W, zeros + 2 * W, own, KBITS, KX, COMPUTE)
             add += more
             x = tl.dot(a, tl.trans(_quarter(bits, words, both, 2, KBITS, W, K2, COMPUTE)), x, input_precision="ieee")
-            a, more = _scaled(q3, scales + 3 * W, zeros + 3 * W, own, KX, COMPUTE)
+            a, more = _scaled(q3, scales + 3 * W, zeros + 3 * W, own, KBITS, KX, COMPUTE)
             x = tl.dot(a, tl.trans(_quarter(bits, words, both, 3, KBITS, W, K3, COMPUTE)), x, input_precision="ieee")
             x += tl.sum(add + more, 1)[:, None]
             if SEEN:
@@ -230,19 +237,19 @@ def _split(
             words = vq + b * vq_b + h * vq_h + s[:, None] * VW + w[None, :]
             bits = tl.load(words, mask=both, other=0) if VBITS != 8 else words
             ever = s < hi if LENGTH else tl.full([N], True, tl.int1)
-            a, add = _weighed(p, scales, zeros, ever, VX, COMPUTE)
+            a, add = _weighed(p, scales, zeros, ever, VBITS, VX, COMPUTE)
             z0 = z0 * over + add
             o0 = tl.dot(a, _quarter(bits, words, both, 0, VBITS, W, V0, COMPUTE), o0 * over, input_precision="ieee")
             if RUNS == 4:
-                a, add = _weighed(p, scales + 1, zeros + 1, ever, VX, COMPUTE)
+                a, add = _weighed(p, scales + 1, zeros + 1, ever, VBITS, VX, COMPUTE)
             z1 = z1 * over + add
             o1 = tl.dot(a, _quarter(bits, words, both, 1, VBITS, W, V1, COMPUTE), o1 * over, input_precision="ieee")
             if RUNS > 1:
-                a, add = _weighed(p, scales + RUNS // 2, zeros + RUNS // 2, ever, VX, COMPUTE)
+                a, add = _weighed(p, scales + RUNS // 2, zeros + RUNS // 2, ever, VBITS, VX, COMPUTE)
             z2 = z2 * over + add
             o2 = tl.dot(a, _quarter(bits, words, both, 2, VBITS, W, V2, COMPUTE), o2 * over, input_precision="ieee")
             if RUNS == 4:
-                a, add = _weighed(p, scales + 3, zeros + 3, ever, VX, COMPUTE)
+                a, add = _weighed(p, scales + 3, zeros + 3, ever, VBITS, VX, COMPUTE)
             z3 = z3 * over + add
             o3 = tl.dot(a, _quarter(bits, words, both, 3, VBITS, W, V3, COMPUTE), o3 * over, input_precision="ieee")
         total = tl.sum(each, 1)

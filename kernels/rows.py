@@ -21,7 +21,7 @@ def _norm(x, weight, out, C, eps, W: tl.constexpr):
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference.norm`. One program a row; statistics in fp32."""
     x = x.contiguous()
-    out, C = torch.empty_like(x), x.shape[-1]
+    out, C = torch.empty_like(x), weight.shape[0]
     W = triton.next_power_of_2(C)
     _norm[(x.numel() // C,)](x, weight, out, C, eps, W=W, num_warps=min(8, max(1, W // 512)))
     return out
@@ -29,7 +29,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @triton.jit
 def _swiglu(x, out, C, N: tl.constexpr):
-    row, c = tl.program_id(1).to(tl.int64), tl.program_id(0) * N + tl.arange(0, N)
+    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * N + tl.arange(0, N)
     here = c < C
     gate = tl.load(x + row * 2 * C + c, mask=here, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * C + C + c, mask=here, other=0.0).to(tl.float32)
@@ -41,7 +41,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """As `reference.swiglu`."""
     x, C = gate_up.contiguous(), gate_up.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], C)
-    _swiglu[triton.cdiv(C, 1024), x.numel() // (2 * C)](x, out, C, N=1024)
+    _swiglu[x.numel() // (2 * C), triton.cdiv(C, 1024)](x, out, C, N=1024)  # of the second there are 65,535 at most
     return out
 
 

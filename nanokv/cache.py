@@ -27,9 +27,7 @@ class KVCache:
         plan = plans[0]
         self.plans, self.plan, self.stores, self.scores, self.room, self.ctx = plans, plan, stores, scores, room, ctx
         self.fresh = 0  # tokens since the policy looked last
-        self.layout = (
-            0  # how often memory or its division has changed: what was captured or compiled for the last one is stale
-        )
+        self.layout = 0  # how often memory or its division has changed: a step captured for the last one is stale
         self.layers: list[Owner | Reader] = []
         rows = next(iter(stores.values())).slots.cursor.shape[0]
         for i in range(ctx.config.num_hidden_layers):

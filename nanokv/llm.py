@@ -261,7 +261,7 @@ class Turn:
     reasons: list[str | None] = field(default_factory=list)
     prefill_s: float = 0.0
     compile_s: float = 0.0
-    decode_s: float = 0.0  # of the steps after the first, which is the warm-up, without what was compiled meanwhile
+    decode_s: float = 0.0  # of the steps after the first, which is the warm-up, but those that compiled
     counted: int = 0  # tokens that came in decode_s, of rows that had not ended
     unfed: int | None = None  # row 0's last token, where the next turn must feed it first
     interrupted: bool = False  # set from outside, at any time; the answer ends after the step in progress
@@ -300,8 +300,8 @@ class Turn:
         before = compiled = runner.compile_s
         for i, column in enumerate(generate(self.session, self.logits, self.limit, self._pick)):
             tokens = column.tolist()
-            if i > 1:
-                self.decode_s += time.perf_counter() - clock - (runner.compile_s - compiled)
+            if i > 1 and runner.compile_s == compiled:  # a step that compiled is no common one
+                self.decode_s += time.perf_counter() - clock
                 self.counted += self.reasons.count(None)
             self.unfed = tokens[0] if self.ignore_eos or tokens[0] not in self.tokenizer.eos else None
             for row, token in enumerate(tokens):

@@ -208,19 +208,24 @@ BACKENDS = {"eager": EAGER, "sdpa": SDPA}
 
 
 def triton() -> Ops:
-    """SDPA with the kernels of `kernels/` for what they are made for: single tokens, and the votes of a prompt's last ones."""
+    """SDPA with the kernels of `kernels/` for what they are made for: single tokens in 16 bits, and the votes of a prompt's last ones.
+
+    Torch does the rest: several tokens at once, noise, fp32 (exact products spill there), and codes in groups or runs that fit no tile.
+    """
     import kernels
 
     def decode(q, k, v, length, kpos, now, sliding_window, group=None, noise=None):
-        use = kernels.decode if q.shape[2] == 1 and noise is None else sdpa_decode
+        use = kernels.decode if _suits(q) and q.shape[2] == 1 and noise is None else sdpa_decode
         return use(q, k, v, length, kpos, now, sliding_window, group, noise)
 
     def decode_quant(q, k, v, length, kpos, now, sliding_window, bits, near=None):
-        use = kernels.decode_quant if q.shape[2] == 1 else sdpa_decode_quant
+        group, runs = k[0].shape[2] // k[1].shape[2], v[1].shape[3]
+        fits = 4 % runs == 0 and 3 not in bits and group & -group >= 16 and q.shape[3] % 4 == 0 and q.shape[3] > 32
+        use = kernels.decode_quant if _suits(q) and q.shape[2] == 1 and fits else sdpa_decode_quant
         return use(q, k, v, length, kpos, now, sliding_window, bits, near)
 
     def mass(q, k, start, sliding_window, group, stat="sum", noise=None):
-        use = kernels.mass if stat == "sum" and noise is None and q.shape[2] <= 128 else reference.mass
+        use = kernels.mass if _suits(q) and stat == "sum" and noise is None and q.shape[2] <= 128 else reference.mass
         return use(q, k, start, sliding_window, group, stat, noise)
 
     def row(x, weight, bias):
@@ -228,6 +233,11 @@ def triton() -> Ops:
 
     fast = {"norm": kernels.norm, "swiglu": kernels.swiglu, "linear": row}
     return replace(SDPA, name="triton", decode=decode, decode_quant=decode_quant, mass=mass, **fast)
+
+
+def _suits(q: Tensor) -> bool:
+    """In the interpreter everything but bf16 does, which it computes wrongly."""
+    return q.itemsize == 2 if q.device.type == "cuda" else q.dtype != torch.bfloat16
 
 
 def merge(states: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ for a block's call, and a graph replays the step whole.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, Protocol
@@ -95,19 +96,20 @@ class Graphed:
 
     def step(self, tokens: Tensor, pos: Tensor, cache: KVCache) -> Tensor:
         cache.freeze()
-        if self.known != (cache, cache.layout):
-            self.known, self.graph = (cache, cache.layout), None
+        if self.known is None or self.known[0]() is not cache or self.known[1] != cache.layout:
+            self.known, self.graph = (weakref.ref(cache), cache.layout), None
             return self.model(tokens, pos, cache)
         if self.graph is None:
-            t0 = time.perf_counter()
-            self.tokens, self.pos, self.graph = tokens.clone(), pos.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records; nothing runs, so no state needs restoring
+            t0, graph = time.perf_counter(), torch.cuda.CUDAGraph()
+            self.tokens, self.pos = tokens.clone(), pos.clone()
+            with torch.cuda.graph(graph):  # records; nothing runs, so no state needs restoring
                 self.logits = self.model(self.tokens, self.pos, cache)
+            self.graph = graph
             self.compile_s += time.perf_counter() - t0
         self.tokens.copy_(tokens)
         self.pos.copy_(pos)
         self.graph.replay()
-        return self.logits
+        return self.logits.clone()  # the next replay overwrites them
 
 
 def make(name: str, model: Llama) -> Runner:

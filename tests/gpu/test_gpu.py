@@ -28,14 +28,24 @@ def normal(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=dice, device="cuda").to(dtype)
 
 
-def near_truth(found: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> None:
-    """No further from fp64 than twice what plain torch is in the same type."""
-    ours, theirs = ((x.double() - truth).abs().max().item() for x in (found, plain))
-    assert found.isfinite().all() and ours <= 2 * theirs + 1e-6, (ours, theirs)
+def truth(q, k, v, seen=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out, lse and weights (B,H,S) of one token in fp64; seen bool (B,Hkv,S)."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
+    score = (q.double() @ k.transpose(2, 3))[:, :, 0] * q.shape[3] ** -0.5
+    if seen is not None:
+        score = score.masked_fill(~seen.repeat_interleave(group, 1), -torch.inf)
+    weight = score.softmax(-1).nan_to_num()
+    return weight[:, :, None] @ v, score.logsumexp(-1, keepdim=True), weight
 
 
-def wide(*xs: object) -> list[object]:
-    return [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in xs]
+# of random normal numbers: weights and outputs are rounded to the type, logits by the queries' rounding
+CLOSE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
+
+
+def near(found: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> None:
+    assert not found.isnan().any()
+    torch.testing.assert_close(found.double(), right, atol=CLOSE[dtype], rtol=CLOSE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -49,55 +59,59 @@ def test_decode(B, heads, G, S, D, window, dtype):
     )
     length = torch.randint(0, S + 1, (B, heads), device="cuda", dtype=torch.int32)
     kpos = torch.arange(S, device="cuda", dtype=torch.int32).expand(B, heads, S).contiguous()
-    rest = length, kpos, torch.full((B, 1), S, device="cuda"), window, "mean"
-    found, plain, truth = (
-        kernels.decode(q, k, v, *rest),
-        reference.decode(q, k, v, *rest),
-        reference.decode(*wide(q, k, v), *rest),
-    )
-    seen = truth[1].isfinite()
-    near_truth(found[0], plain[0], truth[0])
-    near_truth(found[1][seen], plain[1][seen], truth[1][seen].double())
-    near_truth(found[2], plain[2], truth[2].double())
+    now = torch.full((B, 1), S, device="cuda")
+    seen = (kpos < length[..., None]) & (kpos > (S - window if window else -1))
+    right = truth(q, k, v, seen)
+    out, lse, votes = kernels.decode(q, k, v, length, kpos, now, window, "mean")
+    near(out, right[0], dtype)
+    near(lse, right[1], dtype)
+    near(votes, right[2].unflatten(1, (heads, G)).mean(2), dtype)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("bits", "runs"), [((4, 4), 1), ((4, 4), 4), ((2, 2), 4), ((8, 8), 1), ((8, 4), 2), ((4, 2), 1)]
 )
-@pytest.mark.parametrize("near", [False, True])
-def test_decode_quant(bits, runs, near, dtype):
+@pytest.mark.parametrize("exact", [False, True])
+def test_decode_quant(bits, runs, exact, dtype):
     B, heads, G, S, D = 2, 4, 4, 1024, 128
     q, k, v = (
         normal(B, n, s, D, dtype=dtype, seed=i) for i, (n, s) in enumerate(((heads * G, 1), (heads, S), (heads, S)))
     )
     k, v = reference.quantize(k, bits[0], 64, 1), reference.quantize(v, bits[1], 1, D // runs)
     kpos = torch.arange(S, device="cuda", dtype=torch.int32).expand(B, heads, S).contiguous()
-    exact = None
-    if near:
-        exact = [normal(B, heads, 100, D, dtype=dtype, seed=i) for i in (5, 6)]
-        exact = *exact, torch.rand(B, heads, 100, device="cuda") > 0.3, kpos[:, :, :100]
-    rest = k, v, None, kpos, torch.full((B, 1), S, device="cuda"), None, bits, exact
-    found, plain = kernels.decode_quant(q, *rest), reference.decode_quant(q, *rest)
-    truth = reference.decode_quant(q.double(), *rest)
-    for a, b, c in zip(found, plain, truth, strict=True):
-        ours, theirs = ((x.double() - c.double()).abs().max().item() for x in (a, b))
-        # scaled queries and weights are rounded once more than an exact key would be
-        assert a.isfinite().all() and ours <= 4 * theirs + (2e-3 if dtype == torch.bfloat16 else 3e-4), (ours, theirs)
+    held, now = kpos % 3 > 0, torch.full((B, 1), S, device="cuda")
+    keys, values, seen, beside = reference.dequantize(*k, bits[0]), reference.dequantize(*v, bits[1]), held, None
+    if exact:
+        more = [normal(B, heads, 100, D, dtype=dtype, seed=i) for i in (5, 6)]
+        there = torch.rand(B, heads, 100, device="cuda") > 0.3
+        beside = *more, there, kpos[:, :, :100]
+        keys, values, seen = (torch.cat((a, b), 2) for a, b in zip((keys, values, held), (*more, there), strict=True))
+    right = truth(q, keys, values, seen)
+    out, lse = kernels.decode_quant(q, k, v, held, kpos, now, None, bits, beside)
+    near(out, right[0], dtype)
+    near(lse, right[1], dtype)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mass_and_rows(dtype):
     q, k = normal(1, 32, 32, 128, dtype=dtype, seed=0), normal(1, 8, 3000, 128, dtype=dtype, seed=1)
-    rest = 3000 - 32, None, "mean"
-    near_truth(kernels.mass(q, k, *rest), reference.mass(q, k, *rest), reference.mass(*wide(q, k), *rest).double())
-    x, w, gate = (normal(*s, dtype=dtype, seed=i) for i, s in enumerate(((1, 1, 4096), (11008, 4096), (1, 1, 22016))))
-    near_truth(kernels.linear(x, w, None), reference.linear(x, w, None), (x.double() @ w.double().T))
-    near_truth(kernels.swiglu(gate), reference.swiglu(gate), reference.swiglu(gate.double()))
-    ones = torch.ones(4096, device="cuda")
-    near_truth(
-        kernels.norm(x, ones, 1e-5), reference.norm(x, ones, 1e-5), reference.norm(x.double(), ones.double(), 1e-5)
+    i = torch.arange(3000 - 32, 3000, device="cuda")[:, None]
+    score = q.double() @ k.double().repeat_interleave(4, 1).transpose(2, 3) * 128**-0.5
+    right = (
+        score.masked_fill(torch.arange(3000, device="cuda") > i, -torch.inf)
+        .softmax(-1)
+        .sum(2)
+        .unflatten(1, (8, 4))
+        .mean(2)
     )
+    near(kernels.mass(q, k, 3000 - 32, None, "mean"), right, dtype)
+    x, w, gate = (normal(*s, dtype=dtype, seed=i) for i, s in enumerate(((1, 1, 4096), (11008, 4096), (1, 1, 22016))))
+    near(kernels.linear(x, w / 64, None), x.double() @ (w / 64).double().T, dtype)
+    a, b = gate.double().chunk(2, -1)
+    near(kernels.swiglu(gate), a * a.sigmoid() * b, dtype)
+    right = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    near(kernels.norm(x, torch.ones(4096, device="cuda"), 1e-5), right, dtype)
 
 
 PLANS = [
@@ -117,20 +131,21 @@ def llm():
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("kind", [Graphed, Compiled])
-def test_the_fast_runners_give_the_tokens_of_plain_calls_and_never_wait(plan, kind, llm):
-    texts = []
+def test_the_fast_runners_give_the_logits_of_plain_calls_and_never_wait(plan, kind, llm):
+    found, dice = [], torch.Generator().manual_seed(0)
+    more = torch.randint(0, 200, (80, 1, 1), generator=dice).cuda()  # past two flushes of a group
     for runner in (Eager(llm.models.decode), kind(llm.models.decode)):
         session = Session(replace(llm.models, runner=runner), parse(plan), 90)
-        out, found = session.start([list(range(3, 403))]), []
-        for i in range(80):  # past two flushes of a group
-            found.append(out.argmax(-1, keepdim=True))
+        logits = [session.start([list(range(3, 203)) * 2])]
+        for i, token in enumerate(more):
             if i > 3:
                 torch.cuda.set_sync_debug_mode("error")
             with torch.inference_mode():
-                out = runner.step(found[-1], session.pos, session.cache)
+                logits.append(runner.step(token, session.pos, session.cache))
             torch.cuda.set_sync_debug_mode("default")
             session.cache.room -= 1
             session._advance(1)
             session.cache.maintain(1, session.seen)
-        texts.append(torch.cat(found).flatten().tolist())
-    assert texts[0] == texts[1]
+        found.append(torch.cat(logits).float())
+    # a captured step is the same work; a compiled one orders sums otherwise
+    torch.testing.assert_close(*found, atol=0.0 if kind is Graphed else 0.1, rtol=0.0 if kind is Graphed else 0.1)
