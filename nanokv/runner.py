@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
+from shutil import which
 from types import FunctionType
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from nanokv.cache import KVCache
 from nanokv.model import Block, Llama
 
 RUNNERS = ("eager", "compile", "graph")
+COMPILERS = ("g++", "clang++")
 
 
 class Runner(Protocol):
@@ -113,11 +115,15 @@ class Graphed:
 
 
 def make(name: str, model: Llama) -> Runner:
-    """auto: a graph where there is CUDA, or else plain calls, which start at once. ValueError where there is none to capture."""
+    """auto: a graph where there is CUDA, or else plain calls, which start at once. ValueError where what it takes is missing."""
     if name == "auto":
         name = "eager" if model.embed_tokens.weight.device.type != "cuda" else "graph"
     if name == "graph" and model.embed_tokens.weight.device.type != "cuda":
         raise ValueError(
             "runner graph captures CUDA graphs and the device is no CUDA device; use --runner compile or eager"
+        )
+    if name == "compile" and model.embed_tokens.weight.device.type == "cpu" and not any(map(which, COMPILERS)):
+        raise ValueError(
+            f"runner compile needs a C++ compiler and there is no {' or '.join(COMPILERS)}; use --runner eager"
         )
     return {"eager": Eager, "compile": Compiled, "graph": Graphed}[name](model)

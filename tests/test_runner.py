@@ -140,3 +140,9 @@ def test_a_graph_is_refused_where_there_is_no_cuda(llm_of):
 
 def test_auto_is_eager_on_a_cpu(llm_of):
     assert make("auto", llm_of("g3").models.decode).name == "eager"
+
+
+def test_compiling_without_a_compiler_is_refused_in_one_sentence(llm_of, monkeypatch):
+    monkeypatch.setattr("nanokv.runner.which", lambda name: None)
+    with pytest.raises(ValueError, match="use --runner eager"):
+        make("compile", llm_of("g3").models.decode)
