@@ -103,6 +103,9 @@ def kernels(kind: torch.dtype, fp8: bool) -> dict[str, tuple[JITFunction, Record
         compute, fast = codes.unpacking((bits, bits), kind, fast=True)
         fast["COMPUTE"] = getattr(tl, str(compute).removeprefix("torch."))
         add(f"int{bits} runs {runs}", codes, "_split", lambda ask=ask: codes.decode_quant(*ask), fast)
+        if (bits, runs) == (4, 1):  # as a frozen store asks: masks for both
+            masked = *ask[:3], held, *ask[4:8], (*near[:2], held[:, :, :128], near[3])
+            add("int4 masked", codes, "_split", lambda ask=masked: codes.decode_quant(*ask), fast)
     w = torch.randn(B, HKV * G, 32, D).to(kind)
     add("mass", votes, "_lse _columns", lambda: votes.mass(w, k, S - 32, None, "mean"))
     add("norm", rows, "_norm", lambda: rows.norm(torch.randn(1, 4096), torch.ones(4096), 1e-5))
