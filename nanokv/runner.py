@@ -115,9 +115,8 @@ class Graphed:
 
 
 def make(name: str, model: Llama) -> Runner:
-    """auto: a graph where there is CUDA, or else plain calls, which start at once. ValueError where what it takes is missing."""
-    if name == "auto":
-        name = "eager" if model.embed_tokens.weight.device.type != "cuda" else "graph"
+    """auto: plain calls, which start at once; no graph has been captured on a GPU yet. ValueError where what it takes is missing."""
+    name = "eager" if name == "auto" else name
     if name == "graph" and model.embed_tokens.weight.device.type != "cuda":
         raise ValueError(
             "runner graph captures CUDA graphs and the device is no CUDA device; use --runner compile or eager"

@@ -235,7 +235,8 @@ def test_the_backend_gives_the_oracles_logits(plan, llm_of, tiny):
         out = [session.start([text(60, seed=5)])]
         out += [session.feed(torch.tensor([[t]], device=llm.device)) for t in text(5, seed=6)]
         found.append(torch.cat(out).cpu())
-    torch.testing.assert_close(*found, atol=2e-3, rtol=2e-3)
+    close = 2e-3 if "+" in plan else 2e-4
+    torch.testing.assert_close(*found, atol=close, rtol=close)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="here it would run")

@@ -47,8 +47,9 @@ def kind(layer) -> tuple:
     return layer.owns, *apart
 
 
-def check(counts: list[int], kinds: int, worst: float, more: int = 0) -> None:
-    assert worst < 1e-3  # in fp32; a set of 2 bits has scales that make the order of a sum visible
+def check(store: str, counts: list[int], kinds: int, worst: float, more: int = 0) -> None:
+    # in fp32; where a store rounds, scales make the order of a sum visible
+    assert worst < (1e-4 if store in ("dense", "ragged") else 1e-3)
     assert counts[2] == counts[1] <= 2 * kinds + more + 1  # and the head's
 
 
@@ -59,7 +60,7 @@ ALONE = [(keep, store) for keep, store in PAIRS if keep == "full" or store == "d
 @pytest.mark.parametrize(("keep", "store"), ALONE)
 def test_every_part_compiles_to_two_graphs_and_no_third(keep, store, llm_of):
     """Past the flush of a group."""
-    check(*counted(llm_of("g3"), of(keep, store), 14))
+    check(store, *counted(llm_of("g3"), of(keep, store), 14))
 
 
 # these rank the prompt's tokens and differ from snapkv in nothing that a decode step sees
@@ -71,12 +72,12 @@ REST = [pytest.param(*p, marks=pytest.mark.pairs if p[0] in LIKE_SNAPKV else ())
 @pytest.mark.parametrize(("keep", "store"), REST)
 def test_every_pair_compiles_to_two_graphs_and_no_third(keep, store, llm_of):
     # sizes of single heads: one that all layers share at first is taken for a constant, and for a number of its own later
-    check(*counted(llm_of("g3"), of(keep, store)), more=store == "ragged")
+    check(store, *counted(llm_of("g3"), of(keep, store)), more=store == "ragged")
 
 
 @pytest.mark.parametrize("store", ["dense", "int4"])
 def test_an_owner_and_its_reader_are_two_kinds_of_blocks(store, llm_of):
-    check(*counted(llm_of("g3"), of("snapkv", store, {2: 0})))
+    check(store, *counted(llm_of("g3"), of("snapkv", store, {2: 0})))
 
 
 def test_a_cache_that_is_not_frozen_compiles_as_it_grows(llm_of, monkeypatch):
@@ -89,7 +90,7 @@ def test_a_cache_that_is_not_frozen_compiles_as_it_grows(llm_of, monkeypatch):
 @pytest.mark.parametrize(
     "plan", ["full", "snapkv:budget=20,window=4,every=4", "snapkv:budget=20,window=4,heads=ada,every=4+ragged"]
 )
-def test_new_memory_is_noticed_where_a_layout_changes(plan, llm_of):
+def test_a_compiled_step_follows_its_cache_into_new_memory(plan, llm_of):
     """More room, or another look."""
     llm, more = llm_of("g3"), text(14, seed=3)
     logits = []
@@ -138,7 +139,7 @@ def test_a_graph_is_refused_where_there_is_no_cuda(llm_of):
         make("graph", llm_of("g3").models.decode)
 
 
-def test_auto_is_eager_on_a_cpu(llm_of):
+def test_auto_is_plain_calls(llm_of):
     assert make("auto", llm_of("g3").models.decode).name == "eager"
 
 
