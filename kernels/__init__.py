@@ -9,11 +9,16 @@ from typing import Any
 
 __version__ = "0.0.0"  # transformers probes a PyPI package of this name by its version; without one it fails to import
 HOMES = {
+    "add_norm": "rows",
+    "append": "writes",
+    "compact": "writes",
     "decode": "attention",
     "decode_quant": "codes",
+    "decode_ragged": "attention",
     "linear": "rows",
     "mass": "votes",
     "norm": "rows",
+    "quantize": "writes",
     "swiglu": "rows",
 }
 __all__ = list(HOMES)

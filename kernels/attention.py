@@ -9,6 +9,8 @@ follows from the capacity, their length from `length` on the device, so that a c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -121,6 +123,7 @@ def _split(
     q,
     k,
     v,
+    first,
     length,
     seen,
     kpos,
@@ -143,6 +146,7 @@ def _split(
     S,
     scale,
     sliding_window,
+    RAGGED: tl.constexpr,
     LENGTH: tl.constexpr,
     SEEN: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -166,15 +170,18 @@ def _split(
     keys, values = k + b * k_b + h * k_h + d[None, :], v + b * v_b + h * v_h + d[None, :]
     since = tl.load(now + b) - sliding_window if WINDOW else 0
     flags, when = seen + b * seen_b + h * seen_h, kpos + b * kpos_b + h * kpos_h
+    if RAGGED:  # one head's slots behind the other's
+        mine = tl.load(first + b * heads + h)
+        keys, values, when = keys + mine * k_s, values + mine * v_s, when + mine
     lines = logits + (b * heads * G + row[:, None]) * S
     top, total, out = read(
         state, keys, values, k_s, v_s, lo, hi, flags, when, since, lines, SEEN, WINDOW, VOTES, G, M, D, DP, N, COMPUTE
     )
-    mine = (b * heads * G + row) * splits + tl.program_id(0)
+    to = (b * heads * G + row) * splits + tl.program_id(0)
     out = out / tl.where(total == 0, 1.0, total)[:, None]
-    tl.store(part + mine[:, None] * D + d[None, :], out, mask=(g[:, None] < G) & wide)
+    tl.store(part + to[:, None] * D + d[None, :], out, mask=(g[:, None] < G) & wide)
     tl.store(
-        part_lse + mine,
+        part_lse + to,
         tl.where(total == 0, float("-inf"), top + tl.log2(tl.where(total == 0, 1.0, total))),
         mask=g < G,
     )
@@ -241,18 +248,58 @@ def decode(
     noise: tuple[int, float, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `reference.decode` for one token (T = 1) and without noise; k and v of q's type or an 8-bit float, rows contiguous."""
-    B, H, T, D = q.shape
-    heads, S = k.shape[1], k.shape[2]
-    assert T == 1 and noise is None and k.stride(3) == v.stride(3) == q.stride(3) == 1, (q.shape, k.stride(), noise)
+    assert k.stride(3) == v.stride(3) == 1, (k.stride(), v.stride())
+    seen = length if length is not None and length.dim() == 3 else None
+    counts, strides = None if seen is not None else length, (*k.stride()[:3], *v.stride()[:3])
+    return _attend(q, k, v, k.shape[1:3], strides, None, counts, seen, kpos, now, sliding_window, group, noise)
+
+
+def decode_ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Sequence[tuple[int, int]],
+    first: Tensor,
+    length: Tensor | None,
+    kpos: Tensor,
+    now: Tensor,
+    sliding_window: int | None,
+    group: str | None = None,
+    noise: tuple[int, float, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `reference.decode_ragged` for one token (T = 1) and without noise. One launch; a short head's last programs do nothing."""
+    most, shape = max(n for _, n in spans), first.shape[:2]
+    if length is None:
+        length = torch.tensor([n for _, n in spans], dtype=torch.int32, device=q.device).view(shape)
+    assert k.stride(1) == v.stride(1) == 1 and most, (k.stride(), v.stride(), most)
+    strides, shape = (0, 0, k.stride(0), 0, 0, v.stride(0)), (shape[1], most)
+    return _attend(q, k, v, shape, strides, first, length, None, kpos, now, sliding_window, group, noise)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: tuple[int, int],
+    strides: tuple[int, ...],
+    first: Tensor | None,
+    counts: Tensor | None,
+    seen: Tensor | None,
+    kpos: Tensor,
+    now: Tensor,
+    sliding_window: int | None,
+    group: str | None,
+    noise: tuple[int, float, int] | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The launches. shape: KV heads, and slots of each at most; strides of k's and v's rows, heads and slots."""
+    (B, H, T, D), (heads, S) = q.shape, shape
+    assert T == 1 and noise is None and q.stride(3) == 1, (q.shape, q.stride(), noise)
     G, splits = H // heads, stretches(B * heads, S, q.device)
     M, DP = max(16, triton.next_power_of_2(G)), triton.next_power_of_2(D)
     part, part_lse = (q.new_empty(B, H, splits, n, dtype=torch.float32) for n in (D, 1))
     out, lse = q.new_empty(B, H, T, D), q.new_empty(B, H, T, dtype=torch.float32)
     logits = q.new_empty(B, H, S, dtype=torch.float32) if group else lse
-    seen = length if length is not None and length.dim() == 3 else None
-    counts = None if seen is not None else length
-    masks = (lse if x is None else x for x in (counts, seen))
-    strides = (*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *(seen.stride()[:2] if seen is not None else (0, 0)))
+    masks = (lse if x is None else x for x in (first, counts, seen))
     _split[splits, heads, B](
         q,
         k,
@@ -263,11 +310,14 @@ def decode(
         part,
         part_lse,
         logits,
+        *q.stride()[:2],
         *strides,
-        *kpos.stride()[:2],
+        *(seen.stride()[:2] if seen is not None else (0, 0)),
+        *(kpos.stride()[:2] if first is None else (0, 0)),
         S,
         D**-0.5 * LOG2E,
         sliding_window or 0,
+        RAGGED=first is not None,
         LENGTH=counts is not None,
         SEEN=seen is not None,
         WINDOW=sliding_window is not None,

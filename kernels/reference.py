@@ -6,10 +6,11 @@ query heads of one KV head lie next to each other, so `q.view(B, Hkv, G, T, D)` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def prefill(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: int | None) -> tuple[Tensor, Tensor]:
@@ -57,6 +58,53 @@ def decode(
         heard = weight if noise is None else _noisy(score, noise, now[:, None, None, :, None], kpos[:, :, None, None])
         votes = _group(heard.sum(3), group)
     return _values(weight, v).to(q.dtype), lse.flatten(1, 2), votes
+
+
+def each_head(decode: Callable) -> Callable:
+    """This `decode` over heads of different lengths, one after the other."""
+
+    def decode_ragged(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spans: Sequence[tuple[int, int]],
+        first: Tensor,
+        length: Tensor | None,
+        kpos: Tensor,
+        now: Tensor,
+        sliding_window: int | None,
+        group: str | None = None,
+        noise: tuple[int, float, int] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`decode` over k, v (slots,D) and kpos (slots,), one (row, KV head)'s slots behind the other's. spans: what the host knows of
+        each, its first slot and how many to look at; first (B,Hkv): the same first slots on the device; length (B,Hkv): how many are
+        valid, None: all that are looked at. → as `decode`, votes (B,Hkv|H,S) with S of the longest.
+        """
+        heads, parts = len(spans) // q.shape[0], []
+        G, most = q.shape[1] // heads, max(n for _, n in spans)
+        for i, (a, n) in enumerate(spans):
+            b, h = divmod(i, heads)
+            row, mine = slice(b, b + 1), slice(h * G, (h + 1) * G)
+            asked, valid = q[row, mine], None if length is None else length[row, h : h + 1]
+            if n == 0:
+                heard = asked.new_zeros(1, G if group == "each" else 1, 0, dtype=torch.float32)
+                empty = torch.full(asked.shape[:3], -torch.inf, device=q.device)
+                parts.append((torch.zeros_like(asked), empty, heard))
+                continue
+            stored = (x[None, None, a : a + n] for x in (k, v))
+            chance = None if noise is None else (*noise[:2], noise[2] + h * G)
+            when = kpos[None, None, a : a + n]
+            parts.append(decode(asked, *stored, valid, when, now[row], sliding_window, group, chance))
+        out, lse = (torch.cat([p[j] for p in parts], 1).view(*q.shape[:2], *parts[0][j].shape[2:]) for j in (0, 1))
+        if group is None:
+            return out, lse, None
+        votes = [pad(p[2], (0, most - p[2].shape[2])) for p in parts]
+        return out, lse, torch.cat(votes, 1).view(q.shape[0], -1, most)
+
+    return decode_ragged
+
+
+decode_ragged = each_head(decode)
 
 
 def decode_quant(
@@ -194,6 +242,12 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()).to(x.dtype)
 
 
+def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta in x's dtype, and the norm of that."""
+    x = (x.float() + delta.float()).to(x.dtype)
+    return x, norm(x, weight, eps)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """(…,2C), the gate's half first → (…,C): up · gate · sigmoid(gate)."""
     gate, up = gate_up.float().chunk(2, -1)
@@ -204,6 +258,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (…,C), weight (N,C), bias (N,) → (…,N) in the weight's dtype."""
     out = x.to(weight.dtype).float() @ weight.float().T
     return (out if bias is None else out + bias.float()).to(weight.dtype)
+
+
+# ---- tokens into their places ----------------------------------------------------------------------------------------
+
+
+def compact(k: Tensor, v: Tensor, pos: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens at (B,Hkv,N) int64 of k, v (B,Hkv,S,D) and pos (B,Hkv,S); for −1 zeros, at position −1."""
+    gone, at = at < 0, at.clamp(min=0)
+    row = at[..., None].expand(-1, -1, -1, k.shape[-1])
+    k, v = (x.gather(2, row).masked_fill_(gone[..., None], 0) for x in (k, v))
+    return k, v, pos.gather(2, at).masked_fill_(gone, -1)
+
+
+def append(k: Tensor, v: Tensor, row: Tensor, keys: Tensor, values: Tensor) -> None:
+    """k, v (B,Hkv,T,D) into the slots `row` (B·Hkv·T,) of keys and values, seen as (slots,D), in place and in their type."""
+    for mine, x in (
+        (keys, k),
+        (values, v),
+    ):  # torch scatters bf16 by copying the whole tensor; index_copy_ writes in place
+        mine.view(-1, x.shape[3]).index_copy_(0, row, x.reshape(-1, x.shape[3]).to(mine.dtype))
 
 
 # ---- codes: how numbers become few bits, and how these lie in memory ------------------------------------------------

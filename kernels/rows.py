@@ -9,10 +9,15 @@ from torch import Tensor
 
 
 @triton.jit
-def _norm(x, weight, out, C, eps, W: tl.constexpr):
+def _norm(x, delta, weight, both, out, C, eps, ADD: tl.constexpr, W: tl.constexpr):
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, W)
     here = c < C
     a = tl.load(x + row * C + c, mask=here, other=0.0).to(tl.float32)
+    if ADD:
+        a += tl.load(delta + row * C + c, mask=here, other=0.0).to(tl.float32)
+        a = a.to(both.dtype.element_ty)
+        tl.store(both + row * C + c, a, mask=here)
+        a = a.to(tl.float32)
     a = a * tl.rsqrt(tl.sum(a * a, 0) / C + tl.full([1], eps, tl.float32))
     a = a * tl.load(weight + c, mask=here, other=0.0).to(tl.float32)
     tl.store(out + row * C + c, a.to(out.dtype.element_ty), mask=here)
@@ -20,11 +25,22 @@ def _norm(x, weight, out, C, eps, W: tl.constexpr):
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference.norm`. One program a row; statistics in fp32."""
-    x = x.contiguous()
-    out, C = torch.empty_like(x), weight.shape[0]
+    return _normed(x.contiguous(), None, weight, eps)[1]
+
+
+def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `reference.add_norm`, in one launch."""
+    return _normed(x.contiguous(), delta.contiguous(), weight, eps)
+
+
+def _normed(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    both, out, C = x if delta is None else torch.empty_like(x), torch.empty_like(x), weight.shape[0]
     W = triton.next_power_of_2(C)
-    _norm[(x.numel() // C,)](x, weight, out, C, eps, W=W, num_warps=min(8, max(1, W // 512)))
-    return out
+    _norm[(x.numel() // C,)](
+        x, x if delta is None else delta, weight, both, out, C, eps, ADD=delta is not None, W=W,
+        num_warps=min(8, max(1, W // 512)),
+    )  # fmt: skip
+    return both, out
 
 
 @triton.jit

@@ -103,7 +103,8 @@ class KVCache:
         kept = kept.within(seen[b], config.sliding_window)
         visible = min(seen[b], config.sliding_window - 1) if config.sliding_window else seen[b]
         place = i, rank, owners, seen[b], visible
-        found = Prompt(*place, kept.k, kept.v, kept.pos, kept.votes, 0, inv_freq=self.ctx.inv_freq, codes=kept.codes)
+        tokens, ctx = (kept.k, kept.v, kept.pos, kept.votes), self.ctx
+        found = Prompt(*place, *tokens, 0, ctx.ops, inv_freq=ctx.inv_freq, codes=kept.codes)
         if readers[0].tail is None or not ask.tail:
             return found
         tails = [x.tail.ordered(b, seen) for x in readers]  # (1,H,w,D) each

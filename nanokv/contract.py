@@ -79,6 +79,7 @@ class Prompt:
     pos: Tensor  # (1,Hkv,N) int32 absolute, ascending; −1 behind a head that holds fewer
     votes: Tensor | None  # (readers,Hkv,N) fp32, one plane per layer that reads these keys; or as `watch` left them
     n_votes: int  # from how many queries
+    ops: Any  # the backend, to move what is kept
     q_mean: Tensor | None = None  # (readers,H,D) fp32, of queries before rotation
     q_cov: Tensor | None = None  # (readers,H,D,D)
     inv_freq: Tensor | None = None  # (D/2,) the rotation's angle per position
@@ -151,8 +152,7 @@ class Kept:
         real = torch.arange(rank.shape[-1], device=n.device) < n[..., None]
         at = rank.masked_fill(~real, len(p)).sort(dim=-1).values
         real, at = at < len(p), at.clamp(max=len(p) - 1)
-        row = at[..., None].expand(-1, -1, -1, p.k.shape[-1])
-        k, v, pos = p.k.gather(2, row), p.v.gather(2, row), p.pos.gather(2, at).masked_fill(~real, -1)
+        k, v, pos = p.ops.compact(p.k, p.v, p.pos, at.masked_fill(~real, -1))
         heads, votes = torch.ones_like(n), None if votes is None else votes.gather(2, at)
         return cls(k, v, pos, n.clone(), heads * limit, heads * sink, votes, codes=_pick(p.codes, at))
 

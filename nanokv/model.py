@@ -61,8 +61,9 @@ class Block(nn.Module):
         self.mlp = MLP(config, ops)
 
     def forward(self, x: Tensor, pos: Tensor, angle: tuple[Tensor, Tensor], layer: Layer) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), pos, angle, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        heard = self.self_attn(self.input_layernorm(x), pos, angle, layer)
+        x, h = self.post_attention_layernorm.after(x, heard)
+        return x + self.mlp(h)
 
 
 class Attention(nn.Module):
@@ -107,7 +108,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
         self.eps = config.rms_norm_eps
-        self.norm = ops.norm
+        self.norm, self.add_norm = ops.norm, ops.add_norm
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x, self.weight, self.eps)
+
+    def after(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """x + delta, and the norm of that."""
+        return self.add_norm(x, delta, self.weight, self.eps)

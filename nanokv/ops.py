@@ -29,10 +29,16 @@ class Ops:
     turn: Callable[..., tuple[Tensor, Tensor]]  # new tokens among themselves: out and lse, to merge with what is stored
     decode: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     decode_quant: Callable[..., tuple[Tensor, Tensor]]
+    decode_ragged: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     mass: Callable[..., Tensor]
+    compact: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    append: Callable[..., None]
     quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
     dequantize: Callable[..., Tensor]
     norm: Callable[[Tensor, Tensor, float], Tensor]  # (x (…,C), weight (C,), eps) → (…,C)
+    add_norm: Callable[
+        [Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]
+    ]  # (x, delta, weight, eps) → x + delta, its norm
     swiglu: Callable[[Tensor], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x (…,C), weight (N,C), bias (N,)) → (…,N)
 
@@ -40,6 +46,11 @@ class Ops:
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dim; x and weight fp32."""
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x = x + delta
+    return x, norm(x, weight, eps)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -196,14 +207,25 @@ EAGER = Ops(
     reference.prefill,
     reference.decode,
     reference.decode_quant,
+    reference.decode_ragged,
     reference.mass,
+    reference.compact,
+    reference.append,
     reference.quantize,
     reference.dequantize,
     norm,
+    add_norm,
     swiglu,
     linear,
 )
-SDPA = replace(EAGER, name="sdpa", prefill=sdpa_prefill, decode=sdpa_decode, decode_quant=sdpa_decode_quant)
+SDPA = replace(
+    EAGER,
+    name="sdpa",
+    prefill=sdpa_prefill,
+    decode=sdpa_decode,
+    decode_quant=sdpa_decode_quant,
+    decode_ragged=reference.each_head(sdpa_decode),
+)
 BACKENDS = {"eager": EAGER, "sdpa": SDPA}
 
 
@@ -224,6 +246,24 @@ def triton() -> Ops:
         use = kernels.decode_quant if _suits(q) and q.shape[2] == 1 and fits else sdpa_decode_quant
         return use(q, k, v, length, kpos, now, sliding_window, bits, near)
 
+    def decode_ragged(q, k, v, spans, first, length, kpos, now, sliding_window, group=None, noise=None):
+        fits = _suits(q) and q.shape[2] == 1 and noise is None and any(n for _, n in spans)
+        use = kernels.decode_ragged if fits else SDPA.decode_ragged
+        return use(q, k, v, spans, first, length, kpos, now, sliding_window, group, noise)
+
+    def compact(k, v, pos, at):
+        straight = k.stride(3) == v.stride(3) == pos.stride(2) == 1
+        return (kernels.compact if straight and _moves(k) else reference.compact)(k, v, pos, at)
+
+    def append(k, v, row, keys, values):
+        straight = k.stride(3) == v.stride(3) == 1 and k.shape == v.shape and k.dtype == keys.dtype
+        (kernels.append if straight and _moves(k) else reference.append)(k, v, row, keys, values)
+
+    def quantize(x, bits, tokens, channels):
+        D = x.shape[-1]
+        fits = bits != 3 and 1 in (tokens, channels) and D >= 16 and D & D - 1 == 0 and tokens <= 128 and _moves(x)
+        return (kernels.quantize if fits else reference.quantize)(x, bits, tokens, channels)
+
     def mass(q, k, start, sliding_window, group, stat="sum", noise=None):
         use = kernels.mass if _suits(q) and stat == "sum" and noise is None and q.shape[2] <= 128 else reference.mass
         return use(q, k, start, sliding_window, group, stat, noise)
@@ -231,13 +271,20 @@ def triton() -> Ops:
     def row(x, weight, bias):
         return (kernels.linear if x.numel() == x.shape[-1] else linear)(x, weight, bias)
 
-    fast = {"norm": kernels.norm, "swiglu": kernels.swiglu, "linear": row}
-    return replace(SDPA, name="triton", decode=decode, decode_quant=decode_quant, mass=mass, **fast)
+    rows = {"norm": kernels.norm, "add_norm": kernels.add_norm, "swiglu": kernels.swiglu, "linear": row}
+    moves = {"compact": compact, "append": append, "quantize": quantize}
+    reads = {"decode": decode, "decode_quant": decode_quant, "decode_ragged": decode_ragged, "mass": mass}
+    return replace(SDPA, name="triton", **reads, **moves, **rows)
 
 
 def _suits(q: Tensor) -> bool:
     """In the interpreter everything but bf16 does, which it computes wrongly."""
     return q.itemsize == 2 if q.device.type == "cuda" else q.dtype != torch.bfloat16
+
+
+def _moves(x: Tensor) -> bool:
+    """The interpreter has no bf16 to copy."""
+    return x.device.type == "cuda" or x.dtype != torch.bfloat16
 
 
 def merge(states: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

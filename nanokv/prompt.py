@@ -131,9 +131,8 @@ class Run:
             mean, cov = moments([x for (left_out, _), x in self.sums.items() if left_out == skip])
         rank, owners = plan.rank(layer), cache.config.num_hidden_layers - len(plan.share)
         k, v, votes = self.k[:, :, lo:], self.v[:, :, lo:], torch.cat(votes) if votes else None
-        return Prompt(
-            layer, rank, owners, self.length, self.length - lo, k, v, pos, votes, n_votes, mean, cov, cache.inv_freq
-        )
+        place = layer, rank, owners, self.length, self.length - lo
+        return Prompt(*place, k, v, pos, votes, n_votes, cache.ops, mean, cov, cache.inv_freq)
 
 
 def _vote(ask: Ask, q: Tensor, k: Tensor, start: int, window: int | None, ops: Ops) -> Tensor:

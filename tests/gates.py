@@ -18,7 +18,7 @@ import torch
 import triton.language as tl
 from triton.runtime import JITFunction
 
-from kernels import attention, codes, reference, rows, votes
+from kernels import attention, codes, reference, rows, votes, writes
 
 TYPES = {
     torch.float16: "fp16",
@@ -92,6 +92,9 @@ def kernels(kind: torch.dtype, fp8: bool) -> dict[str, tuple[JITFunction, Record
     add("decode", attention, "_split _merge", lambda: attention.decode(q, k, k, n, kpos, now, None))
     add("masked", attention, "_split", lambda: attention.decode(q, k, k, held, kpos, now, 100))
     add("watched", attention, "_split _votes", lambda: attention.decode(q, k, k, n, kpos, now, None, "mean"))
+    spans, first = [(h * S, S) for h in range(HKV)], torch.arange(0, HKV * S, S).view(B, HKV, 1)
+    ask = q, k.view(-1, D), k.view(-1, D), spans, first, n, kpos.view(-1), now, None
+    add("ragged", attention, "_split", lambda ask=ask: attention.decode_ragged(*ask))
     for name, other in (("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)):
         if fp8 or other == torch.float8_e5m2:
             half, few = q.half(), k.half().to(other)
@@ -108,7 +111,14 @@ def kernels(kind: torch.dtype, fp8: bool) -> dict[str, tuple[JITFunction, Record
             add("int4 masked", codes, "_split", lambda ask=masked: codes.decode_quant(*ask), fast)
     w = torch.randn(B, HKV * G, 32, D).to(kind)
     add("mass", votes, "_lse _columns", lambda: votes.mass(w, k, S - 32, None, "mean"))
+    at = torch.zeros(B, HKV, 128, dtype=torch.int64)
+    add("compact", writes, "_compact", lambda: writes.compact(k, k, kpos, at))
+    add("append", writes, "_append", lambda: writes.append(k[:, :, :1], k[:, :, :1], at[0, :, 0].clone(), k, k))
+    add("quantize k", writes, "_quantize", lambda: writes.quantize(k, 4, 128, 1))
+    add("quantize v", writes, "_quantize", lambda: writes.quantize(k, 4, 1, 64))
     add("norm", rows, "_norm", lambda: rows.norm(torch.randn(1, 4096), torch.ones(4096), 1e-5))
+    x = torch.randn(1, 4096)
+    add("add_norm", rows, "_norm", lambda: rows.add_norm(x, x, torch.ones(4096), 1e-5))
     add("swiglu", rows, "_swiglu", lambda: rows.swiglu(torch.randn(1, 8192).to(kind)))
     add("linear", rows, "_linear", lambda: rows.linear(torch.randn(1, 4096), torch.randn(1024, 4096).to(kind), None))
     return found

@@ -119,6 +119,102 @@ def test_decode_can_fail(breakage):
         same(found, right, torch.float32)
 
 
+def ragged(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The same numbers as `cache`, one head's slots behind the other's; as many of each as the name says, with slots to spare."""
+    q, k, v, kpos, now = cache(dtype)
+    n = torch.tensor(LENGTHS["ragged"], dtype=torch.int32, device=DEVICE)
+    room = (n + 3).clamp(max=S)
+    first = (room.flatten().cumsum(0) - room.flatten()).view_as(room)[..., None]
+    flat = [torch.cat([x[b, h, : room[b, h]] for b in range(B) for h in range(HKV)]) for x in (k, v, kpos)]
+    spans = list(zip(first.flatten().tolist(), room.flatten().tolist(), strict=True))
+    return (q, *flat[:2], spans, first, n, flat[2], now)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("window", "group"), [(None, None), (37, None), (None, "mean"), (61, "max"), (None, "each")])
+def test_decode_ragged(window, group, dtype):
+    ask = (*ragged(dtype), window, group)
+    found = kernels.decode_ragged(*ask)
+    same(found, reference.decode_ragged(*ask), dtype)
+    dense = reference.decode(
+        *cache(dtype)[:3], ask[5], *cache(dtype)[3:], window, group
+    )  # and of the same numbers, padded
+    same([found[0], found[1]], dense[:2], dtype)
+
+
+def test_decode_ragged_of_what_the_host_knows():
+    q, k, v, spans, first, n, kpos, now = ragged(torch.float32)
+    exact = [(a, m) for (a, _), m in zip(spans, n.flatten().tolist(), strict=True)]
+    ask = q, k, v, exact, first, None, kpos, now, None
+    same(kernels.decode_ragged(*ask), reference.decode_ragged(*ask), torch.float32)
+    same(kernels.decode_ragged(*ask), reference.decode_ragged(*ask[:3], spans, first, n, *ask[6:]), torch.float32)
+
+
+@pytest.mark.parametrize("breakage", ["first", "length"])
+def test_decode_ragged_can_fail(breakage):
+    ask = [*ragged(torch.float32), None, "mean"]
+    right = reference.decode_ragged(*ask)
+    if breakage == "first":
+        ask[4] = ask[4] + 1
+    else:
+        ask[5] = (ask[5] - 1).clamp(min=0)
+    with pytest.raises(AssertionError):
+        same(kernels.decode_ragged(*ask), right, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("n", "dim"), [(0, 64), (1, 64), (37, 96), (S, 16)])
+def test_compact(n, dim, dtype):
+    _, k, v, kpos, _ = cache(dtype, dim=dim)
+    at = torch.randint(-1, S, (B, HKV, n), generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    found, right = kernels.compact(k, v, kpos, at), reference.compact(k, v, kpos, at)
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+    b, h, i = torch.where(at >= 0)
+    assert torch.equal(found[0][b, h, i], k[b, h, at[b, h, i]]) and (found[2][at < 0] == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("T", [1, 5])
+def test_append(T, dtype):
+    """Of tokens as the projections leave them: heads side by side."""
+    k, v = (normal(B, T, 2, HKV, 96, dtype=dtype, seed=i)[:, :, 1].transpose(1, 2) for i in (1, 2))
+    row = torch.randperm(B * HKV * 7, generator=torch.Generator().manual_seed(3))[: B * HKV * T].to(DEVICE)
+    slots = [[normal(B, HKV, 7, 96, dtype=dtype, seed=9).clone() for _ in range(2)] for _ in range(2)]
+    kernels.append(k, v, row, *slots[0])
+    reference.append(k, v, row, *slots[1])
+    assert all(torch.equal(a, b) for a, b in zip(*slots, strict=True))
+    b, h, t = 2, 1, T - 1
+    assert torch.equal(slots[0][0].view(-1, 96)[row.view(B, HKV, T)[b, h, t]], k[b, h, t])
+
+
+def test_moves_can_fail():
+    _, k, v, kpos, _ = cache(torch.float32)
+    at = torch.arange(9, device=DEVICE).expand(B, HKV, 9)
+    assert not torch.equal(kernels.compact(k, v, kpos, at + 1)[0], reference.compact(k, v, kpos, at)[0])
+    slots = [torch.zeros(B, HKV, 3, D, device=DEVICE) for _ in range(4)]
+    kernels.append(k[:, :, :1], v[:, :, :1], torch.arange(6, device=DEVICE), *slots[:2])
+    reference.append(k[:, :, :1], v[:, :, :1], torch.arange(1, 7, device=DEVICE), *slots[2:])
+    assert not torch.equal(slots[0], slots[2])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("tokens", "channels"), [(32, 1), (24, 1), (96, 1), (1, 64), (1, 16), (1, 32)])
+def test_quantize(bits, tokens, channels):
+    x = normal(B, HKV, 96, D, seed=5) * 3 + 1
+    x[0, 0, :24, 3], x[1, 1, 7] = 2.5, 0.0  # a channel and a token without a range
+    found, right = kernels.quantize(x, bits, tokens, channels), reference.quantize(x, bits, tokens, channels)
+    for a, b in zip(found, right, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("breakage", ["bits", "group"])
+def test_quantize_can_fail(breakage):
+    x = normal(B, HKV, 96, D, seed=5)
+    found = kernels.quantize(x, 4, 32, 1)
+    right = reference.quantize(x, 2, 32, 1) if breakage == "bits" else reference.quantize(x, 4, 48, 1)
+    assert found[0].dtype != right[0].dtype or not torch.equal(found[0], right[0])
+
+
 def codes(bits: tuple[int, int], group: int, runs: int, dim: int = D, tokens: int = 96) -> tuple:
     k, v = normal(B, HKV, tokens, dim, seed=1), normal(B, HKV, tokens, dim, seed=2) + 0.5
     return reference.quantize(k, bits[0], group, 1), reference.quantize(v, bits[1], 1, dim // runs)
@@ -188,6 +284,7 @@ ROWS = list(itertools.product([torch.float32, torch.float16], [(1, 1, 96), (3, 5
 def test_rows(dtype, shape):
     x, weight = normal(*shape, dtype=dtype), normal(shape[-1], seed=1)
     same([kernels.norm(x, weight, 1e-5)], [reference.norm(x, weight, 1e-5)], dtype)
+    same(kernels.add_norm(x, x.flip(-1), weight, 1e-5), reference.add_norm(x, x.flip(-1), weight, 1e-5), dtype)
     same([kernels.swiglu(x)], [reference.swiglu(x)], dtype)
 
 
@@ -203,6 +300,8 @@ def test_rows_can_fail():
     x, weight = normal(3, 576), normal(576, seed=1)
     wrong = [
         (kernels.norm(x, weight, 1e-2), reference.norm(x, weight, 1e-5)),
+        (kernels.add_norm(x, x, weight, 1e-5)[1], reference.norm(x, weight, 1e-5) + 0.01),
+        (kernels.add_norm(x, x.flip(-1), weight, 1e-5)[0], reference.add_norm(x, x, weight, 1e-5)[0]),
         (kernels.swiglu(x), reference.swiglu(x.roll(288, 1))),
         (kernels.linear(x[:1], normal(70, 576), None), reference.linear(x[:1], normal(70, 576).roll(1, 0), None)),
     ]

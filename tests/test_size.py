@@ -19,7 +19,7 @@ CEILINGS = {
     "nanokv/cache.py": 280,
     "nanokv/plan.py": 185,
     "nanokv/share.py": 180,
-    "nanokv/ops.py": 200,
+    "nanokv/ops.py": 240,
     "nanokv/runner.py": 100,
     "nanokv/forms.py": 50,
     "nanokv/tokenizer.py": 200,
@@ -32,16 +32,17 @@ CEILINGS = {
     "nanokv/stores/dense.py": 225,
     "nanokv/stores/grouped.py": 240,
     "nanokv/stores/mixed.py": 170,
-    "kernels/reference.py": 255,
-    "kernels/attention.py": 280,
+    "kernels/reference.py": 285,
+    "kernels/attention.py": 325,
     "kernels/codes.py": 315,
-    "kernels/rows.py": 60,
+    "kernels/rows.py": 70,
     "kernels/votes.py": 150,
+    "kernels/writes.py": 145,
     "weights/fetch.py": 260,
     "weights/from_gguf.py": 290,
     "weights/registry.py": 80,
 }
-METHOD, STORE, TOTAL = 80, 110, 7400
+METHOD, STORE, TOTAL = 80, 110, 7700
 
 
 def lines(path) -> int:

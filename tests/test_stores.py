@@ -12,6 +12,7 @@ from test_identity import ROUND, SMALL, STEPS
 from kernels import reference
 from nanokv import parse
 from nanokv.contract import Context, Kept, Policy
+from nanokv.ops import EAGER
 from nanokv.plan import Plan
 from nanokv.policies import POLICIES
 from nanokv.stores import STORES
@@ -472,7 +473,7 @@ def test_zipcache_divides_by_how_many_queries_could_see_a_token():
 
     votes = torch.tensor([[[6.0, 2.0, 1.5, 1.2, 1.1, 0.8]]])
     x = torch.zeros(1, 1, 6, 4)
-    p = Prompt(0, 0, 1, 6, 6, x, x, torch.arange(6, dtype=torch.int32)[None, None], votes, 6)
+    p = Prompt(0, 0, 1, 6, 6, x, x, torch.arange(6, dtype=torch.int32)[None, None], votes, 6, EAGER)
     found = parse("zipcache:salient=0.5").keep.keep(p)
     fair = sorted(range(6), key=lambda j: -votes[0, 0, j].item() / (6 - j))[:3]
     assert found.pos[0, 0].tolist() == sorted(fair) == [0, 4, 5] and votes[0, 0].topk(3).indices.tolist() == [0, 1, 2]

@@ -139,14 +139,12 @@ class SlotStore:
         return (*self.codecs[0].encode(k), *self.codecs[1].encode(v))
 
     def _write(self, at: Tensor, k: Tensor, v: Tensor) -> None:
-        row = self.slots.flat(at)  # torch scatters bf16 by copying the whole tensor; index_copy_ writes in place
-        for plane, code in zip((*self.planes[0], *self.planes[1]), self._encode(k, v), strict=True):
-            plane.view(-1, plane.shape[3]).index_copy_(0, row, code.reshape(-1, plane.shape[3]))
+        row, codes_k, codes_v = self.slots.flat(at), self.codecs[0].encode(k), self.codecs[1].encode(v)
+        for *planes, x, y in zip(*self.planes, codes_k, codes_v, strict=True):
+            self.ctx.ops.append(x, y, row, *planes)
         if self.pinned:
             head = torch.arange(at.shape[:2].numel(), device=at.device).view(*at.shape[:2], 1) * (self.pin + 1)
-            exact = (at.clamp(max=self.pin) + head).flatten()
-            for pinned, x in zip(self.pinned, (k, v), strict=True):
-                pinned.view(-1, x.shape[3]).index_copy_(0, exact, x.reshape(-1, x.shape[3]))
+            self.ctx.ops.append(k, v, (at.clamp(max=self.pin) + head).flatten(), *self.pinned)
 
     def take(self, k: Tensor, v: Tensor, pos: Tensor, real: Tensor) -> None:
         """Tokens (B,Hkv,T) that each head adds to what it holds, of which only the first `real` are there."""

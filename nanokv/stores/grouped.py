@@ -149,8 +149,7 @@ class GroupedStore:
             return
         row = s.ring(k.shape[2])
         at = (row + torch.arange(s.cursor.numel(), device=row.device).view_as(s.cursor)[..., None] * s.near).flatten()
-        for mine, x in ((self.k, k), (self.v, v)):
-            mine.view(-1, x.shape[3]).index_copy_(0, at, x.reshape(-1, x.shape[3]))
+        self.ctx.ops.append(k, v, at, self.k, self.v)
         s.place(s.flat(row), pos)
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:

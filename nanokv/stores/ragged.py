@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from nanokv.contract import Ask, Context, Kept, Policy
 from nanokv.ops import merge
@@ -52,42 +50,34 @@ class RaggedStore(SlotStore):
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         s = self.slots
         row = s.flat(self.policy.slot(s, pos))
-        self.k.index_copy_(0, row, k.reshape(-1, k.shape[3]))
-        self.v.index_copy_(0, row, v.reshape(-1, v.shape[3]))
+        self.ctx.ops.append(k, v, row, self.k, self.v)
         s.place(row, pos)
         if not s.frozen:
             self.held = [min(n + k.shape[2], limit) for n, (_, limit) in zip(self.held, self.spans, strict=True)]
 
     def read(self, q: Tensor, pos: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         s, watches = self.slots, self.policy.watches if q.shape[2] == 1 else None
-        heads, group, length, parts = s.cursor.shape[1], q.shape[1] // s.cursor.shape[1], s.length, []
-        for i, (first, limit) in enumerate(self.spans):
-            b, h = divmod(i, heads)
-            row, mine = slice(b, b + 1), slice(h * group, (h + 1) * group)
-            n, valid = (limit, length[row, h : h + 1]) if s.frozen else (self.held[i], None)
-            if near is None:
-                parts.append(self._decode(q[row, mine], pos[row], first, first + n, valid, watches, h * group))
-                continue
-            m = min(s.protected, n)
-            sinks = self._decode(
-                near[row, mine], pos[row], first, first + m, None if valid is None else valid.clamp(max=m)
-            )
-            behind = None if valid is None else (valid - m).clamp(min=0)
-            rest = [self._decode(q[row, mine], pos[row], first + m, first + n, behind)] if n > m else []
-            parts.append((*merge([x[:2] for x in (sinks, *rest)]), None))
-        out, lse = (torch.cat([p[j] for p in parts], 1).view(*q.shape[:2], *parts[0][j].shape[2:]) for j in (0, 1))
-        if watches is None:
-            return out, lse, None
-        widest = max(p[2].shape[2] for p in parts)
-        votes = [pad(p[2], (0, widest - p[2].shape[2])) for p in parts]
-        return out, lse, torch.cat(votes, 1).view(q.shape[0], heads, widest)
+        spans = self.spans if s.frozen else [(a, n) for (a, _), n in zip(self.spans, self.held, strict=True)]
+        length = s.length if s.frozen else None
+        if near is None:
+            return self._decode(q, pos, spans, s.first, length, watches)
+        m = s.protected
+        first = [(a, min(n, m)) for a, n in spans]
+        rest = [(a + min(n, m), max(0, n - m)) for a, n in spans]
+        sinks = self._decode(near, pos, first, s.first, None if length is None else length.clamp(max=m))
+        behind = self._decode(q, pos, rest, s.first + m, None if length is None else (length - m).clamp(min=0))
+        return *merge([sinks[:2], behind[:2]]), None
 
     def _decode(
-        self, q: Tensor, pos: Tensor, a: int, b: int, length: Tensor | None, watches: Ask | None = None, head: int = 0
+        self,
+        q: Tensor,
+        pos: Tensor,
+        spans: list[tuple[int, int]],
+        first: Tensor,
+        length: Tensor | None,
+        watches: Ask | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One head's slots a … b−1."""
-        s, decode = self.slots, self.ctx.ops.decode
-        k, v, kpos = (x[None, None, a:b] for x in (self.k, self.v, s.flat_pos))
-        if watches is None:
-            return decode(q, k, v, length, kpos, pos, s.sliding_window)
-        return decode(q, k, v, length, kpos, pos, s.sliding_window, watches.group, watches.noises(head))
+        """Of each head the slots that `spans` names."""
+        s, decode = self.slots, self.ctx.ops.decode_ragged
+        ask = q, self.k, self.v, spans, first, length, s.flat_pos, pos, s.sliding_window
+        return decode(*ask) if watches is None else decode(*ask, watches.group, watches.noises(0))

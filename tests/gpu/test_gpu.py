@@ -111,11 +111,50 @@ def test_mass_and_rows(dtype):
     a, b = gate.double().chunk(2, -1)
     near(kernels.swiglu(gate), a * a.sigmoid() * b, dtype)
     right = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
-    near(kernels.norm(x, torch.ones(4096, device="cuda"), 1e-5), right, dtype)
+    ones = torch.ones(4096, device="cuda")
+    near(kernels.norm(x, ones, 1e-5), right, dtype)
+    both, normed = kernels.add_norm(x, x, ones, 1e-5)
+    near(both, 2 * x.double(), dtype)
+    near(normed, 2 * x.double() * ((2 * x.double()).square().mean(-1, keepdim=True) + 1e-5).rsqrt(), dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_ragged_heads_and_moved_tokens(dtype):
+    B, heads, G, D, n = 2, 4, 4, 128, [[900, 1, 0, 333], [64, 65, 700, 5]]
+    q = normal(B, heads * G, 1, D, dtype=dtype, seed=0)
+    length = torch.tensor(n, dtype=torch.int32, device="cuda")
+    first = (length.flatten().cumsum(0) - length.flatten()).view(B, heads, 1)
+    k, v = (normal(int(length.sum()), D, dtype=dtype, seed=i) for i in (1, 2))
+    spans = list(zip(first.flatten().tolist(), length.flatten().tolist(), strict=True))
+    kpos, now = torch.zeros(len(k), dtype=torch.int32, device="cuda"), torch.full((B, 1), 900, device="cuda")
+    out, lse, votes = kernels.decode_ragged(q, k, v, spans, first, length, kpos, now, None, "each")
+    for i, (a, m) in enumerate(spans):
+        b, mine = i // heads, slice(i % heads * G, (i % heads + 1) * G)
+        right = truth(q[b : b + 1, mine], k[None, None, a : a + m], v[None, None, a : a + m])
+        near(out[b : b + 1, mine], right[0], dtype)
+        near(lse[b : b + 1, mine], right[1], dtype)
+        near(votes[b : b + 1, mine, :m], right[2], dtype)
+
+    k, v = (normal(B, 500, heads, D, dtype=dtype, seed=i).transpose(1, 2) for i in (1, 2))
+    kpos = torch.arange(500, device="cuda", dtype=torch.int32).expand(B, heads, 500).contiguous()
+    at = torch.randint(-1, 500, (B, heads, 99), device="cuda")
+    both = zip(kernels.compact(k, v, kpos, at), reference.compact(k, v, kpos, at), strict=True)
+    assert all(torch.equal(a, b) for a, b in both)
+    slots = [torch.zeros(B, heads, 9, D, dtype=dtype, device="cuda") for _ in range(4)]
+    row = torch.arange(B * heads, device="cuda") * 9 + 3
+    kernels.append(k[:, :, :1], v[:, :, :1], row, *slots[:2])
+    reference.append(k[:, :, :1], v[:, :, :1], row, *slots[2:])
+    assert torch.equal(slots[0], slots[2]) and torch.equal(slots[1], slots[3])
+    for bits, tokens, channels in ((4, 64, 1), (2, 32, 1), (8, 1, 128), (4, 1, 32)):
+        mine, right = (f(k[:, :, :448], bits, tokens, channels) for f in (kernels.quantize, reference.quantize))
+        assert all(torch.equal(a, b) for a, b in zip(mine[1:], right[1:], strict=True))
+        assert (mine[0] != right[0]).float().mean() < 1e-3  # a sum that is fused may fall on the other side of a half
 
 
 PLANS = [
     "full",
+    "adakv:budget=128",
+    "corm",
     "snapkv:budget=128",
     "streaming:sink=4,recent=60",
     "h2o:budget=128",
