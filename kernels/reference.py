@@ -260,6 +260,58 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (out if bias is None else out + bias.float()).to(weight.dtype)
 
 
+# ---- chunks of which a step reads a few ------------------------------------------------------------------------------
+
+
+def landmarks(q: Tensor, marks: Tensor, seen: Tensor | None) -> Tensor:
+    """What a query q (B,H,1,D) pays to each of the marks (B,Hkv,L,D), softmax over those that are `seen` (B,Hkv,L): the greatest of a KV
+    head's query heads, (B,Hkv,L) fp32.
+    """
+    score = _scores(q, marks)[:, :, :, 0]  # (B,Hkv,G,L)
+    if seen is not None:
+        score = score.masked_fill(~seen[:, :, None], -torch.inf)
+    return score.softmax(-1).amax(2)
+
+
+def rebuild(
+    a: Tensor, b: Tensor, inv_freq: Tensor, first: Tensor, ids: Tensor, fresh: Tensor | None, out: Tensor
+) -> None:
+    """Keys of whole chunks from their factors, in place. a (B,C,c,r): a row per token; b (B,Hkv,r,D); inv_freq (D/2,); chunk j's ith token
+    stands at first (B,) + j·c + i. ids (B,Hkv,k): which chunks, negative: any; fresh bool (B,Hkv,k): the others stay as they are, None:
+    all are new. out (B,Hkv,k,c·D).
+    """
+    c = a.shape[2]
+    for row in range(ids.shape[0]):
+        for head in range(ids.shape[1]):
+            slots = out[row, head].unflatten(1, (c, -1))
+            mine = slice(None) if fresh is None else fresh[row, head].nonzero()[:, 0]
+            chosen = ids[row, head][mine].clamp(min=0)
+            raw = a[row].index_select(0, chosen).float()
+            # one product per chunk: a chunk's numbers are then the same whichever others are new
+            raw = torch.bmm(raw, b[row, head].float().expand(len(chosen), -1, -1))
+            pos = first[row] + chosen[:, None] * c + torch.arange(c, device=ids.device)
+            slots[mine] = _turned(raw, pos, inv_freq).to(out.dtype)
+
+
+def _turned(x: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:
+    """x (…,D) fp32 rotated to pos (…)."""
+    angle = pos[..., None].float() * inv_freq
+    cos, sin, (low, high) = angle.cos(), angle.sin(), x.chunk(2, -1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+
+
+def fetch(chunks: Tensor, ids: Tensor, fresh: Tensor | None, out: Tensor) -> None:
+    """chunks (B,Hkv,C,·), wherever they lie, by ids and fresh as in `rebuild` → out (B,Hkv,k,·) on the device, in place."""
+    B, heads, C, width = chunks.shape
+    line = torch.arange(B * heads, device=ids.device).view(B, heads, 1) * C
+    row, flat, to = (line + ids.clamp(min=0)).flatten(), chunks.view(-1, width), out.view(-1, width)
+    if fresh is None:
+        to.copy_(flat.index_select(0, row.to(flat.device)), non_blocking=True)
+        return
+    at = fresh.flatten().nonzero()[:, 0]
+    to.index_copy_(0, at, flat.index_select(0, row[at].to(flat.device)).to(to.device, non_blocking=True))
+
+
 # ---- tokens into their places ----------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ class KVCache:
         self.fresh = 0  # tokens since the policy looked last
         self.layout = 0  # how often memory or its division has changed: a step captured for the last one is stale
         self.layers: list[Owner | Reader] = []
+        plan.place.link(list(stores.values()))
         rows = next(iter(stores.values())).slots.cursor.shape[0]
         for i in range(ctx.config.num_hidden_layers):
             owner = plan.owner(i)
@@ -48,7 +49,7 @@ class KVCache:
         for owner in sorted(rows[0]):
             kept = [row.pop(owner) for row in rows]
             scores[owner] = [k.score for k in kept]
-            stores[owner] = plan.store.pack(kept, plan.keep, plan.ahead(room), ctx)
+            stores[owner] = plan.place.pack(plan.store, kept, plan.keep, plan.ahead(room), ctx)
         return cls(plans, stores, scores, room, ctx)
 
     def piece(self, n: int) -> int:
@@ -72,9 +73,11 @@ class KVCache:
     def _pack(self, i: int, rows: list[Kept], ahead: int) -> None:
         self.layout += 1
         frozen = self.stores[i].slots.frozen
-        self.stores[i] = self.layers[i].store = self.plan.store.pack(rows, self.plan.keep, ahead, self.ctx)
+        packed = self.plan.place.pack(self.plan.store, rows, self.plan.keep, ahead, self.ctx)
+        self.stores[i] = self.layers[i].store = packed
         if frozen:
-            self.stores[i].freeze()
+            packed.freeze()
+        self.plan.place.link(list(self.stores.values()))
 
     def maintain(self, written: int, seen: list[int]) -> None:
         """Upkeep between steps, on a schedule the host knows: `written` tokens just came, each row's text is `seen` long."""
@@ -128,19 +131,25 @@ class KVCache:
         return votes
 
     def freeze(self) -> None:
-        """From now on every step has the same shapes: for a compiled or captured step."""
+        """From now on every step has the same shapes: for a compiled or captured step. ValueError if no step here can be one."""
+        if any(store.waits for store in self.stores.values()):
+            raise ValueError(
+                f"a step over {self.plan} waits for the host and cannot be compiled or captured; use --runner eager, or for "
+                "shadow --backend triton"
+            )
         for store in self.stores.values():
             store.freeze()
 
     def report(self, seen: list[int]) -> Report:
         """The receipt. seen: tokens of text that this cache stands for, per row."""
         cfg, dtype = self.ctx.config, self.ctx.dtype
-        lines, held, counted = [], 0, {}
+        lines, held, counted, hosted = [], 0, {}, {}
         for i in range(cfg.num_hidden_layers):
             owner = self.plan.owner(i)
             store, tail = self.stores[owner], [self.layers[i].tail.q] if self.layers[i].tail else []
             before = sum(counted.values())
             counted |= _storages([*(store.tensors() if owner == i else []), *tail])
+            hosted |= _storages(store.hosted())
             k, v, rest = store.live()
             elements = int(store.length.sum()) * cfg.head_dim
             size = sum(counted.values()) - before
@@ -149,7 +158,7 @@ class KVCache:
         held += sum(x.nbytes for x in self.ctx.made.values())
         heads = cfg.num_hidden_layers * cfg.num_key_value_heads
         full = sum(seen) * heads * 2 * cfg.head_dim * dtype.itemsize
-        return Report(sum(x.bytes for x in lines), held, 0, full, seen, lines)
+        return Report(sum(x.bytes for x in lines), held, sum(hosted.values()), full, seen, lines)
 
 
 class Owner:

@@ -298,6 +298,7 @@ class Policy(ABC):
     store = "dense"
     demotes = False
     once = False
+    whole = False  # whether a layer keeps all of a prompt or only its edges
     sink = 0
 
     @property
@@ -365,11 +366,22 @@ class Context:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
+    def host(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """In the host's memory; pinned where the device is another one."""
+        return torch.empty(shape, dtype=dtype or self.dtype, pin_memory=self.device.type == "cuda")
+
+    def raw(self, k: Tensor, pos: Tensor) -> Tensor:
+        """Keys (1,Hkv,N,D) at pos (1,Hkv,N), the same for all heads, as they were before their rotation: fp32."""
+        angle = pos[0, 0, :, None].float() * -self.inv_freq
+        cos, sin, (low, high) = angle.cos(), angle.sin(), k.float().chunk(2, -1)
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+
 
 class Store(Protocol):
     """One layer's kept tokens and every one that follows, for B rows."""
 
     slots: Slots
+    waits: bool  # whether a step over it waits for the host, so that none can be captured
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         """k, v (B,Hkv,1,D), pos (B,1): in place, static shapes, no host sync. The captured path."""
@@ -400,6 +412,9 @@ class Store(Protocol):
     def tensors(self) -> list[Tensor]:
         """Everything it holds on the device, for the receipt."""
 
+    def hosted(self) -> list[Tensor]:
+        """… and what it holds in the host's memory."""
+
     def live(self) -> tuple[int, int, int]:
         """Bytes in use of K, of V (scales and what is still exact included) and of the bookkeeping."""
 
@@ -415,7 +430,6 @@ class StoreSpec(ABC):
     granule = 1  # tokens that can only leave together
     pads = True  # whether all heads take the slots of the longest
     coarse = False  # whether it has a place for `Kept.rest`
-    capturable = True  # whether a step over it may be compiled or captured in a graph
 
     def refuses(self, keep: Policy) -> str:
         """Why it cannot hold what this policy keeps; empty if it can."""
@@ -435,6 +449,10 @@ class StoreSpec(ABC):
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
         """Bytes per token and fixed bytes, of one row in one layer, of whose tokens the policy never lets the first `sink` go."""
 
+    def held(self, config: Any, dtype: torch.dtype, cost: tuple[float, int], kept: int, ahead: int) -> float:
+        """Bytes on the device of one row in one layer: `kept` tokens of a prompt, slots for `ahead` more, `cost` as the plan has it."""
+        return (kept + ahead) * cost[0] + cost[1]
+
     def coarse_bytes(self, config: Any) -> float:
         """Bytes per token of `Kept.rest`."""
         return 0
@@ -446,3 +464,26 @@ class StoreSpec(ABC):
     @abstractmethod
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> Store:
         """The store of one layer, with slots for `room` more tokens in every head that grows."""
+
+
+# ---- axis 4: place (places/*) --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a layer's cache lies: here, on the device, as its store lays it out (no paper)."""
+
+    def refuses(self, store: StoreSpec) -> str:
+        """Why a cache laid out so cannot lie here; empty if it can."""
+        return ""
+
+    def pack(self, store: StoreSpec, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> Store:
+        """As `StoreSpec.pack`."""
+        return store.pack(rows, policy, room, ctx)
+
+    def held(self, config: Any, dtype: torch.dtype, size: float, slots: int) -> float:
+        """Of the bytes that a row takes in one layer with so many slots, those on the device."""
+        return size
+
+    def link(self, stores: Sequence[Store]) -> None:
+        """Called with all layers' stores, in their order, whenever one has been packed."""

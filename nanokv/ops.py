@@ -31,6 +31,9 @@ class Ops:
     decode_quant: Callable[..., tuple[Tensor, Tensor]]
     decode_ragged: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     mass: Callable[..., Tensor]
+    landmarks: Callable[..., Tensor]
+    rebuild: Callable[..., None]
+    fetch: Callable[..., None]
     compact: Callable[..., tuple[Tensor, Tensor, Tensor]]
     append: Callable[..., None]
     quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -201,6 +204,16 @@ def _channelwise(x: Tensor, bits: int) -> Tensor:
     return x.unflatten(-1, (2, -1, 2)).permute(*range(x.dim() - 1), -1, -3, -2).flatten(-3)
 
 
+def still(move: Callable[..., None]) -> Callable[..., None]:
+    """While compiling, everything is moved again: how many chunks are new is a shape that no graph can have."""
+
+    def moved(*given: Tensor | None) -> None:
+        *what, fresh, out = given
+        move(*what, None if torch.compiler.is_compiling() else fresh, out)
+
+    return moved
+
+
 EAGER = Ops(
     "eager",
     eager_prefill,
@@ -209,6 +222,9 @@ EAGER = Ops(
     reference.decode_quant,
     reference.decode_ragged,
     reference.mass,
+    reference.landmarks,
+    still(reference.rebuild),
+    still(reference.fetch),
     reference.compact,
     reference.append,
     reference.quantize,

@@ -1,4 +1,6 @@
-"""A plan is keep × store × share: `snapkv:budget=1024,window=32+dense+kvsharer:layers=4`. Parsing, printing, fitting it to a prompt."""
+"""A plan is keep × store × share × place: `snapkv:budget=1024,window=32+dense+kvsharer:layers=4+offload`. Parsing, printing, fitting it to
+a prompt.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from typing import Any
 import torch
 
 from nanokv.config import ModelConfig
-from nanokv.contract import Case, Policy, StoreSpec
+from nanokv.contract import Case, Place, Policy, StoreSpec
+from nanokv.places import PLACES
 from nanokv.policies import POLICIES
 from nanokv.shares import SHARES, KVSharer
 from nanokv.stores import STORES
@@ -19,14 +22,15 @@ from nanokv.stores import STORES
 
 @dataclass(frozen=True)
 class Plan:
-    """Which tokens stay, how they lie in memory, which layers own storage (reader → owner; a layer not named owns its own)."""
+    """Which tokens stay, how they lie in memory, which layers own storage (reader → owner; a layer not named owns its own), and where."""
 
     keep: Policy = POLICIES["full"]
     store: StoreSpec = STORES["dense"]
     share: Mapping[int, int] = field(default_factory=dict)
-    names: tuple[str, str] = ("full", "dense")
+    names: tuple[str, str, str] = ("full", "dense", "device")
     sharer: KVSharer | None = None  # whose map `share` is …
     ready: bool = True  # … and whether it is there yet; `LLM.ready` sees to that
+    place: Place = PLACES["device"]
 
     def owner(self, layer: int) -> int:
         return self.share.get(layer, layer)
@@ -71,10 +75,10 @@ class Plan:
 
     def held(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> float:
         """At most how many bytes one layer takes after a prompt of n tokens, for one row, once fitted: for estimates before the run."""
-        token, fixed = self.cost(config, dtype)
         kept, ahead = self.keep.holds(n), self.ahead(room)
         demoted = (n - kept + room) * self.store.coarse_bytes(config) if self.keep.demotes else 0
-        return (kept + ahead) * token + fixed + demoted
+        size = self.store.held(config, dtype, self.cost(config, dtype), kept, ahead) + demoted
+        return self.place.held(config, dtype, size, kept + ahead)
 
     def sketch(self, n_layers: int) -> Plan:
         """For sizes before there is a map: as many layers share as asked, whichever they will be."""
@@ -96,11 +100,13 @@ class Plan:
                 others = [n for n, part in STORES.items() if key in {f.name for f in fields(part)}]
                 raise ValueError(f"store {name} does not know {flags[key]}; use one of {', '.join(others)}")
         store = configure(name, STORES[name] if name != self.names[1] else self.store, given)
-        check(self.names[0], self.keep, name, store)
-        return replace(self, store=store, names=(self.names[0], name))
+        keep, _, place = self.names
+        check((keep, self.keep), (name, store), (place, self.place))
+        return replace(self, store=store, names=(keep, name, place))
 
     def __str__(self) -> str:
-        parts = [canonical(name, part) for name, part in zip(self.names, (self.keep, self.store), strict=True)]
+        own = zip(self.names, (self.keep, self.store, self.place), strict=True)
+        parts = [canonical(name, part) for name, part in own if name != "device"]
         return "+".join(parts if self.sharer is None else [*parts, canonical("kvsharer", self.sharer)])
 
 
@@ -108,6 +114,7 @@ AXES = {
     "decide which tokens stay": POLICIES,
     "decide how they are stored": STORES,
     "decide which layers own storage": SHARES,
+    "decide where it lies": PLACES,
 }
 
 
@@ -119,27 +126,31 @@ def parse(text: str) -> Plan:
         axis = next((a for a, parts in AXES.items() if name in parts), None)
         if axis is None:
             names = [n for parts in AXES.values() for n in parts]
-            kinds = zip(("policies", "stores", "share"), AXES.values(), strict=True)
+            kinds = zip(("policies", "stores", "share", "place"), AXES.values(), strict=True)
             lists = "; ".join(f"{kind}: {', '.join(parts)}" for kind, parts in kinds)
             raise ValueError(f"unknown policy {name!r}{nearest(name, names)}; {lists}")
         if axis in chosen:
             raise ValueError(f"{chosen[axis][0]} and {name} both {axis}; choose one")
         chosen[axis] = name, configure(name, AXES[axis][name], _pairs(name, rest))
-    keep_axis, store_axis, share_axis = AXES
+    keep_axis, store_axis, share_axis, place_axis = AXES
     keep = chosen.get(keep_axis, ("full", POLICIES["full"]))
     name, _, rest = keep[1].store.partition(":")
     store = chosen.get(store_axis) or (name, configure(name, STORES[name], _pairs(name, rest)))
     _, sharer = chosen.get(share_axis, ("", None))
-    check(*keep, *store)
-    return Plan(keep[1], store[1], names=(keep[0], store[0]), sharer=sharer, ready=sharer is None)
+    place = chosen.get(place_axis, ("device", PLACES["device"]))
+    check(keep, store, place)
+    names = keep[0], store[0], place[0]
+    return Plan(keep[1], store[1], place=place[1], names=names, sharer=sharer, ready=sharer is None)
 
 
-def check(keep_name: str, keep: Policy, store_name: str, store: StoreSpec) -> None:
-    """ValueError if this store cannot hold what this policy keeps."""
-    if why := store.refuses(keep):
-        others = [name for name, part in STORES.items() if name != store_name and not part.refuses(keep)]
+def check(keep: tuple[str, Policy], store: tuple[str, StoreSpec], place: tuple[str, Place]) -> None:
+    """ValueError if this store cannot hold what this policy keeps, or not in this place; of each its name and part."""
+    if why := store[1].refuses(keep[1]):
+        others = [name for name, part in STORES.items() if name != store[0] and not part.refuses(keep[1])]
         instead = f"; use one of {', '.join(others)}" if others else ""
-        raise ValueError(f"{keep_name}+{store_name}: {keep_name} {why}{instead}")
+        raise ValueError(f"{keep[0]}+{store[0]}: {keep[0]} {why}{instead}")
+    if why := place[1].refuses(store[1]):
+        raise ValueError(f"{store[0]}+{place[0]}: {store[0]} {why}")
 
 
 def _pairs(name: str, text: str) -> dict[str, str]:

@@ -284,6 +284,42 @@ def cascade(q, k, T: int, steps: int, budget: int, sink: int, rings: int):
         yield held
 
 
+# ---- chunks of which a step reads a few: one KV head, k (N,D) its rotated keys, q (G,D) its query heads -----------------
+
+
+def shadow(k: Tensor, q: Tensor, chunk: int, local: int, outliers: int, budget: int) -> tuple[list[int], list[int]]:
+    """ShadowKV's choice over lists: (positions exact from the start, positions this query fetches)."""
+    n_chunks = len(k) // chunk - local
+    chunks = [k[j * chunk : (j + 1) * chunk].double() for j in range(n_chunks)]
+    marks = [c.mean(0) for c in chunks]
+    alike = [min(float(m @ x / (m.norm() * x.norm())) for x in c) for m, c in zip(marks, chunks, strict=True)]
+    out = sorted(range(n_chunks), key=lambda j: alike[j])[:outliers]
+    free = [j for j in range(n_chunks) if j not in out]
+    best = dict.fromkeys(free, 0.0)
+    for head in q.double():
+        score = torch.stack([marks[j] @ head for j in free]) / math.sqrt(k.shape[1])
+        for j, p in zip(free, score.softmax(0).tolist(), strict=True):
+            best[j] = max(best[j], p)
+    chosen = sorted(free, key=lambda j: -best[j])[: -(-budget // chunk)]
+    exact = [t for j in sorted(out) for t in range(j * chunk, (j + 1) * chunk)] + list(range(n_chunks * chunk, len(k)))
+    return exact, sorted(t for j in chosen for t in range(j * chunk, (j + 1) * chunk))
+
+
+def quest(k: Tensor, q: Tensor, page: int, budget: int) -> list[int]:
+    """Quest's choice: positions of the pages that may hold the greatest products."""
+    pages = [k[j * page : (j + 1) * page].double() for j in range(len(k) // page - 1)]
+    worth = []
+    for p in pages:
+        low, high = p.amin(0), p.amax(0)
+        worth.append(sum(sum(max(x * a, x * b) for x, a, b in zip(*t, strict=True)) for t in heads(q, low, high)))
+    best = sorted(range(len(pages)), key=lambda j: -worth[j])[: -(-budget // page)]
+    return sorted(t for j in best for t in range(j * page, (j + 1) * page))
+
+
+def heads(q: Tensor, low: Tensor, high: Tensor) -> list[tuple[list[float], ...]]:
+    return [(x.tolist(), low.tolist(), high.tolist()) for x in q.double()]
+
+
 class HeldCache:
     """A cache that computes nothing: the prompt attends in full, and each later token i to the keys and values that a store said it held
     then, in `held[i][layer][head]` = (positions, K (n,D), V (n,D)). `true[layer][head]` collects what the model gave it. turn: all later

@@ -8,7 +8,7 @@ CEILINGS = {
     "generate.py": 475,
     "bench.py": 365,
     "nanokv/fidelity.py": 80,
-    "nanokv/contract.py": 345,
+    "nanokv/contract.py": 375,
     "nanokv/slots.py": 195,
     "nanokv/config.py": 230,
     "nanokv/model.py": 120,
@@ -19,7 +19,7 @@ CEILINGS = {
     "nanokv/cache.py": 280,
     "nanokv/plan.py": 185,
     "nanokv/share.py": 180,
-    "nanokv/ops.py": 240,
+    "nanokv/ops.py": 265,
     "nanokv/runner.py": 100,
     "nanokv/forms.py": 50,
     "nanokv/tokenizer.py": 200,
@@ -32,7 +32,9 @@ CEILINGS = {
     "nanokv/stores/dense.py": 225,
     "nanokv/stores/grouped.py": 240,
     "nanokv/stores/mixed.py": 170,
-    "kernels/reference.py": 285,
+    "nanokv/stores/chunked.py": 270,
+    "nanokv/stores/shadow.py": 120,
+    "kernels/reference.py": 330,
     "kernels/attention.py": 325,
     "kernels/codes.py": 315,
     "kernels/rows.py": 70,
@@ -42,7 +44,7 @@ CEILINGS = {
     "weights/from_gguf.py": 290,
     "weights/registry.py": 80,
 }
-METHOD, STORE, TOTAL = 80, 110, 7700
+METHOD, STORE, TOTAL = 80, 110, 8500
 
 
 def lines(path) -> int:
@@ -56,7 +58,7 @@ def test_every_file_keeps_within_its_ceiling():
             sizes[str(path.relative_to(ROOT))] = lines(path)
     over = {n: (size, CEILINGS.get(n, 40)) for n, size in sizes.items() if size > CEILINGS.get(n, 40)}
     assert not over
-    for folder, ceiling in (("policies", METHOD), ("stores", STORE), ("shares", METHOD)):
+    for folder, ceiling in (("policies", METHOD), ("stores", STORE), ("shares", METHOD), ("places", STORE)):
         for path in (ROOT / "nanokv" / folder).glob("*.py"):
             name = str(path.relative_to(ROOT))
             sizes[name] = lines(path)

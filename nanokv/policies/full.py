@@ -11,5 +11,7 @@ from nanokv.contract import Kept, Policy, Prompt
 class Full(Policy):
     """The uncompressed cache that every other policy is measured against (no paper)."""
 
+    whole = True
+
     def keep(self, p: Prompt) -> Kept:
         return Kept.all(p)

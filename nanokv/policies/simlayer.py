@@ -30,6 +30,7 @@ class SimLayerKV(Policy):
     window: int | None = None  # none: 32, in decode 1
     roll: bool | None = None  # none: true, in decode false
     full: int | str = "50%"  # light: layers that stay whole
+    whole = True
 
     def __post_init__(self):
         if self.variant not in ("prefill", "decode", "light"):

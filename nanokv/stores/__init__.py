@@ -5,8 +5,10 @@ from nanokv.stores.dense import Dense
 from nanokv.stores.fp8 import Fp8
 from nanokv.stores.ints import Int
 from nanokv.stores.mixed import Mixed
+from nanokv.stores.quest import Quest
 from nanokv.stores.ragged import Ragged
 from nanokv.stores.rot4 import Rot4
+from nanokv.stores.shadow import Shadow
 from nanokv.stores.turbo import Turbo
 
 STORES: dict[str, StoreSpec] = {
@@ -22,4 +24,6 @@ STORES: dict[str, StoreSpec] = {
     "rot4": Rot4(),
     "turbo": Turbo(),
     "mixed": Mixed(),
+    "shadow": Shadow(),
+    "quest": Quest(),
 }

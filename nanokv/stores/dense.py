@@ -71,6 +71,8 @@ class Rounding(StoreSpec):
 class SlotStore:
     """Planes of K and V in slots. The first `pin` slots are held exactly as well, with a spare one that takes what goes elsewhere."""
 
+    waits = False
+
     def __init__(
         self,
         rows: list[Kept],
@@ -90,10 +92,14 @@ class SlotStore:
         self.exact = self.pin if rounds else None
         n, heads = len(rows), ctx.config.num_key_value_heads
         self.planes = [
-            [ctx.empty(n, heads, self.slots.capacity, w, dtype=dtype) for w, dtype in codec.planes] for codec in codecs
+            [self._plane(name, n, heads, self.slots.capacity, w, dtype=dtype) for w, dtype in codec.planes]
+            for name, codec in zip("kv", codecs, strict=True)
         ]
         self.pinned = [ctx.empty(n, heads, self.pin + 1, ctx.config.head_dim) for _ in range(2 if self.pin else 0)]
         self._fill(rows)
+
+    def _plane(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+        return self.ctx.empty(*shape, dtype=dtype)
 
     def _fill(self, rows: list[Kept]) -> None:
         for plane in (*self.planes[0], *self.planes[1], *self.pinned):
@@ -230,6 +236,9 @@ class SlotStore:
     def tensors(self) -> list[Tensor]:
         constants = [x for codec in self.codecs for x in codec.tensors()]
         return [*self.planes[0], *self.planes[1], *self.pinned, *self.slots.tensors(), *constants]
+
+    def hosted(self) -> list[Tensor]:
+        return []
 
     @property
     def length(self) -> Tensor:

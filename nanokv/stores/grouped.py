@@ -77,6 +77,8 @@ class GroupedStore:
 
     exact: int | None = 0
 
+    waits = False
+
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec):
         self.policy, self.ctx, self.spec = policy, ctx, spec
         pin, group = spec.pin, spec.group
@@ -256,6 +258,9 @@ class GroupedStore:
 
     def tensors(self) -> list[Tensor]:
         return [self.k, self.v, *self.body[0], *self.body[1], *self.slots.tensors()]
+
+    def hosted(self) -> list[Tensor]:
+        return []
 
     @property
     def length(self) -> Tensor:

@@ -76,6 +76,8 @@ class Grows(Policy):
 class MixedStore:
     exact = 0
 
+    waits = False
+
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec: Mixed):
         self.policy, self.ctx, self.spec = policy, ctx, spec
         self.moves = type(policy).slot is not Policy.slot  # whoever makes room for a new token goes to the coarse set
@@ -165,6 +167,9 @@ class MixedStore:
 
     def tensors(self) -> list[Tensor]:
         return [x for store in self.sets for x in store.tensors()]
+
+    def hosted(self) -> list[Tensor]:
+        return []
 
     @property
     def length(self) -> Tensor:

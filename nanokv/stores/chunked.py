@@ -1,0 +1,321 @@
+"""Chunks of tokens of which a step reads only the few that its query needs: what stores that drop nothing and read little share.
+
+The tokens of a text lie in one of three places: chunks, held as a method likes and wherever it likes; single exact tokens on the
+device (those a method picks, the end of the prompt, all that comes later); and, as copies, a buffer of the chunks read last.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanokv.contract import Context, Kept, Policy, StoreSpec
+from nanokv.ops import merge
+from nanokv.slots import Slots
+from nanokv.stores.codec import Codec
+from nanokv.stores.dense import BOOKKEEPING, SlotStore
+
+LEAST = 256  # tokens: no percent reads less
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunked(StoreSpec):
+    """chunk: tokens that are read together. budget: tokens per KV head that a step reads beside the exact ones, or percent of the prompt,
+    256 at least. local: chunks at the prompt's end that stay exact. reuse: whether what a step has read stays for the next one.
+    """
+
+    chunk: int = 8
+    budget: int | str = "1.5625%"
+    local: int = 4
+    reuse: bool = True
+
+    def __post_init__(self):
+        given = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+        if self.chunk < 1 or self.local < 0:
+            raise ValueError(f"{given}; chunk is at least 1 token, local at least 0 chunks")
+        text = self.budget
+        percent = isinstance(text, str) and text.endswith("%") and text[:-1].replace(".", "", 1).isdigit()
+        if not (0 < float(text[:-1]) <= 100 if percent else isinstance(text, int) and text >= 1):
+            raise ValueError(f"{given}; budget is a number of tokens such as 256, or percent of the prompt such as 2%")
+
+    def refuses(self, keep: Policy) -> str:
+        if keep.demotes:
+            return super().refuses(keep)
+        return "" if keep.whole else "drops tokens of the prompt, and what is left makes no chunks to choose from"
+
+    def spared(self, n_chunks: int) -> int:
+        """How many chunks of each head stay exact besides."""
+        return 0
+
+    def shape(self, n: int) -> tuple[int, int, int]:
+        """Of a prompt of n tokens: chunks; how many of them each head has to choose from; how many it reads. 0 where it would read all."""
+        chunks = max(0, n // self.chunk - self.local)
+        free = chunks - self.spared(chunks)
+        budget = self.budget
+        if isinstance(budget, str):
+            budget = max(LEAST, int(n * float(budget[:-1]) / 100))
+        k = -(-budget // self.chunk)
+        return (chunks, free, k) if 0 < k <= free else (0, 0, 0)
+
+    @abstractmethod
+    def body_bytes(self, config: Any, itemsize: int, chunks: int, free: int, n: int) -> int:
+        """Of one row in one layer, on the device: what the chunks themselves take."""
+
+    def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
+        """Of a token that comes later; those of the prompt: `held`."""
+        per_head = 2 * config.head_dim * dtype.itemsize + 4
+        return config.num_key_value_heads * per_head, config.num_key_value_heads * BOOKKEEPING
+
+    def held(self, config: Any, dtype: torch.dtype, cost: tuple[float, int], kept: int, ahead: int) -> float:
+        (token, fixed), (chunks, free, k) = cost, self.shape(kept)
+        near, heads = kept - free * self.chunk, config.num_key_value_heads
+        if not chunks:
+            return (near + ahead) * token + fixed
+        buffer = k * heads * (2 * self.chunk * config.head_dim * dtype.itemsize + 4)
+        body = self.body_bytes(config, dtype.itemsize, chunks, free, kept) + heads * free * 4 + 3 * 4
+        return (near + ahead) * token + fixed + body + buffer
+
+
+class ChunkStore(ABC):
+    """Rows may differ in all their numbers: what is shorter is padded, and the padding never chosen.
+
+    A row that keeps only its text's edges, or whose chunks would all be read, lies in the exact part alone. Readers of one store share
+    its buffer.
+    """
+
+    exact: int | None = 0
+    of_k: tuple[str, ...] = ()  # what `build` makes of keys …
+    of_v: tuple[str, ...] = ()  # … and of values
+
+    def __init__(
+        self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec: Chunked, on_host: Sequence[str] = ()
+    ):
+        """on_host: names of what `build` makes that lies in the host's memory."""
+        self.policy, self.ctx, self.spec, self.on_host = policy, ctx, spec, on_host
+        plain, parts = Codec(ctx.config.head_dim, ctx.dtype), [self._split(r) for r in rows]
+        self.near = SlotStore([near for near, _ in parts], policy, room, ctx, (plain, plain))
+        bodies = [body for _, body in parts]
+        self.chunks, self.k, self.take, self.free = 0, 0, [0] * len(rows), [0] * len(rows)
+        if not any(bodies):
+            return
+        self.take, self.free = ([int(b[f]) if b else 0 for b in bodies] for f in ("take", "free"))
+        self.k, self.chunks = max(self.take), max(self.free)
+        self.even = min(self.take) == self.k and min(self.free) == self.chunks
+        self.sizes = [{name: x.shape for name, x in b.items()} for b in bodies]
+        names = next(b for b in bodies if b)
+        self.body = {name: self._stack(name, [b.get(name) for b in bodies]) for name in names}
+        heads, width = ctx.config.num_key_value_heads, spec.chunk * ctx.config.head_dim
+        nothing = -1 - torch.arange(self.k, dtype=torch.int32, device=ctx.device)
+        self.held = nothing.expand(len(rows), heads, -1).clone()  # chunks in the buffer
+        self.keys, self.values = (ctx.empty(len(rows), heads, self.k, width).zero_() for _ in range(2))
+
+    @property
+    def waits(self) -> bool:
+        """Whether the host looks up what a step fetches: as long as no kernel reads its memory."""
+        return bool(self.hosted()) and self.ctx.device.type != "cpu" and self.ctx.ops.name != "triton"
+
+    # ---- what a method says -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def spared(self, kept: Kept, chunks: int) -> Tensor:
+        """Of a whole prompt: (Hkv,m) chunks that stay exact, ascending."""
+
+    @abstractmethod
+    def build(self, kept: Kept, chunks: int, free: Tensor) -> dict[str, Tensor]:
+        """What the chunks leave behind, of one row; free (Hkv,L): those that a step may choose."""
+
+    @abstractmethod
+    def score(self, q: Tensor, seen: Tensor | None) -> Tensor:
+        """How much a query (B,H,1,D) wants each free chunk, (B,Hkv,L); seen: which of them there are."""
+
+    @abstractmethod
+    def fill(self, ids: Tensor, fresh: Tensor | None, keys: Tensor, values: Tensor) -> None:
+        """Keys and values of chunks ids (B,Hkv,k) into (B,Hkv,k,chunk·D), only where `fresh`. Negative ids: anything."""
+
+    # ---- rows in, rows out --------------------------------------------------------------------------------------------
+
+    def _split(self, r: Kept) -> tuple[Kept, dict[str, Tensor]]:
+        """One row → its exact tokens, and what its chunks become; nothing where there are none."""
+        if r.codes is not None:
+            near = Kept(*(r.codes[f"near_{f}"] for f in NEAR), score=r.score)
+            return near, {n: x[0] for n, x in r.codes.items() if not n.startswith("near_")}
+        heads, n = r.pos.shape[1:]
+        grows = bool((r.limit < 0).all()) and bool((r.length == n).all())
+        whole = n > 0 and grows and bool((r.pos[..., -1] - r.pos[..., 0] == n - 1).all())
+        chunks, free, k = self.spec.shape(n) if whole else (0, 0, 0)
+        if not chunks:
+            return r, {}
+        spared = self.spared(r, chunks)
+        mine = torch.zeros(heads, chunks, dtype=torch.bool, device=r.pos.device).scatter(1, spared, True)
+        left = (~mine).nonzero()[:, 1].view(heads, free)
+        numbers = {"first": r.pos[0, 0, 0], "free": r.pos.new_tensor(free), "take": r.pos.new_tensor(k)}
+        body = self.build(r, chunks, left) | {"land": left.to(torch.int32)} | numbers
+        inside = spared[..., None] * self.spec.chunk + torch.arange(self.spec.chunk, device=spared.device)
+        tail = torch.arange(chunks * self.spec.chunk, n, device=spared.device).expand(heads, -1)
+        at = torch.cat((inside.flatten(1), tail), 1)[None]
+        k_near, v_near, pos = self.ctx.ops.compact(r.k, r.v, r.pos, at)
+        near = Kept(k_near, v_near, pos, torch.full_like(r.length, at.shape[2]), r.limit, r.sink, score=r.score)
+        return near, body
+
+    def _stack(self, name: str, rows: Sequence[Tensor | None]) -> Tensor:
+        """Of every row, padded with zeros to the largest."""
+        there = [x for x in rows if x is not None]
+        size = [len(rows), *(max(n) for n in zip(*(x.shape for x in there), strict=True))]
+        if name in self.on_host:
+            out = self.ctx.host(*size, dtype=there[0].dtype)
+        else:
+            out = self.ctx.empty(*size, dtype=there[0].dtype)
+        out.zero_()
+        for b, x in enumerate(rows):
+            if x is not None:
+                out[b][tuple(map(slice, x.shape))] = x
+        return out
+
+    def unpack(self) -> list[Kept]:
+        near = self.near.unpack()
+        if not self.chunks:
+            return near
+        ids, c = self.body["land"], self.spec.chunk
+        pos = self._pos(ids)
+        keys, values = self._whole(ids)
+        rows = []
+        for b, r in enumerate(near):
+            codes = {f"near_{f}": getattr(r, f).clone() for f in NEAR}
+            if not self.free[b]:
+                rows.append(r)
+                continue
+            n = self.free[b] * c
+            k, v, when = (
+                torch.cat((x, y[b : b + 1, :, :n]), 2)
+                for x, y in ((r.k, keys), (r.v, values), (r.pos, pos.to(r.pos.dtype)))
+            )
+            at = when.masked_fill(when < 0, torch.iinfo(torch.int32).max).argsort(-1)
+            k, v, when = self.ctx.ops.compact(k, v, when, at)
+            for name, size in self.sizes[b].items():
+                codes[name] = self.body[name][b : b + 1][(slice(None), *map(slice, size))].clone()
+            rows.append(replace(r, k=k, v=v, pos=when, length=r.length + n, codes=codes))
+        return rows
+
+    def refill(self, rows: list[Kept], room: int) -> bool:
+        return False
+
+    # ---- a step -------------------------------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> Slots:
+        return self.near.slots
+
+    def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
+        self.near.append(k, v, pos)
+
+    def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
+        self.near.extend(k, v, pos)
+
+    def read(self, q: Tensor, pos: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        parts = [self.near.read(q, pos)[:2]]
+        if self.chunks:  # each token reads what it needs, whether it comes alone or in a turn
+            each = [self._best(q[:, :, t : t + 1], pos[:, t : t + 1]) for t in range(q.shape[2])]
+            parts.append(tuple(torch.cat(x, 2) for x in zip(*each, strict=True)))
+        return *(merge(parts) if len(parts) > 1 else parts[0]), None
+
+    def _best(self, q: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        held, fresh = self.place(self.choose(q, pos))
+        self.fill(held, fresh if self.spec.reuse else None, self.keys, self.values)
+        self.held.copy_(held)
+        return self._attend(q, pos, held, self.keys, self.values)
+
+    def choose(self, q: Tensor, pos: Tensor) -> Tensor:
+        """(B,Hkv,k): the chunks that this step reads; negative and unlike each other where a row reads fewer."""
+        seen = self._there(pos)
+        score = self.score(q, seen)
+        score = score if seen is None else score.masked_fill(~seen, -torch.inf)
+        best = score.topk(self.k, -1).indices
+        rank = torch.arange(self.k, dtype=torch.int32, device=q.device)
+        ids = self.body["land"].gather(2, best)
+        if seen is None:
+            return ids
+        return torch.where(seen.gather(2, best) & (rank < self.body["take"][:, None, None]), ids, -1 - rank)
+
+    def _there(self, pos: Tensor) -> Tensor | None:
+        """bool (B,Hkv,L): which free chunks a row has, and its model's own window still shows; None: all."""
+        window, land = self.slots.sliding_window, self.body["land"]
+        if self.even and window is None:
+            return None
+        seen = torch.arange(land.shape[2], device=land.device) < self.body["free"][:, None, None]
+        if window is None:
+            return seen.expand_as(land)
+        last = self.body["first"][:, None, None] + (land + 1) * self.spec.chunk - 1
+        return seen & (last > pos[:, :, None] - window)
+
+    def place(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Chunks that are wanted (B,Hkv,k) → which one each slot of the buffer holds from now on, and where that is new.
+
+        What is there already stays where it is; each of the others takes a slot that nobody wants any more.
+        """
+        same = self.held[..., :, None] == ids[..., None, :]  # (B,Hkv,slot,wanted)
+        fresh, missing = ~same.any(3), ~same.any(2)
+        into, which = (torch.argsort(x.to(torch.int8), stable=True, dim=-1, descending=True) for x in (fresh, missing))
+        new = torch.where(missing.gather(2, which), ids.gather(2, which), self.held.gather(2, into))
+        return self.held.scatter(2, into, new), fresh
+
+    def _whole(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of chunks ids, (B,Hkv,k·chunk,D)."""
+        keys, values = (self.ctx.empty(*ids.shape, self.keys.shape[3]) for _ in range(2))
+        self.fill(ids, None, keys, values)
+        return self._tokens(keys), self._tokens(values)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        return x.unflatten(3, (self.spec.chunk, -1)).flatten(2, 3)
+
+    def _pos(self, ids: Tensor) -> Tensor:
+        """(B,Hkv,k) → (B,Hkv,k·chunk): where their tokens stand in the text."""
+        c = self.spec.chunk
+        at = ids[..., None] * c + torch.arange(c, device=ids.device)
+        return self.body["first"][:, None, None] + at.flatten(2)
+
+    def _attend(self, q: Tensor, pos: Tensor, ids: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The chunks ids, of which negative ones are not there."""
+        window = self.slots.sliding_window
+        seen = None if self.even and window is None else (ids >= 0).repeat_interleave(self.spec.chunk, 2)
+        k, v, kpos = self._tokens(keys), self._tokens(values), self._pos(ids).to(torch.int32)
+        return self.ctx.ops.decode(q, k, v, seen, kpos, pos, window)[:2]
+
+    def maintain(self, written: int) -> None:
+        self.near.maintain(written)  # what comes later stays exact
+
+    def freeze(self) -> None:
+        self.near.freeze()
+
+    # ---- the receipt --------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> list[Tensor]:
+        mine = [self.held, self.keys, self.values] if self.chunks else []
+        return [*self.near.tensors(), *mine, *(x for name, x in self._body() if name not in self.on_host)]
+
+    def hosted(self) -> list[Tensor]:
+        return [x for name, x in self._body() if name in self.on_host]
+
+    def _body(self) -> list[tuple[str, Tensor]]:
+        return list(self.body.items()) if self.chunks else []
+
+    @property
+    def length(self) -> Tensor:
+        return self.near.length + self.body["free"][:, None] * self.spec.chunk if self.chunks else self.near.length
+
+    def live(self) -> tuple[int, int, int]:
+        (k, v, rest), near = self.near.live(), sum(x.nbytes for x in self.near.tensors())
+        for name, x in self._body():
+            k += x.nbytes if name in self.of_k else 0
+            v += x.nbytes if name in self.of_v and name not in self.on_host else 0
+        ours = sum(
+            x.nbytes for name, x in self._body() if name in (*self.of_k, *self.of_v) and name not in self.on_host
+        )
+        return k, v, rest + sum(x.nbytes for x in self.tensors()) - near - ours
+
+
+NEAR = ("k", "v", "pos", "length", "limit", "sink")
