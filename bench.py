@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     a("--batches", nargs="+", type=int, metavar="B", help="rows, for speed and memory (1)")
     a("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     a("--seeds", type=int, metavar="N", help="texts of each task and length")
+    a("--depth", type=float, metavar="X", help="quality: needles there, 0 … 1, instead of all over")
     a("--tokens", type=int, metavar="N", help="quality: of the text that fidelity is taken on (32; with --full 64)")
     a("--floor", type=float, metavar="F", help="what full must solve, 0 … 1, before other scores are shown")
     a("--full", action="store_true", help="quality: more lengths, budgets and texts; goes on where it was broken off")
@@ -211,7 +212,7 @@ def quality(job: Job) -> dict:
     plans = job.plans(*(("50%", "25%", "10%") if args.full else ("25%",)))
     tasks = args.tasks or list(TASKS)
     lengths, seeds = args.lengths or [1000], args.seeds or (20 if args.full else 5)
-    items = [Item(t, n, s) for n in lengths for t in tasks for s in range(seeds)]
+    items = [Item(t, n, s, args.depth) for n in lengths for t in tasks for s in range(seeds)]
     if args.full and args.lengths is None and "needle" in tasks:  # the rest of the grid
         items += [Item("needle", n, s) for n in (500, 2000, 3000) for s in range(seeds // 2)]
     texts = [(n, seed) for n in lengths for seed in range(3 if args.full else 1)]

@@ -20,6 +20,7 @@ import torch
 from evals.dense import begin
 from evals.tasks import TASKS, Task, prose
 from nanokv import parse
+from nanokv.engine import Session
 from nanokv.fidelity import follow, greedy, losses
 from nanokv.llm import LLM
 from nanokv.plan import POLICIES, STORES, Plan
@@ -48,10 +49,13 @@ class Item:
     task: str
     length: int
     seed: int
+    at: float | None = None  # needle: always there, instead of all over
 
     @property
     def depth(self) -> float | None:
-        return self.seed % DEPTHS / (DEPTHS - 1) if self.task == "needle" else None
+        if self.task != "needle":
+            return None
+        return self.seed % DEPTHS / (DEPTHS - 1) if self.at is None else self.at
 
     def make(self, words: Tokenizer) -> Task:
         def count(text: str) -> int:
@@ -91,6 +95,16 @@ def solved(before: torch.Tensor, after: torch.Tensor, turn: Turn) -> float:
     return sum(best[a:b] == turn.ids[a:b] for a, b in turn.answers) / len(turn.answers)
 
 
+def hear(session: Session, turn: Turn) -> torch.Tensor:
+    """Logits (T,vocab) of a turn as a user meets it: what is asked comes at once, answers one by one, and a store may read otherwise."""
+    pieces, at = [], 0
+    for a, b in turn.answers:
+        pieces += [turn.ids[at:a], *([t] for t in turn.ids[a:b])]
+        at = b
+    fed = [session.feed(torch.tensor([x], device=session.pos.device), each=True)[0] for x in pieces if x]
+    return torch.cat(fed)
+
+
 def able(llm: LLM, plans: Sequence[Plan], length: int, room: int, rows: int = 1) -> tuple[list[int], dict[int, str]]:
     """Which plans can serve a prompt of this length, and why the others cannot. ValueError if the model itself cannot."""
     top = llm.config.max_position_embeddings
@@ -120,11 +134,11 @@ def judge(llm: LLM, plans: Sequence[Plan], item: Item) -> list[dict]:
             session, before = start()
             report, scores = session.report(), []
             for turn in turns:
-                after = session.feed(torch.tensor([turn.ids], device=llm.device), each=True)[0]
+                after = hear(session, turn)
                 scores.append(solved(before, after, turn))
                 before = after[-1:]
             report = report or session.report()  # a policy that waits has none before the first token
-            size = {"bytes": report.bytes, "full_bytes": report.full_bytes}
+            size = {k: getattr(report, k) for k in ("bytes", "full_bytes", "host_bytes")}
             records.append({"plan": good[i], "protocol": protocol, "scores": scores, **size})
     return records
 
@@ -222,7 +236,8 @@ def summary(model: str, names: Sequence[str], records: dict[Item, list[dict]], f
         table = {}
         for p, name in enumerate(names):
             mine = {q: [r for t in texts for r in t if (r["plan"], r["protocol"]) == (p, q)] for q in PROTOCOLS}
-            table[name] = {q: _means(mine[q]) for q in PROTOCOLS}
+            first = {q: [r for t in texts for r in t if (r["plan"], r["protocol"]) == (0, q)] for q in PROTOCOLS}
+            table[name] = {q: _means(mine[q], first[q]) for q in PROTOCOLS}
             if refused := next((x["refused"] for x in table[name].values() if "refused" in x), None):
                 table[name] = {q: {"refused": refused} for q in PROTOCOLS}
         full = mean([table[names[0]][q]["score"] for q in PROTOCOLS])
@@ -237,12 +252,15 @@ def summary(model: str, names: Sequence[str], records: dict[Item, list[dict]], f
     return out
 
 
-def _means(mine: list[dict]) -> dict:
+def _means(mine: list[dict], full: list[dict]) -> dict:
+    """of_full: per turn, how many of the texts that full solves this plan solves too, and how many those are."""
     refused = [r["refused"] for r in mine if "refused" in r]
     if refused:
         return {"refused": refused[0]}
     found = {"score": mean([r["scores"][0] for r in mine]), "turn2": mean([r["scores"][1] for r in mine])}
-    return found | {k: mean([r[k] for r in mine]) for k in ("bytes", "full_bytes")}
+    found |= {k: mean([r.get(k, 0) for r in mine]) for k in ("bytes", "full_bytes", "host_bytes")}
+    both = [[m["scores"][i] == 1 for m, f in zip(mine, full, strict=True) if f["scores"][i] == 1] for i in (0, 1)]
+    return found | {"of_full": [[sum(x), len(x)] for x in both]}
 
 
 def grid(

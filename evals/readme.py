@@ -137,6 +137,17 @@ def needles() -> str:
     return markdown(["plan", "cache", "less by", "aware", "agnostic", "turn 2"], rows)
 
 
+def middle() -> str:
+    """Needles half way through, of the texts that full solves: what a query finds when all is kept and little is read."""
+    rows = []
+    for name, plan in _read("middle-4000.json")["quality"][0]["plans"].items():
+        a, b = plan["aware"], plan["agnostic"]
+        size = [f"{a[k] / 2**20:.1f} MiB" for k in ("bytes", "host_bytes")]
+        found = [f"{n} of {of}" for n, of in (a["of_full"][0], b["of_full"][0], a["of_full"][1], b["of_full"][1])]
+        rows.append([f"`{name}`", *size, *found])
+    return markdown(["plan", "on the device", "host", "aware", "agnostic", "turn 2", "after agnostic"], rows)
+
+
 def endless() -> str:
     """Speed and bytes near the beginning and at the end of long runs."""
     rows = []
@@ -161,7 +172,7 @@ def prose() -> str:
     return markdown(["plan", "tokens", "perplexity", "against full"], rows)
 
 
-TABLES = (compatible, quality, stores, codes, paces, decode, compiled, kvpress, needles, endless, prose)
+TABLES = (compatible, quality, stores, codes, paces, decode, compiled, kvpress, needles, middle, endless, prose)
 
 
 if __name__ == "__main__":

@@ -151,6 +151,8 @@ def test_scores_are_refused_where_full_is_below_its_floor():
         "turn2": 0.5,
         "bytes": 10,
         "full_bytes": 20,
+        "host_bytes": 0,
+        "of_full": [[0, 1], [0, 0]],
     }
     assert "20%" in bad["refused"] and "25%" in bad["refused"] and list(bad["plans"]) == ["full"]
     shown = show.quality([good, bad])
@@ -161,6 +163,27 @@ def test_scores_are_refused_where_full_is_below_its_floor():
     assert "refused" not in quality.summary("smollm2-135m", ["full", "x"], records, 0.1)[1]
     low = {Item("needle", 100, 0): found(0.0, 0.9)}
     assert quality.grid(["full", "x"], low, quality.summary("smollm2-135m", ["full", "x"], low, None)) == {}
+
+
+def test_answers_are_fed_token_by_token_and_questions_at_once(llm_of):
+    fed = []
+
+    class Session:
+        pos = torch.zeros(1, 1)
+
+        def feed(self, tokens, each):
+            fed.append(tokens.tolist()[0])
+            return torch.zeros(1, tokens.shape[1], 3)
+
+    out = quality.hear(Session(), quality.Turn([1, 2, 3, 4, 5, 6, 7], [(0, 2), (4, 7)]))
+    assert fed == [[1], [2], [3, 4], [5], [6], [7]] and out.shape == (7, 3)
+
+
+def test_needles_lie_where_they_are_asked_to(llm_of):
+    tasks = [Item("needle", 4000, s, 0.5).make(llm_of("g3").tokenizer) for s in range(3)]
+    for task in tasks:
+        assert 0.45 < task.context.index("The secret code for") / len(task.context) < 0.55
+    assert Item("needle", 400, 0).depth == 0 and Item("common", 400, 0, 0.5).depth is None
 
 
 def test_a_plan_that_cannot_serve_a_text_says_why(llm_of):

@@ -21,6 +21,7 @@ from nanokv.stores.codec import Codec
 from nanokv.stores.dense import BOOKKEEPING, SlotStore
 
 LEAST = 256  # tokens: no percent reads less
+PIECE = 512  # chunks that a turn of several tokens reads at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +85,8 @@ class Chunked(StoreSpec):
 class ChunkStore(ABC):
     """Rows may differ in all their numbers: what is shorter is padded, and the padding never chosen.
 
-    A row that keeps only its text's edges, or whose chunks would all be read, lies in the exact part alone. Readers of one store share
-    its buffer.
+    A single token reads the best chunks, a turn of several reads all. A row that keeps only its text's edges, or whose chunks would all be
+    read by each token, lies in the exact part alone. Readers of one store share its buffer.
     """
 
     exact: int | None = 0
@@ -218,9 +219,8 @@ class ChunkStore(ABC):
 
     def read(self, q: Tensor, pos: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         parts = [self.near.read(q, pos)[:2]]
-        if self.chunks:  # each token reads what it needs, whether it comes alone or in a turn
-            each = [self._best(q[:, :, t : t + 1], pos[:, t : t + 1]) for t in range(q.shape[2])]
-            parts.append(tuple(torch.cat(x, 2) for x in zip(*each, strict=True)))
+        if self.chunks:
+            parts += [self._best(q, pos)] if q.shape[2] == 1 else self._all(q, pos)
         return *(merge(parts) if len(parts) > 1 else parts[0]), None
 
     def _best(self, q: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,7 +250,7 @@ class ChunkStore(ABC):
         if window is None:
             return seen.expand_as(land)
         last = self.body["first"][:, None, None] + (land + 1) * self.spec.chunk - 1
-        return seen & (last > pos[:, :, None] - window)
+        return seen & (last > pos[:, :, None] - window)  # of one token
 
     def place(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Chunks that are wanted (B,Hkv,k) → which one each slot of the buffer holds from now on, and where that is new.
@@ -262,6 +262,18 @@ class ChunkStore(ABC):
         into, which = (torch.argsort(x.to(torch.int8), stable=True, dim=-1, descending=True) for x in (fresh, missing))
         new = torch.where(missing.gather(2, which), ids.gather(2, which), self.held.gather(2, into))
         return self.held.scatter(2, into, new), fresh
+
+    def _all(self, q: Tensor, pos: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """A turn passes over everything once, piece by piece: for many tokens that costs less than a choice for each."""
+        land, parts = self.body["land"], []
+        for a in range(0, self.chunks, PIECE):
+            ids = land[:, :, a : a + PIECE]
+            there = a + torch.arange(ids.shape[2], device=ids.device) < self.body["free"][:, None, None]
+            ids = ids if self.even else torch.where(there, ids, -1)
+            keys, values = (self.ctx.empty(*ids.shape, self.keys.shape[3]) for _ in range(2))
+            self.fill(ids, None, keys, values)
+            parts.append(self._attend(q, pos, ids, keys, values))
+        return parts
 
     def _whole(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of chunks ids, (B,Hkv,k·chunk,D)."""

@@ -24,7 +24,7 @@ class Shadow(Chunked):
     rank: of K; none: 160 of 1,024 channels, and more where there are few (results/ranks.json). values: host | device | int4, the last two
     on the device. Deviations from the authors' code: A and B by the Gram matrix's eigenvectors, not an SVD of all tokens; a prompt
     too short to choose from stays exact (theirs fails below 4,096 tokens); `budget` is a share of the prompt as in the paper's tables;
-    each token of a turn reads as if it came alone; any head size, group, batch and number of new tokens.
+    a turn of several tokens reads every chunk; any head size, group, batch and number of new tokens.
     """
 
     rank: int | None = None
