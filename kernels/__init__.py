@@ -15,10 +15,13 @@ HOMES = {
     "decode": "attention",
     "decode_quant": "codes",
     "decode_ragged": "attention",
+    "fetch": "chunks",
+    "landmarks": "chunks",
     "linear": "rows",
     "mass": "votes",
     "norm": "rows",
     "quantize": "writes",
+    "rebuild": "chunks",
     "swiglu": "rows",
 }
 __all__ = list(HOMES)

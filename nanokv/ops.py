@@ -267,6 +267,15 @@ def triton() -> Ops:
         use = kernels.decode_ragged if fits else SDPA.decode_ragged
         return use(q, k, v, spans, first, length, kpos, now, sliding_window, group, noise)
 
+    def landmarks(q, marks, seen):
+        return (kernels.landmarks if _suits(q) else reference.landmarks)(q, marks, seen)
+
+    def rebuild(a, b, inv_freq, first, ids, fresh, out):
+        (kernels.rebuild if _moves(a) else still(reference.rebuild))(a, b, inv_freq, first, ids, fresh, out)
+
+    def fetch(chunks, ids, fresh, out):
+        (kernels.fetch if _moves(chunks) else still(reference.fetch))(chunks, ids, fresh, out)
+
     def compact(k, v, pos, at):
         straight = k.stride(3) == v.stride(3) == pos.stride(2) == 1
         return (kernels.compact if straight and _moves(k) else reference.compact)(k, v, pos, at)
@@ -289,8 +298,9 @@ def triton() -> Ops:
 
     rows = {"norm": kernels.norm, "add_norm": kernels.add_norm, "swiglu": kernels.swiglu, "linear": row}
     moves = {"compact": compact, "append": append, "quantize": quantize}
+    chunks = {"landmarks": landmarks, "rebuild": rebuild, "fetch": fetch}
     reads = {"decode": decode, "decode_quant": decode_quant, "decode_ragged": decode_ragged, "mass": mass}
-    return replace(SDPA, name="triton", **reads, **moves, **rows)
+    return replace(SDPA, name="triton", **reads, **moves, **chunks, **rows)
 
 
 def _suits(q: Tensor) -> bool:
@@ -299,8 +309,8 @@ def _suits(q: Tensor) -> bool:
 
 
 def _moves(x: Tensor) -> bool:
-    """The interpreter has no bf16 to copy."""
-    return x.device.type == "cuda" or x.dtype != torch.bfloat16
+    """The interpreter has no bf16 to copy. Pinned memory is the device's to read."""
+    return x.device.type == "cuda" or x.is_pinned() or x.dtype != torch.bfloat16
 
 
 def merge(states: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

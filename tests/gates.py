@@ -18,7 +18,7 @@ import torch
 import triton.language as tl
 from triton.runtime import JITFunction
 
-from kernels import attention, codes, reference, rows, votes, writes
+from kernels import attention, chunks, codes, reference, rows, votes, writes
 
 TYPES = {
     torch.float16: "fp16",
@@ -111,6 +111,16 @@ def kernels(kind: torch.dtype, fp8: bool) -> dict[str, tuple[JITFunction, Record
             add("int4 masked", codes, "_split", lambda ask=masked: codes.decode_quant(*ask), fast)
     w = torch.randn(B, HKV * G, 32, D).to(kind)
     add("mass", votes, "_lse _columns", lambda: votes.mass(w, k, S - 32, None, "mean"))
+    a, b, first = (
+        torch.randn(B, S // 8, 8, 160).to(kind),
+        torch.randn(B, HKV, 160, D).to(kind),
+        torch.zeros(B, dtype=torch.int32),
+    )
+    ids, freq = torch.zeros(B, HKV, 32, dtype=torch.int32), torch.ones(D // 2)
+    fresh, into, far = ids == 0, k.new_empty(B, HKV, 32, 8 * D), k.reshape(B, HKV, -1, 8 * D)
+    add("landmarks", chunks, "_scores _greatest", lambda: chunks.landmarks(q, k, held))
+    add("rebuild", chunks, "_rebuild", lambda: chunks.rebuild(a, b, freq, first, ids, fresh, into))
+    add("fetch", chunks, "_fetch", lambda: chunks.fetch(far, ids, fresh, into))
     at = torch.zeros(B, HKV, 128, dtype=torch.int64)
     add("compact", writes, "_compact", lambda: writes.compact(k, k, kpos, at))
     add("append", writes, "_append", lambda: writes.append(k[:, :, :1], k[:, :, :1], at[0, :, 0].clone(), k, k))

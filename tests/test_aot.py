@@ -46,12 +46,20 @@ def compiled(request, tmp_path_factory):
 
 def test_nothing_spills_and_tiles_come_in_128_bits(compiled):
     arch, found = compiled
-    assert len(found) == (23 if arch == 90 else 22)  # sm_80 has no e4m3
+    assert len(found) == (27 if arch == 90 else 26)  # sm_80 has no e4m3
     assert {name: m["stack"] for name, m in found.items() if m["stack"]} == {}
     for name in DOTS:
         if name in found:
             assert found[name]["mma"] > 0 and found[name]["wide_loads"] >= 12, name
-    for name in ("norm _norm", "add_norm _norm", "swiglu _swiglu", "linear _linear"):
+    assert found["rebuild _rebuild"]["mma"] > 0 and found["landmarks _scores"]["mma"] > 0
+    for name in (
+        "fetch _fetch",
+        "rebuild _rebuild",
+        "norm _norm",
+        "add_norm _norm",
+        "swiglu _swiglu",
+        "linear _linear",
+    ):
         assert found[name]["wide_loads"] > found[name]["narrow_loads"], name
 
 

@@ -215,6 +215,69 @@ def test_quantize_can_fail(breakage):
     assert found[0].dtype != right[0].dtype or not torch.equal(found[0], right[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("L", "heads", "dim"), [(1, 2, 64), (100, 2, 64), (333, 6, 96), (64, 1, 16)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_landmarks(L, heads, dim, masked, dtype):
+    q, marks = normal(B, H, 1, dim, dtype=dtype) * 3, normal(B, heads, L, dim, dtype=dtype, seed=1)
+    seen = (normal(B, heads, L, seed=2) > 0) | (torch.arange(L, device=DEVICE) == 0) if masked else None
+    same([kernels.landmarks(q, marks, seen)], [reference.landmarks(q, marks, seen)], dtype)
+
+
+FACTORS = [(8, 40, 64), (3, 33, 96), (16, 7, 16), (1, 64, 32)]
+
+
+def factors(c: int, rank: int, dim: int, dtype: torch.dtype) -> tuple:
+    a, b = normal(B, 20, c, rank, dtype=dtype), normal(B, HKV, rank, dim, dtype=dtype, seed=1) * rank**-0.5
+    inv_freq = 10000.0 ** -(torch.arange(0, dim, 2, device=DEVICE) / dim)
+    first = torch.tensor([0, 100_000, 7], dtype=torch.int32, device=DEVICE)
+    ids = torch.randint(-2, 20, (B, HKV, 9), generator=torch.Generator().manual_seed(3)).to(DEVICE, torch.int32)
+    return a, b, inv_freq, first, ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("c", "rank", "dim"), FACTORS)
+@pytest.mark.parametrize("some", [False, True])
+def test_rebuild(c, rank, dim, some, dtype):
+    """What is not new stays; of chunks that are not there, nothing is asked."""
+    ask = factors(c, rank, dim, dtype)
+    fresh = normal(B, HKV, 9, seed=4) > 0 if some else None
+    found, right = (torch.full((B, HKV, 9, c * dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2))
+    kernels.rebuild(*ask, fresh, found)
+    reference.rebuild(*ask, fresh, right)
+    same([found], [right], dtype)
+    if some:
+        assert (found[~fresh] == 7).all() and (found[fresh] != 7).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int16, torch.uint8])
+@pytest.mark.parametrize("width", [512, 96, 1])
+@pytest.mark.parametrize("some", [False, True])
+def test_fetch(some, width, dtype):
+    chunks = (normal(B, HKV, 20, width) * 50).to(dtype)
+    ids, fresh = factors(8, 8, 16, torch.float32)[4], normal(B, HKV, 9, seed=4) > 0 if some else None
+    found, right = (torch.full((B, HKV, 9, width), 7, dtype=dtype, device=DEVICE) for _ in range(2))
+    kernels.fetch(chunks, ids, fresh, found)
+    reference.fetch(chunks, ids, fresh, right)
+    assert torch.equal(found, right) and not torch.equal(found, torch.full_like(found, 7))
+
+
+@pytest.mark.parametrize("breakage", ["first", "rank", "ids", "fresh", "seen"])
+def test_chunks_can_fail(breakage):
+    a, b, inv_freq, first, ids = factors(8, 40, 64, torch.float32)
+    q, marks, seen = normal(B, H, 1, 64) * 3, normal(B, HKV, 20, 64, seed=1), normal(B, HKV, 20, seed=2) > 0
+    found, right = (torch.zeros(B, HKV, 9, 8 * 64, device=DEVICE) for _ in range(2))
+    reference.rebuild(a, b, inv_freq, first, ids, None, right)
+    wrong = {"first": first + 1, "rank": b.flip(2), "ids": ids.flip(2), "fresh": ids % 2 == 0}
+    if breakage == "seen":
+        found, right = kernels.landmarks(q, marks, seen), reference.landmarks(q, marks, ~seen)
+    else:
+        of = {"first": first, "rank": b, "ids": ids, "fresh": None} | {breakage: wrong[breakage]}
+        kernels.rebuild(a, of["rank"], inv_freq, of["first"], of["ids"], of["fresh"], found)
+    with pytest.raises(AssertionError):
+        same([found], [right], torch.float32)
+
+
 def codes(bits: tuple[int, int], group: int, runs: int, dim: int = D, tokens: int = 96) -> tuple:
     k, v = normal(B, HKV, tokens, dim, seed=1), normal(B, HKV, tokens, dim, seed=2) + 0.5
     return reference.quantize(k, bits[0], group, 1), reference.quantize(v, bits[1], 1, dim // runs)
@@ -317,6 +380,9 @@ PLANS = [
     "h2o:budget=20,recent=0.3",
     "adakv:budget=20,window=4,kernel=3",
     "full+int4:group=8,residual=8",
+    "full+shadow:chunk=4,local=1,outliers=3,budget=16,rank=16",
+    "full+shadow:chunk=4,local=1,outliers=3,budget=16,rank=16,values=int4",
+    "full+quest:chunk=4,budget=16",
     "streaming:sink=2,recent=10+int2:group=4,residual=6",
     "streaming:sink=2,recent=10,positions=cache+int8:group=4,residual=4",
     "full+fp8",

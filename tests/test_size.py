@@ -19,7 +19,7 @@ CEILINGS = {
     "nanokv/cache.py": 280,
     "nanokv/plan.py": 185,
     "nanokv/share.py": 180,
-    "nanokv/ops.py": 265,
+    "nanokv/ops.py": 275,
     "nanokv/runner.py": 100,
     "nanokv/forms.py": 50,
     "nanokv/tokenizer.py": 200,
@@ -40,11 +40,12 @@ CEILINGS = {
     "kernels/rows.py": 70,
     "kernels/votes.py": 150,
     "kernels/writes.py": 145,
+    "kernels/chunks.py": 240,
     "weights/fetch.py": 260,
     "weights/from_gguf.py": 290,
     "weights/registry.py": 80,
 }
-METHOD, STORE, TOTAL = 80, 110, 8500
+METHOD, STORE, TOTAL = 80, 110, 8800
 
 
 def lines(path) -> int:

@@ -151,8 +151,36 @@ def test_ragged_heads_and_moved_tokens(dtype):
         assert (mine[0] != right[0]).float().mean() < 1e-3  # a sum that is fused may fall on the other side of a half
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+def test_chunks(dtype):
+    """Values come out of the host's memory, which the kernel reads itself."""
+    B, heads, G, D, C, c, rank = 2, 8, 4, 128, 500, 8, 160
+    q, marks = normal(B, heads * G, 1, D, dtype=dtype, seed=0), normal(B, heads, C, D, dtype=dtype, seed=1)
+    seen = torch.rand(B, heads, C, device="cuda") > 0.2
+    score = truth(q, marks, marks, seen)[2].unflatten(1, (heads, G)).amax(2)
+    near(kernels.landmarks(q, marks, seen), score, dtype)
+    a, b = normal(B, C, c, rank, dtype=dtype, seed=2), normal(B, heads, rank, D, dtype=dtype, seed=3) / rank**0.5
+    inv_freq = 500000.0 ** -(torch.arange(0, D, 2, device="cuda") / D)
+    first = torch.tensor([0, 120_000], dtype=torch.int32, device="cuda")
+    ids = torch.rand(B, heads, C, device="cuda").argsort(-1)[:, :, :64].int()
+    fresh, out = (
+        torch.rand(B, heads, 64, device="cuda") > 0.5,
+        torch.full((B, heads, 64, c * D), 7.0, dtype=dtype, device="cuda"),
+    )
+    kernels.rebuild(a, b, inv_freq, first, ids, fresh, out)
+    right = torch.full_like(out, 7.0, dtype=torch.float64)
+    reference.rebuild(a.double().float(), b.float(), inv_freq, first, ids, fresh, right)
+    near(out, right, dtype)
+    far = torch.randn(B, heads, C, c * D).to(dtype).pin_memory()
+    kernels.fetch(far, ids, fresh, out)
+    there = far.cuda().gather(2, ids.long()[..., None].expand(-1, -1, -1, c * D))
+    assert torch.equal(out[fresh], there[fresh]) and not torch.equal(out[~fresh], there[~fresh])
+
+
 PLANS = [
     "full",
+    "full+shadow:rank=64,outliers=8",
+    "full+quest",
     "adakv:budget=128",
     "corm",
     "snapkv:budget=128",
@@ -188,3 +216,25 @@ def test_the_fast_runners_give_the_logits_of_plain_calls_and_never_wait(plan, ki
         found.append(torch.cat(logits).float())
     # a captured step is the same work; a compiled one orders sums otherwise
     torch.testing.assert_close(*found, atol=0.0 if kind is Graphed else 0.1, rtol=0.0 if kind is Graphed else 0.1)
+
+
+@pytest.mark.parametrize(
+    "plan", ["offload", "snapkv:budget=128+offload", "kcache:n=500", "full+shadow:rank=64,outliers=8"]
+)
+def test_what_lies_on_the_host_gives_the_same_logits(plan, llm):
+    """Two rows, a turn of several tokens in between; shadow against itself with its values on the device."""
+    here = parse(
+        "full+shadow:rank=64,outliers=8,values=device"
+        if "shadow" in plan
+        else plan.replace("+offload", "").replace("kcache:n=500", "full")
+    )
+    found = []
+    for one in (here if plan != "offload" else parse("full"), parse(plan)):
+        session = Session(replace(llm.models, runner=Eager(llm.models.decode)), one, 60)
+        logits = [session.start([list(range(3, 203)) * 2, list(range(9, 209)) * 2])]
+        for n in (1, 1, 5, 1, 1, 1):
+            logits.append(session.feed(torch.arange(10, 10 + n, device="cuda").expand(2, n)))
+        found.append(torch.cat(logits).float())
+        assert session.report().host_bytes > 0 or one is here or plan == "offload"
+    close = 0.0 if "kcache" not in plan else 0.1
+    torch.testing.assert_close(*found, atol=close, rtol=close)
