@@ -308,9 +308,14 @@ def kernels(job: Job) -> dict:
 
     limits = k.ceilings()
     print(" · ".join(f"{name} {value:.3g}" for name, value in limits.items()))
-    calls = list(job.bar(k.attention(), "kernels"))
-    print(show.kernels(calls, limits["copy"]) + "\n")
-    whole = list(job.bar(k.steps(limits["copy"]), "steps"))
+    args = job.args
+    if args.plans:  # these alone, on one model
+        sizes = [(n, b) for n in args.lengths or (32768,) for b in args.batches or (1,)]
+        calls, asked = [], ([(args.model, b, n) for n, b in sizes], ["full", *args.plans])
+    else:
+        calls, asked = list(job.bar(k.attention(), "kernels")), ()
+        print(show.kernels(calls, limits["copy"]) + "\n")
+    whole = list(job.bar(k.steps(limits["copy"], *asked), "steps"))
     print(show.steps(whole) + "\n")
     return {"ceilings": limits, "kernels": calls, "steps": whole}
 

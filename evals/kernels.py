@@ -6,7 +6,7 @@ not within its bound of fp32 says FAIL and has no time. Random normal numbers th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from statistics import median, quantiles
 
@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanokv import load, parse
 from nanokv.engine import Session
 from nanokv.ops import EAGER, Ops, triton
-from nanokv.runner import Graphed
+from nanokv.places.host import Hosted
+from nanokv.runner import Eager, Graphed
 
 D, CALLS, REPLAYS, L2 = 128, 20, 30, 60 << 20
 # KV heads, query heads of each, rows, slots: MHA and GQA, below and above what fills the device
@@ -174,18 +175,19 @@ def _truth(bits: int, q: Tensor, *held: Tensor) -> Tensor:
     return EAGER.decode(q.float(), k, v, None, kpos, now, None)[0]
 
 
-def steps(limit: float, models: tuple[str, ...] | None = None) -> Iterator[dict]:
-    """Whole decode steps of random weights, captured; limit: bytes per second that the device copies."""
-    for model in dict.fromkeys(m for m, _, _ in STEPS if models is None or m in models):
+def steps(limit: float, cases: Sequence[tuple[str, int, int]] = STEPS, plans: Sequence[str] = PLANS) -> Iterator[dict]:
+    """Whole decode steps of random weights, captured; limit: bytes per second that the device copies; cases: model, rows and tokens."""
+    for model in dict.fromkeys(m for m, _, _ in cases):
         llm = load(model, random_weights=True, device="cuda", backend="triton")
         weights = sum(p.nbytes for p in llm.models.decode.parameters()) - llm.models.decode.embed_tokens.weight.nbytes
-        for _, B, S in (s for s in STEPS if s[0] == model):
+        for _, B, S in (s for s in cases if s[0] == model):
             first = None
-            for text in PLANS:
+            for text in plans:
                 row = {"model": model, "batch": B, "slots": S, "plan": text}
                 try:
                     plan = llm.ready(parse(text))
-                    session = Session(replace(llm.models, runner=Graphed(llm.models.decode)), plan, 170)
+                    kind = Eager if isinstance(plan.place, Hosted) else Graphed  # its copies wait for the host
+                    session = Session(replace(llm.models, runner=kind(llm.models.decode)), plan, 170)
                     prompts = [
                         torch.randint(0, 256, (S,), generator=torch.Generator().manual_seed(i)).tolist()
                         for i in range(B)
@@ -209,6 +211,8 @@ def steps(limit: float, models: tuple[str, ...] | None = None) -> Iterator[dict]
                 yield row | {
                     "seconds": seconds,
                     "tok_s": B / seconds,
+                    "device_bytes": session.report().bytes,
+                    "host_bytes": session.report().host_bytes,
                     "of_roof": need / seconds / limit,
                     "cap": cap,
                     "speedup": first[0] / seconds,

@@ -27,6 +27,7 @@ class KVCache:
         plan = plans[0]
         self.plans, self.plan, self.stores, self.scores, self.room, self.ctx = plans, plan, stores, scores, room, ctx
         self.fresh = 0  # tokens since the policy looked last
+        self.written = 0  # tokens since the prompt
         self.layout = 0  # how often memory or its division has changed: a step captured for the last one is stale
         self.layers: list[Owner | Reader] = []
         plan.place.link(list(stores.values()))
@@ -54,7 +55,8 @@ class KVCache:
 
     def piece(self, n: int) -> int:
         """How many of n tokens may come at once: one if the policy watches each step, none beyond its next look."""
-        keep = self.plan.keep
+        keep, most = self.plan.keep, self.plan.store.most
+        n = min(n, most - self.written % most) if most else n
         return 1 if keep.watches else min(n, keep.every - self.fresh) if keep.every else n
 
     def expect(self, n: int) -> None:
@@ -82,7 +84,8 @@ class KVCache:
     def maintain(self, written: int, seen: list[int]) -> None:
         """Upkeep between steps, on a schedule the host knows: `written` tokens just came, each row's text is `seen` long."""
         for store in self.stores.values():
-            store.maintain(written)
+            self.layout += bool(store.maintain(written))
+        self.written += written
         self.fresh += written
         if self.plan.keep.every and self.fresh >= self.plan.keep.every:
             self.fresh = 0

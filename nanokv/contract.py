@@ -395,8 +395,8 @@ class Store(Protocol):
         near (B,H,T,D): the same queries turned as if no gap lay between sinks and the rest; the sinks are read with these.
         """
 
-    def maintain(self, written: int) -> None:
-        """Host-scheduled upkeep between steps; `written` counts tokens."""
+    def maintain(self, written: int) -> bool | None:
+        """Host-scheduled upkeep between steps; `written` counts tokens. → whether it now lies in other memory."""
 
     def freeze(self) -> None:
         """From now on every step has the same shapes."""
@@ -430,6 +430,11 @@ class StoreSpec(ABC):
     granule = 1  # tokens that can only leave together
     pads = True  # whether all heads take the slots of the longest
     coarse = False  # whether it has a place for `Kept.rest`
+
+    @property
+    def most(self) -> int:
+        """How many tokens may come between two calls of `maintain`; 0: any number."""
+        return 0
 
     def refuses(self, keep: Policy) -> str:
         """Why it cannot hold what this policy keeps; empty if it can."""

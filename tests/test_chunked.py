@@ -289,6 +289,60 @@ def test_five_hundred_tokens_do_not_overflow(llm_of):
     assert out.isfinite().all() and lse.isfinite().all() and int(store.length[0, 0]) == 560
 
 
+@pytest.mark.parametrize("model", ["mqa", "g3"])  # whose prompts have tokens for every rank
+@pytest.mark.parametrize("store", ["shadow:chunk=4,local=1,outliers=3,budget=24,rank=64", "quest:chunk=4,budget=24"])
+def test_what_is_generated_becomes_chunks_in_time(store, model, llm_of):
+    """Reading all of full rank, singly and in turns, of two rows: whatever moved between steps, attention is full attention."""
+    llm, prompts = llm_of(model), [text(60, seed=5), text(47, seed=6)]
+    pieces = [text(n, seed=n) for n in (1, 1, 1, 13, 1, 1, 30, 1)]
+    logits, sessions = [], []
+    for plan in ("full", f"full+{store},grow=10"):
+        session = llm.session(60, plan=parse(plan))
+        out = [session.start(prompts)]
+        if plan != "full":  # everything is read, however many chunks there are
+            for s in session.cache.stores.values():
+                s.choose = lambda q, pos, s=s: wide(s)
+        out += [session.feed(torch.tensor([p, p])) for p in pieces]
+        logits.append(torch.stack(out))
+        sessions.append(session)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+    for s in sessions[1].cache.stores.values():
+        assert s.free[0] >= (60 + 49 - 10) // 4 - 1 - 3
+        assert s.length.tolist() == [[60 + 49] * s.length.shape[1], [47 + 49] * s.length.shape[1]]
+        for row, n in enumerate((109, 96)):
+            assert all(p.tolist() == list(range(n)) for p in s.unpack()[row].pos[0, :, :n])
+
+
+def wide(store: ChunkStore) -> torch.Tensor:
+    """All chunks, in a buffer that is made to hold them."""
+    ids = store.body["land"]
+    there = torch.arange(ids.shape[2]) < store.body["free"][:, None, None]
+    ids = torch.where(there, ids, -1 - torch.arange(ids.shape[2], dtype=torch.int32))
+    if store.held.shape != ids.shape:
+        store.held, store.even = torch.full_like(ids, -99) - torch.arange(ids.shape[2], dtype=torch.int32), False
+        store.keys, store.values = (torch.zeros(*ids.shape, store.keys.shape[3]) for _ in range(2))
+    return ids
+
+
+def test_growing_saves_bytes_and_survives_saving_and_more_room(llm_of, tmp_path):
+    from nanokv.save import restore, save
+
+    llm, more, sizes = llm_of("g3"), text(100, seed=6), []
+    for grow in (0, 10):
+        session = llm.session(120, plan=parse(f"full+{SPARSE},grow={grow}"))
+        session.start([text(60, seed=5)])
+        for t in more[:50]:
+            session.feed(torch.tensor([[t]]))
+        sizes.append(session.report().bytes)
+    assert sizes[1] < 0.7 * sizes[0]
+    save(llm, session, tmp_path / "c")
+    again = restore(llm, tmp_path / "c", 40)
+    session.reserve(200)
+    for t in more[50:85]:
+        a, b = (s.feed(torch.tensor([[t]])) for s in (session, again))
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 # ---- with other parts ------------------------------------------------------------------------------------------------
 
 

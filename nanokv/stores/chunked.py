@@ -27,18 +27,20 @@ PIECE = 512  # chunks that a turn of several tokens reads at once
 @dataclass(frozen=True, kw_only=True)
 class Chunked(StoreSpec):
     """chunk: tokens that are read together. budget: tokens per KV head that a step reads beside the exact ones, or percent of the prompt,
-    256 at least. local: chunks at the prompt's end that stay exact. reuse: whether what a step has read stays for the next one.
+    256 at least. local: chunks at the prompt's end that stay exact. reuse: whether what a step has read stays for the next one. grow:
+    whenever so many more tokens have come, they become chunks as well; 0: they stay exact.
     """
 
     chunk: int = 8
     budget: int | str = "1.5625%"
     local: int = 4
     reuse: bool = True
+    grow: int = 0
 
     def __post_init__(self):
         given = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
-        if self.chunk < 1 or self.local < 0:
-            raise ValueError(f"{given}; chunk is at least 1 token, local at least 0 chunks")
+        if self.chunk < 1 or self.local < 0 or self.grow < 0 or 0 < self.grow < self.chunk:
+            raise ValueError(f"{given}; chunk is at least 1 token, local at least 0 chunks, grow 0 or at least a chunk")
         text = self.budget
         percent = isinstance(text, str) and text.endswith("%") and text[:-1].replace(".", "", 1).isdigit()
         if not (0 < float(text[:-1]) <= 100 if percent else isinstance(text, int) and text >= 1):
@@ -48,6 +50,19 @@ class Chunked(StoreSpec):
         if keep.demotes:
             return super().refuses(keep)
         return "" if keep.whole else "drops tokens of the prompt, and what is left makes no chunks to choose from"
+
+    @property
+    def most(self) -> int:
+        return self.grow
+
+    def misfit(self, config: Any) -> str:
+        if self.grow and config.sliding_window:
+            return "under a model's own sliding window what is generated leaves in time, so none of it becomes chunks: leave grow out"
+        return ""
+
+    def room(self, ahead: int) -> int:
+        """Slots for exact tokens to come."""
+        return min(ahead, self.grow + self.chunk) if self.grow else ahead
 
     def spared(self, n_chunks: int) -> int:
         """How many chunks of each head stay exact besides."""
@@ -78,8 +93,8 @@ class Chunked(StoreSpec):
         if not chunks:
             return (near + ahead) * token + fixed
         buffer = k * heads * (2 * self.chunk * config.head_dim * dtype.itemsize + 4)
-        body = self.body_bytes(config, dtype.itemsize, chunks, free, kept) + heads * free * 4 + 3 * 4
-        return (near + ahead) * token + fixed + body + buffer
+        body = self.body_bytes(config, dtype.itemsize, chunks, free, kept) + heads * free * 4 + 4 * 4
+        return (near + self.room(ahead)) * token + fixed + body + buffer
 
 
 class ChunkStore(ABC):
@@ -92,16 +107,24 @@ class ChunkStore(ABC):
     exact: int | None = 0
     of_k: tuple[str, ...] = ()  # what `build` makes of keys …
     of_v: tuple[str, ...] = ()  # … and of values
+    along: dict[str, int]  # name → which dim of it counts chunks
 
     def __init__(
         self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec: Chunked, on_host: Sequence[str] = ()
     ):
         """on_host: names of what `build` makes that lies in the host's memory."""
         self.policy, self.ctx, self.spec, self.on_host = policy, ctx, spec, on_host
-        plain, parts = Codec(ctx.config.head_dim, ctx.dtype), [self._split(r) for r in rows]
-        self.near = SlotStore([near for near, _ in parts], policy, room, ctx, (plain, plain))
+        self.since = 0  # tokens that came after the last chunk was made
+        self._lay([self._split(r) for r in rows], room)
+
+    def _lay(self, parts: list[tuple[Kept, dict[str, Tensor]]], room: int) -> None:
+        """Exact tokens and chunks of every row, in memory of their own."""
+        ctx, plain = self.ctx, Codec(self.ctx.config.head_dim, self.ctx.dtype)
         bodies = [body for _, body in parts]
-        self.chunks, self.k, self.take, self.free = 0, 0, [0] * len(rows), [0] * len(rows)
+        rows, self.ahead = len(parts), room
+        near = self.spec.room(room) if all(bodies) else room
+        self.near = SlotStore([kept for kept, _ in parts], self.policy, near, ctx, (plain, plain))
+        self.chunks, self.k, self.take, self.free = 0, 0, [0] * rows, [0] * rows
         if not any(bodies):
             return
         self.take, self.free = ([int(b[f]) if b else 0 for b in bodies] for f in ("take", "free"))
@@ -110,10 +133,10 @@ class ChunkStore(ABC):
         self.sizes = [{name: x.shape for name, x in b.items()} for b in bodies]
         names = next(b for b in bodies if b)
         self.body = {name: self._stack(name, [b.get(name) for b in bodies]) for name in names}
-        heads, width = ctx.config.num_key_value_heads, spec.chunk * ctx.config.head_dim
+        heads, width = ctx.config.num_key_value_heads, self.spec.chunk * ctx.config.head_dim
         nothing = -1 - torch.arange(self.k, dtype=torch.int32, device=ctx.device)
-        self.held = nothing.expand(len(rows), heads, -1).clone()  # chunks in the buffer
-        self.keys, self.values = (ctx.empty(len(rows), heads, self.k, width).zero_() for _ in range(2))
+        self.held = nothing.expand(rows, heads, -1).clone()  # chunks in the buffer
+        self.keys, self.values = (ctx.empty(rows, heads, self.k, width).zero_() for _ in range(2))
 
     @property
     def waits(self) -> bool:
@@ -127,8 +150,10 @@ class ChunkStore(ABC):
         """Of a whole prompt: (Hkv,m) chunks that stay exact, ascending."""
 
     @abstractmethod
-    def build(self, kept: Kept, chunks: int, free: Tensor) -> dict[str, Tensor]:
-        """What the chunks leave behind, of one row; free (Hkv,L): those that a step may choose."""
+    def build(self, kept: Kept, chunks: int, free: Tensor, body: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """What the first chunks of these tokens leave behind, of one row; free (Hkv,L): those that a step may choose; body: what those of
+        the prompt left, if they come later. Along the dim that `along` names it is a row per chunk.
+        """
 
     @abstractmethod
     def score(self, q: Tensor, seen: Tensor | None) -> Tensor:
@@ -154,8 +179,9 @@ class ChunkStore(ABC):
         spared = self.spared(r, chunks)
         mine = torch.zeros(heads, chunks, dtype=torch.bool, device=r.pos.device).scatter(1, spared, True)
         left = (~mine).nonzero()[:, 1].view(heads, free)
-        numbers = {"first": r.pos[0, 0, 0], "free": r.pos.new_tensor(free), "take": r.pos.new_tensor(k)}
-        body = self.build(r, chunks, left) | {"land": left.to(torch.int32)} | numbers
+        number = r.pos.new_tensor
+        numbers = {"first": r.pos[0, 0, 0], "free": number(free), "take": number(k), "chunks": number(chunks)}
+        body = self.build(r, chunks, left, None) | {"land": left.to(torch.int32)} | numbers
         inside = spared[..., None] * self.spec.chunk + torch.arange(self.spec.chunk, device=spared.device)
         tail = torch.arange(chunks * self.spec.chunk, n, device=spared.device).expand(heads, -1)
         at = torch.cat((inside.flatten(1), tail), 1)[None]
@@ -197,10 +223,39 @@ class ChunkStore(ABC):
             )
             at = when.masked_fill(when < 0, torch.iinfo(torch.int32).max).argsort(-1)
             k, v, when = self.ctx.ops.compact(k, v, when, at)
-            for name, size in self.sizes[b].items():
-                codes[name] = self.body[name][b : b + 1][(slice(None), *map(slice, size))].clone()
+            codes |= {name: x[None].clone() for name, x in self._of_row(b).items()}
             rows.append(replace(r, k=k, v=v, pos=when, length=r.length + n, codes=codes))
         return rows
+
+    def _of_row(self, b: int) -> dict[str, Tensor]:
+        """Row b's chunks, without what only pads them."""
+        return {name: self.body[name][b][tuple(map(slice, size))] for name, size in self.sizes[b].items()}
+
+    def maintain(self, written: int) -> bool:
+        self.since, self.ahead = self.since + written, self.ahead - written
+        if not self.spec.grow or self.since < self.spec.grow or not self.chunks:
+            return False
+        self.since = 0
+        frozen, near = self.slots.frozen, self.near.unpack()
+        self._lay([self._grown(r, self._of_row(b)) for b, r in enumerate(near)], self.ahead)
+        if frozen:
+            self.freeze()
+        return True
+
+    def _grown(self, r: Kept, body: dict[str, Tensor]) -> tuple[Kept, dict[str, Tensor]]:
+        """Exact tokens of one row that now are chunks' go from the one to the others."""
+        if not body:
+            return r, body
+        c, old, (heads, n) = self.spec.chunk, int(body["chunks"]), r.pos.shape[1:]
+        start = int((r.pos[0, 0] < body["first"] + old * c).sum())  # behind what stays exact from the start
+        new = max(0, (n - start) // c - self.spec.local)
+        late = replace(r, k=r.k[:, :, start:], v=r.v[:, :, start:], pos=r.pos[:, :, start:])
+        ids = torch.arange(new, device=r.pos.device).expand(heads, -1)
+        made = self.build(late, new, ids, body) | {"land": (old + ids).to(torch.int32)}
+        body |= {name: torch.cat((body[name], x.to(body[name].device)), self.along[name]) for name, x in made.items()}
+        body |= {name: body[name] + new for name in ("free", "chunks")}
+        k, v, pos = (torch.cat((x[:, :, :start], x[:, :, start + new * c :]), 2) for x in (r.k, r.v, r.pos))
+        return replace(r, k=k, v=v, pos=pos, length=r.length - new * c), body
 
     def refill(self, rows: list[Kept], room: int) -> bool:
         return False
@@ -296,9 +351,6 @@ class ChunkStore(ABC):
         seen = None if self.even and window is None else (ids >= 0).repeat_interleave(self.spec.chunk, 2)
         k, v, kpos = self._tokens(keys), self._tokens(values), self._pos(ids).to(torch.int32)
         return self.ctx.ops.decode(q, k, v, seen, kpos, pos, window)[:2]
-
-    def maintain(self, written: int) -> None:
-        self.near.maintain(written)  # what comes later stays exact
 
     def freeze(self) -> None:
         self.near.freeze()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,11 +33,12 @@ class Quest(Chunked):
 
 class QuestStore(ChunkStore):
     of_k, of_v = ("k",), ("v",)
+    along: ClassVar = {"k": 1, "v": 1, "bounds": 1, "land": 1}
 
     def spared(self, kept: Kept, chunks: int) -> Tensor:
         return torch.zeros(kept.k.shape[1], 0, dtype=torch.int64, device=kept.k.device)
 
-    def build(self, kept: Kept, chunks: int, free: Tensor) -> dict[str, Tensor]:
+    def build(self, kept: Kept, chunks: int, free: Tensor, body: dict[str, Tensor] | None) -> dict[str, Tensor]:
         k, v = (x[0, :, : chunks * self.spec.chunk].unflatten(1, (chunks, -1)) for x in (kept.k, kept.v))
         return {"k": k.flatten(2), "v": v.flatten(2), "bounds": torch.cat((k.amax(2), k.amin(2)), -1)}
 

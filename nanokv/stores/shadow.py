@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Shadow(Chunked):
     def misfit(self, config: Any) -> str:
         if self.values == "int4" and config.head_dim % 4:
             return f"four codes share a word, and {config.head_dim} channels are no fours; use values=device"
-        return ""
+        return super().misfit(config)
 
     def spared(self, n_chunks: int) -> int:
         return min(self.outliers, n_chunks)
@@ -72,19 +72,24 @@ class Shadow(Chunked):
 
 class ShadowStore(ChunkStore):
     of_k, of_v = ("a", "b"), ("v", "words", "scale", "zero")
+    along: ClassVar = {"a": 0, "marks": 1, "v": 1, "words": 1, "scale": 1, "zero": 1, "land": 1}
 
     def spared(self, kept: Kept, chunks: int) -> Tensor:
         keys = self._chunks(kept.k, chunks).float()
         alike = torch.cosine_similarity(keys, keys.mean(2, keepdim=True), -1).amin(2)  # (Hkv,C)
         return alike.topk(self.spec.spared(chunks), largest=False).indices.sort(-1).values
 
-    def build(self, kept: Kept, chunks: int, free: Tensor) -> dict[str, Tensor]:
+    def build(self, kept: Kept, chunks: int, free: Tensor, body: dict[str, Tensor] | None) -> dict[str, Tensor]:
         dtype, ctx = self.ctx.dtype, self.ctx
-        a, b = factors(ctx.raw(kept.k, kept.pos), self.spec.rank_of(kept.k.shape[1] * kept.k.shape[3], kept.k.shape[2]))
+        raw, made = ctx.raw(kept.k, kept.pos), {}
+        if body is None:
+            a, made["b"] = factors(raw, self.spec.rank_of(kept.k.shape[1] * kept.k.shape[3], kept.k.shape[2]))
+        else:  # in the prompt's basis (the paper's appendix A.1)
+            a = raw[0].transpose(0, 1).flatten(1) @ body["b"].float().transpose(0, 1).flatten(1).T
         marks = self._chunks(kept.k, chunks).float().mean(2)
         marks = marks.gather(1, free[..., None].expand(-1, -1, marks.shape[2]))
         values = self._chunks(kept.v, chunks)  # (Hkv,C,chunk,D)
-        made = {"a": a[: chunks * self.spec.chunk].unflatten(0, (chunks, -1)), "b": b, "marks": marks}
+        made |= {"a": a[: chunks * self.spec.chunk].unflatten(0, (chunks, -1)), "marks": marks}
         made = {name: x.to(dtype) for name, x in made.items()}
         if self.spec.values != "int4":
             return made | {"v": values.flatten(2)}
