@@ -142,27 +142,32 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 USES = {  # which part listens to which flag; quick is a small one of quality and speed
-    "plans": ("quick", "quality", "codes", "speed", "memory", "endless", "prose"),
+    "plans": ("quick", "quality", "codes", "speed", "kernels", "memory", "endless", "prose"),
     "budgets": ("quick", "quality", "speed", "memory", "peers", "kvpress"),
-    "lengths": ("quick", "quality", "codes", "speed", "memory", "peers", "kvpress", "endless", "prose"),
-    "batches": ("speed", "memory"),
+    "lengths": ("quick", "quality", "codes", "speed", "kernels", "memory", "peers", "kvpress", "endless", "prose"),
+    "batches": ("speed", "kernels", "memory"),
     "tasks": ("quick", "quality", "peers", "kvpress"),
     "seeds": ("quick", "quality", "peers", "kvpress"),
     "tokens": ("quality",),
     "floor": ("quick", "quality"),
     "full": ("quality",),
+    "depth": ("quality",),
     "gguf": ("peers",),
 }
 
 
 def check(args: argparse.Namespace) -> None:
     for flag, parts in USES.items():
-        if getattr(args, flag) and args.what not in (*parts, "all"):
+        if getattr(args, flag) not in (None, False) and args.what not in (*parts, "all"):
             raise ValueError(f"--{flag} is of {' and '.join(parts)}, not of {args.what}; leave it out")
     for flag in ("lengths", "batches", "seeds", "tokens"):
         value = getattr(args, flag)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             raise ValueError(f"--{flag} is {value}; give numbers of at least 1")
+    if args.depth is not None and (not 0 <= args.depth <= 1 or args.full):
+        raise ValueError(
+            f"--depth is {args.depth}; give a place in the text from 0 to 1, and no --full, which takes all"
+        )
     least = {"endless": 20, "prose": 1000}.get(args.what, 1)
     if min(args.lengths or [least]) < least:
         raise ValueError(f"--lengths is {min(args.lengths)}; {args.what} needs at least {least}")

@@ -1,8 +1,8 @@
 """Scores of plans on the synthetic tasks, and their fidelity to the full cache on plain text.
 
-A question counts as solved if greedy decoding, after its opening, would write the answer token for token: opening and answer are
-fed as one turn, and every token of the answer must be the most likely one where it stands. What a model says around an answer, and
-when it stops, decides nothing. Later questions of a task follow the right answers to the earlier ones.
+A question counts as solved if greedy decoding, after its opening, would write the answer token for token: the opening is fed as one turn,
+the right answer token by token behind it, and every token of the answer must be the most likely one where it stands. What a model says
+around an answer, and when it stops, decides nothing. Later questions of a task follow the right answers to the earlier ones.
 
 aware: the prompt ends with the first question's opening when it is compressed (the SnapKV paper's way); the first token of an answer,
 which comes from the dense prompt itself, says nothing (see `Ask`). agnostic: the text alone is

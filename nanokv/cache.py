@@ -27,7 +27,7 @@ class KVCache:
         plan = plans[0]
         self.plans, self.plan, self.stores, self.scores, self.room, self.ctx = plans, plan, stores, scores, room, ctx
         self.fresh = 0  # tokens since the policy looked last
-        self.written = 0  # tokens since the prompt
+        self.written = 0  # tokens since all stores were packed
         self.layout = 0  # how often memory or its division has changed: a step captured for the last one is stale
         self.layers: list[Owner | Reader] = []
         plan.place.link(list(stores.values()))
@@ -70,7 +70,7 @@ class KVCache:
             return
         for i in self.stores:
             self._pack(i, self.stores[i].unpack(), self.plan.ahead(room, self.fresh))
-        self.room = room
+        self.room, self.written = room, 0
 
     def _pack(self, i: int, rows: list[Kept], ahead: int) -> None:
         self.layout += 1
@@ -138,7 +138,7 @@ class KVCache:
         if any(store.waits for store in self.stores.values()):
             raise ValueError(
                 f"a step over {self.plan} waits for the host and cannot be compiled or captured; use --runner eager, or for "
-                "shadow --backend triton"
+                "shadow and quest --backend triton"
             )
         for store in self.stores.values():
             store.freeze()

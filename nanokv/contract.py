@@ -458,6 +458,10 @@ class StoreSpec(ABC):
         """Bytes on the device of one row in one layer: `kept` tokens of a prompt, slots for `ahead` more, `cost` as the plan has it."""
         return (kept + ahead) * cost[0] + cost[1]
 
+    def host_bytes(self, config: Any, dtype: torch.dtype, kept: int, ahead: int) -> int:
+        """… and in the host's memory."""
+        return 0
+
     def coarse_bytes(self, config: Any) -> float:
         """Bytes per token of `Kept.rest`."""
         return 0
@@ -478,17 +482,17 @@ class StoreSpec(ABC):
 class Place:
     """Where a layer's cache lies: here, on the device, as its store lays it out (no paper)."""
 
-    def refuses(self, store: StoreSpec) -> str:
-        """Why a cache laid out so cannot lie here; empty if it can."""
+    def refuses(self, keep: Policy, store: StoreSpec) -> str:
+        """Why a cache kept and laid out so cannot lie here, said of it; empty if it can."""
         return ""
 
     def pack(self, store: StoreSpec, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> Store:
         """As `StoreSpec.pack`."""
         return store.pack(rows, policy, room, ctx)
 
-    def held(self, config: Any, dtype: torch.dtype, size: float, slots: int) -> float:
-        """Of the bytes that a row takes in one layer with so many slots, those on the device."""
-        return size
+    def host_bytes(self, config: Any, dtype: torch.dtype, slots: int) -> int:
+        """Of so many slots of one layer, what lies on the host."""
+        return 0
 
     def link(self, stores: Sequence[Store]) -> None:
         """Called with all layers' stores, in their order, whenever one has been packed."""

@@ -234,7 +234,10 @@ class LLM:
         for p in prompts:
             fitted = plan.fit(self.config, context.dtype, len(p), room, n)
             whole = layers if session.chunk or fitted.keep.wait else 1
-            need += copies * layers * fitted.held(self.config, context.dtype, len(p), room) + whole * len(p) * dense
+            sizes = [f(self.config, context.dtype, len(p), room) for f in (fitted.held, fitted.hosted)]
+            # on a CPU the host's memory is the same; elsewhere two layers of it are on their way
+            here = sizes[0] + sizes[1] * (1 if self.device.type == "cpu" else min(1, 2 / layers))
+            need += copies * layers * here + whole * len(p) * dense
         free = free_bytes(self.device)
         if need > free:
             fits = max(0, int(free / (layers * per_token * n)) - room)

@@ -74,11 +74,17 @@ class Plan:
         return token_bytes, fixed
 
     def held(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> float:
-        """At most how many bytes one layer takes after a prompt of n tokens, for one row, once fitted: for estimates before the run."""
+        """At most how many bytes one layer takes on the device after a prompt of n tokens, for one row, once fitted: for estimates."""
         kept, ahead = self.keep.holds(n), self.ahead(room)
         demoted = (n - kept + room) * self.store.coarse_bytes(config) if self.keep.demotes else 0
         size = self.store.held(config, dtype, self.cost(config, dtype), kept, ahead) + demoted
-        return self.place.held(config, dtype, size, kept + ahead)
+        return size - self.place.host_bytes(config, dtype, kept + ahead)
+
+    def hosted(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> int:
+        """… and how many in the host's memory."""
+        kept, ahead = self.keep.holds(n), self.ahead(room)
+        slots = self.place.host_bytes(config, dtype, kept + ahead)
+        return slots + self.store.host_bytes(config, dtype, kept, ahead)
 
     def sketch(self, n_layers: int) -> Plan:
         """For sizes before there is a map: as many layers share as asked, whichever they will be."""
@@ -149,8 +155,8 @@ def check(keep: tuple[str, Policy], store: tuple[str, StoreSpec], place: tuple[s
         others = [name for name, part in STORES.items() if name != store[0] and not part.refuses(keep[1])]
         instead = f"; use one of {', '.join(others)}" if others else ""
         raise ValueError(f"{keep[0]}+{store[0]}: {keep[0]} {why}{instead}")
-    if why := place[1].refuses(store[1]):
-        raise ValueError(f"{store[0]}+{place[0]}: {store[0]} {why}")
+    if why := place[1].refuses(keep[1], store[1]):
+        raise ValueError(f"{keep[0]}+{store[0]}+{place[0]}: {why}")
 
 
 def _pairs(name: str, text: str) -> dict[str, str]:

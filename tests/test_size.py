@@ -6,9 +6,9 @@ from conftest import ROOT
 
 CEILINGS = {
     "generate.py": 475,
-    "bench.py": 370,
+    "bench.py": 375,
     "nanokv/fidelity.py": 80,
-    "nanokv/contract.py": 380,
+    "nanokv/contract.py": 385,
     "nanokv/slots.py": 195,
     "nanokv/config.py": 230,
     "nanokv/model.py": 120,
@@ -32,7 +32,7 @@ CEILINGS = {
     "nanokv/stores/dense.py": 225,
     "nanokv/stores/grouped.py": 240,
     "nanokv/stores/mixed.py": 170,
-    "nanokv/stores/chunked.py": 340,
+    "nanokv/stores/chunked.py": 365,
     "nanokv/stores/shadow.py": 125,
     "kernels/reference.py": 330,
     "kernels/attention.py": 325,
@@ -45,7 +45,7 @@ CEILINGS = {
     "weights/from_gguf.py": 290,
     "weights/registry.py": 80,
 }
-METHOD, STORE, TOTAL = 80, 110, 8900
+METHOD, STORE, TOTAL = 80, 110, 9000
 
 
 def lines(path) -> int:

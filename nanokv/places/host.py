@@ -13,12 +13,8 @@ from nanokv.stores.dense import Dense, SlotStore
 class Hosted(Place):
     """Only slots that are as they came are taken apart: codes and scales of other stores belong together."""
 
-    def refuses(self, store: StoreSpec) -> str:
-        return (
-            ""
-            if type(store) is Dense
-            else "has K and V that are not plain slots, and only those go to the host; use dense"
-        )
+    def refuses(self, keep: Policy, store: StoreSpec) -> str:
+        return "" if type(store) is Dense else "only plain slots go to the host; use dense"
 
 
 class HostStore(SlotStore):

@@ -35,8 +35,15 @@ class KCache(Hosted):
     def pack(self, store: StoreSpec, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> KCacheStore:
         return KCacheStore(rows, policy, room, ctx, self)
 
-    def held(self, config: Any, dtype: torch.dtype, size: float, slots: int) -> float:
-        return size - slots * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    def refuses(self, keep: Policy, store: StoreSpec) -> str:
+        if keep.watches and keep.watches.noise is not None:
+            return "votes with noise take another pass over the keys than the weights that choose values; use another policy or place"
+        if keep.positions == "cache":
+            return "the sinks are read with queries of their own, which no one choice of values serves; use positions=absolute"
+        return super().refuses(keep, store)
+
+    def host_bytes(self, config: Any, dtype: torch.dtype, slots: int) -> int:
+        return slots * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
 class KCacheStore(HostStore):
@@ -46,7 +53,7 @@ class KCacheStore(HostStore):
 
     def read(self, q: Tensor, pos: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         s, ((k,), (v,)) = self.slots, self.planes
-        if q.shape[2] > 1 or near is not None:
+        if q.shape[2] > 1:
             self.planes, home = [[k], [v.to(self.ctx.device)]], self.planes
             try:
                 return super().read(q, pos, near)

@@ -25,11 +25,11 @@ class Offload(Hosted):
     def pack(self, store: StoreSpec, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> OffloadStore:
         return OffloadStore(rows, policy, room, ctx, ("k", "v"))
 
-    def held(self, config: Any, dtype: torch.dtype, size: float, slots: int) -> float:
-        return size - slots * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    def host_bytes(self, config: Any, dtype: torch.dtype, slots: int) -> int:
+        return slots * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
     def link(self, stores: Sequence[Store]) -> None:
-        desk = Desk()
+        desk = Desk(max(plane.numel() for store in stores for (plane,) in store.planes))
         for i, store in enumerate(stores):
             store.desk, store.turn, store.then = desk, i % 2, stores[(i + 1) % len(stores)]
 
@@ -37,11 +37,12 @@ class Offload(Hosted):
 class Desk:
     """Room on the device for two layers, and the stream that fills it."""
 
-    def __init__(self):
+    def __init__(self, size: int):
+        self.size = size  # numbers in the largest layer's K or V
         self.stream: torch.cuda.Stream | None = None
         self.holds: list[OffloadStore | None] = [None, None]  # whose slots lie in each half …
         self.ready: list[Any] = [None, None]  # … once this event has passed
-        self.room: dict[tuple[int, str, torch.Size], Tensor] = {}
+        self.room: dict[tuple[int, str], Tensor] = {}
 
 
 class OffloadStore(HostStore):
@@ -54,7 +55,7 @@ class OffloadStore(HostStore):
         desk, n = self.desk, self.slots.bound
         desk.stream = desk.stream or torch.cuda.Stream(self.ctx.device)
         desk.holds[self.turn] = self
-        desk.stream.wait_stream(torch.cuda.current_stream())
+        desk.stream.wait_stream(torch.cuda.current_stream(self.ctx.device))
         with torch.cuda.stream(desk.stream):
             for mine, (plane,) in zip(self.there(), self.planes, strict=True):
                 mine[:, :, :n].copy_(plane[:, :, :n], non_blocking=True)
@@ -64,17 +65,17 @@ class OffloadStore(HostStore):
         """K and V on the device."""
         found = []
         for name, (plane,) in zip("kv", self.planes, strict=True):
-            key = self.turn, name, plane.shape
-            if key not in self.desk.room:
-                self.desk.room[key] = self.ctx.empty(*plane.shape).zero_()
-            found.append(self.desk.room[key])
+            room, key = self.desk.room, (self.turn, name)
+            if key not in room:
+                room[key] = self.ctx.empty(self.desk.size).zero_()
+            found.append(room[key][: plane.numel()].view(plane.shape))
         return found
 
     def come(self) -> list[Tensor]:
         """K and V on the device, whole."""
         if self.desk.holds[self.turn] is not self:
             self.stage()
-        torch.cuda.current_stream().wait_event(self.desk.ready[self.turn])
+        torch.cuda.current_stream(self.ctx.device).wait_event(self.desk.ready[self.turn])
         return self.there()
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
@@ -90,14 +91,23 @@ class OffloadStore(HostStore):
     def read(self, q: Tensor, pos: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         if not self.waits:
             return super().read(q, pos, near)
-        there, home = self.come(), self.planes
-        if self.then is not self:
+        there, home, early = self.come(), self.planes, self.then.turn != self.turn
+        if early:
             self.then.stage()
         self.planes = [[x] for x in there]
         try:
             return super().read(q, pos, near)
         finally:
             self.planes = home
+            if not early and self.then is not self:  # the same half: only behind this layer's reading
+                self.then.stage()
+
+    def refill(self, rows: list[Kept], room: int) -> bool:
+        if self.desk.stream is not None:
+            self.desk.stream.synchronize()  # it may still be reading what is overwritten now
+        if self.desk.holds[self.turn] is self:
+            self.desk.holds[self.turn] = None
+        return super().refill(rows, room)
 
     def tensors(self) -> list[Tensor]:
         return [*super().tensors(), *(self.there() if self.waits else [])]

@@ -6,6 +6,7 @@ device (those a method picks, the end of the prompt, all that comes later); and,
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -38,11 +39,11 @@ class Chunked(StoreSpec):
     grow: int = 0
 
     def __post_init__(self):
-        given = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+        given = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(Chunked))
         if self.chunk < 1 or self.local < 0 or self.grow < 0 or 0 < self.grow < self.chunk:
             raise ValueError(f"{given}; chunk is at least 1 token, local at least 0 chunks, grow 0 or at least a chunk")
         text = self.budget
-        percent = isinstance(text, str) and text.endswith("%") and text[:-1].replace(".", "", 1).isdigit()
+        percent = isinstance(text, str) and re.fullmatch(r"[0-9]*\.?[0-9]+%", text) is not None
         if not (0 < float(text[:-1]) <= 100 if percent else isinstance(text, int) and text >= 1):
             raise ValueError(f"{given}; budget is a number of tokens such as 256, or percent of the prompt such as 2%")
 
@@ -69,7 +70,7 @@ class Chunked(StoreSpec):
         return 0
 
     def shape(self, n: int) -> tuple[int, int, int]:
-        """Of a prompt of n tokens: chunks; how many of them each head has to choose from; how many it reads. 0 where it would read all."""
+        """Of a prompt of n tokens: chunks; how many each head may choose from; how many it reads. 0 where these are not there."""
         chunks = max(0, n // self.chunk - self.local)
         free = chunks - self.spared(chunks)
         budget = self.budget
@@ -77,6 +78,17 @@ class Chunked(StoreSpec):
             budget = max(LEAST, int(n * float(budget[:-1]) / 100))
         k = -(-budget // self.chunk)
         return (chunks, free, k) if 0 < k <= free else (0, 0, 0)
+
+    def host_bytes(self, config: Any, dtype: torch.dtype, kept: int, ahead: int) -> int:
+        chunks = self.shape(kept)[0]
+        late = ahead // self.chunk if self.grow and chunks else 0
+        width = config.num_key_value_heads * config.head_dim * dtype.itemsize * len(self.on_host)
+        return (chunks + late) * self.chunk * width
+
+    @property
+    def on_host(self) -> tuple[str, ...]:
+        """Names of what chunks leave behind that lies in the host's memory, each a row per token of a head's width."""
+        return ()
 
     @abstractmethod
     def body_bytes(self, config: Any, itemsize: int, chunks: int, free: int, n: int) -> int:
@@ -93,15 +105,20 @@ class Chunked(StoreSpec):
         if not chunks:
             return (near + ahead) * token + fixed
         buffer = k * heads * (2 * self.chunk * config.head_dim * dtype.itemsize + 4)
-        body = self.body_bytes(config, dtype.itemsize, chunks, free, kept) + heads * free * 4 + 4 * 4
+        late = ahead // self.chunk if self.grow else 0  # chunks of what is generated
+        body = (
+            self.body_bytes(config, dtype.itemsize, chunks + late, free + late, kept)
+            + heads * (free + late) * 4
+            + 4 * 4
+        )
         return (near + self.room(ahead)) * token + fixed + body + buffer
 
 
 class ChunkStore(ABC):
     """Rows may differ in all their numbers: what is shorter is padded, and the padding never chosen.
 
-    A single token reads the best chunks, a turn of several reads all. A row that keeps only its text's edges, or whose chunks would all be
-    read by each token, lies in the exact part alone. Readers of one store share its buffer.
+    A single token reads the best chunks, a turn of several reads all. A row that keeps only its text's edges, or has fewer chunks than a
+    token reads, lies in the exact part alone. Readers of one store share its buffer.
     """
 
     exact: int | None = 0
@@ -109,11 +126,8 @@ class ChunkStore(ABC):
     of_v: tuple[str, ...] = ()  # … and of values
     along: dict[str, int]  # name → which dim of it counts chunks
 
-    def __init__(
-        self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec: Chunked, on_host: Sequence[str] = ()
-    ):
-        """on_host: names of what `build` makes that lies in the host's memory."""
-        self.policy, self.ctx, self.spec, self.on_host = policy, ctx, spec, on_host
+    def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec: Chunked):
+        self.policy, self.ctx, self.spec = policy, ctx, spec
         self.since = 0  # tokens that came after the last chunk was made
         self._lay([self._split(r) for r in rows], room)
 
@@ -140,8 +154,9 @@ class ChunkStore(ABC):
 
     @property
     def waits(self) -> bool:
-        """Whether the host looks up what a step fetches: as long as no kernel reads its memory."""
-        return bool(self.hosted()) and self.ctx.device.type != "cpu" and self.ctx.ops.name != "triton"
+        """Whether the host looks up what a step fetches, or how much of it is new: as long as no kernel does."""
+        looks = bool(self.hosted()) or self.spec.reuse
+        return bool(self.chunks) and looks and self.ctx.device.type != "cpu" and self.ctx.ops.name != "triton"
 
     # ---- what a method says -------------------------------------------------------------------------------------------
 
@@ -170,9 +185,11 @@ class ChunkStore(ABC):
         if r.codes is not None:
             near = Kept(*(r.codes[f"near_{f}"] for f in NEAR), score=r.score)
             return near, {n: x[0] for n, x in r.codes.items() if not n.startswith("near_")}
-        heads, n = r.pos.shape[1:]
+        r = replace(r, k=r.k.to(self.ctx.dtype), v=r.v.to(self.ctx.dtype))
+        (heads, n), window = r.pos.shape[1:], self.ctx.config.sliding_window
         grows = bool((r.limit < 0).all()) and bool((r.length == n).all())
         whole = n > 0 and grows and bool((r.pos[..., -1] - r.pos[..., 0] == n - 1).all())
+        whole = whole and (int(r.pos[0, 0, 0]) == 0 or (window is not None and n >= window - 1))  # … and no mere edge
         chunks, free, k = self.spec.shape(n) if whole else (0, 0, 0)
         if not chunks:
             return r, {}
@@ -193,7 +210,7 @@ class ChunkStore(ABC):
         """Of every row, padded with zeros to the largest."""
         there = [x for x in rows if x is not None]
         size = [len(rows), *(max(n) for n in zip(*(x.shape for x in there), strict=True))]
-        if name in self.on_host:
+        if name in self.spec.on_host:
             out = self.ctx.host(*size, dtype=there[0].dtype)
         else:
             out = self.ctx.empty(*size, dtype=there[0].dtype)
@@ -206,15 +223,15 @@ class ChunkStore(ABC):
     def unpack(self) -> list[Kept]:
         near = self.near.unpack()
         if not self.chunks:
-            return near
+            return [replace(r, codes=_near(r)) for r in near]
         ids, c = self.body["land"], self.spec.chunk
         pos = self._pos(ids)
         keys, values = self._whole(ids)
         rows = []
         for b, r in enumerate(near):
-            codes = {f"near_{f}": getattr(r, f).clone() for f in NEAR}
+            codes = _near(r)
             if not self.free[b]:
-                rows.append(r)
+                rows.append(replace(r, codes=codes))
                 continue
             n = self.free[b] * c
             k, v, when = (
@@ -359,10 +376,10 @@ class ChunkStore(ABC):
 
     def tensors(self) -> list[Tensor]:
         mine = [self.held, self.keys, self.values] if self.chunks else []
-        return [*self.near.tensors(), *mine, *(x for name, x in self._body() if name not in self.on_host)]
+        return [*self.near.tensors(), *mine, *(x for name, x in self._body() if name not in self.spec.on_host)]
 
     def hosted(self) -> list[Tensor]:
-        return [x for name, x in self._body() if name in self.on_host]
+        return [x for name, x in self._body() if name in self.spec.on_host]
 
     def _body(self) -> list[tuple[str, Tensor]]:
         return list(self.body.items()) if self.chunks else []
@@ -375,11 +392,16 @@ class ChunkStore(ABC):
         (k, v, rest), near = self.near.live(), sum(x.nbytes for x in self.near.tensors())
         for name, x in self._body():
             k += x.nbytes if name in self.of_k else 0
-            v += x.nbytes if name in self.of_v and name not in self.on_host else 0
+            v += x.nbytes if name in self.of_v and name not in self.spec.on_host else 0
         ours = sum(
-            x.nbytes for name, x in self._body() if name in (*self.of_k, *self.of_v) and name not in self.on_host
+            x.nbytes for name, x in self._body() if name in (*self.of_k, *self.of_v) and name not in self.spec.on_host
         )
         return k, v, rest + sum(x.nbytes for x in self.tensors()) - near - ours
 
 
 NEAR = ("k", "v", "pos", "length", "limit", "sink")
+
+
+def _near(r: Kept) -> dict[str, Tensor]:
+    """A row's exact tokens as codes, so that none of them becomes a chunk where they are packed anew."""
+    return {f"near_{f}": getattr(r, f).clone() for f in NEAR}

@@ -51,6 +51,10 @@ class Shadow(Chunked):
     def spared(self, n_chunks: int) -> int:
         return min(self.outliers, n_chunks)
 
+    @property
+    def on_host(self) -> tuple[str, ...]:
+        return ("v",) if self.values == "host" else ()
+
     def rank_of(self, width: int, n: int) -> int:
         """For n tokens whose heads have `width` channels together."""
         rank = self.rank or max(width * 5 // 32, min(160, width // 2))
@@ -67,7 +71,7 @@ class Shadow(Chunked):
         return (tokens * rank + heads * dim * (rank + free)) * itemsize + tokens * heads * values
 
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> ShadowStore:
-        return ShadowStore(rows, policy, room, ctx, self, ("v",) if self.values == "host" else ())
+        return ShadowStore(rows, policy, room, ctx, self)
 
 
 class ShadowStore(ChunkStore):
@@ -93,8 +97,9 @@ class ShadowStore(ChunkStore):
         made = {name: x.to(dtype) for name, x in made.items()}
         if self.spec.values != "int4":
             return made | {"v": values.flatten(2)}
-        parts = ctx.ops.quantize(values, 4, 1, self.spec.run(values.shape[3]))
-        return made | {name: x.flatten(2) for name, x in zip(("words", "scale", "zero"), parts, strict=True)}
+        parts = ctx.ops.quantize(values.flatten(1, 2), 4, 1, self.spec.run(values.shape[3]))
+        parts = (x.unflatten(1, (chunks, -1)).flatten(2) for x in parts)
+        return made | dict(zip(("words", "scale", "zero"), parts, strict=True))
 
     def score(self, q: Tensor, seen: Tensor | None) -> Tensor:
         return self.ctx.ops.landmarks(q, self.body["marks"], seen)
