@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from evals.show import percent
+from nanokv import parse
+from nanokv.config import PRESETS
 from nanokv.plan import POLICIES, STORES
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -148,6 +152,34 @@ def middle() -> str:
     return markdown(["plan", "on the device", "host", "aware", "agnostic", "turn 2", "after agnostic"], rows)
 
 
+def ranks() -> str:
+    """What the rank of shadow's keys costs where every chunk is read, so that nothing else does."""
+    found, rows = _read("ranks.json"), []
+    for name, plan in found["quality"][0]["plans"].items():
+        if name == "full" or name.startswith("shadow"):
+            f = next(x for x in found["fidelity"] if x["plan"] == name)
+            solved = [f"{n} of {of}" for n, of in (plan[q]["of_full"][0] for q in ("aware", "agnostic"))]
+            rows.append(
+                [f"`{name.split(',')[0]}`", f"{f['kl_mean']:.4f}", f"{f['kl_p99']:.3f}", percent(f["top1"]), *solved]
+            )
+    return markdown(["plan", "KL", "99%", "same top", "aware", "agnostic"], rows)
+
+
+def placed() -> str:
+    """On the device, by the formula that tests hold the receipt to: MiB after so many tokens of prompt, and how much less than dense."""
+    rows = []
+    for model in ("smollm2-135m", "llama3-8b"):
+        config = PRESETS[model]
+        for text in ("shadow", "shadow:chunk=4", "shadow:values=int4", "quest", "kcache", "offload"):
+            cells = []
+            for n in (4096, 32768, 65536):
+                size = config.num_hidden_layers * parse(text).held(config, torch.bfloat16, n, 0)
+                full = config.num_hidden_layers * n * 2 * config.num_key_value_heads * config.head_dim * 2
+                cells.append(f"{size / 2**20:,.0f} ({full / size:.1f}x)")
+            rows.append([model, f"`{text}`", *cells])
+    return markdown(["model", "plan", "4,096", "32,768", "65,536"], rows)
+
+
 def endless() -> str:
     """Speed and bytes near the beginning and at the end of long runs."""
     rows = []
@@ -172,7 +204,22 @@ def prose() -> str:
     return markdown(["plan", "tokens", "perplexity", "against full"], rows)
 
 
-TABLES = (compatible, quality, stores, codes, paces, decode, compiled, kvpress, needles, middle, endless, prose)
+TABLES = (
+    compatible,
+    quality,
+    stores,
+    codes,
+    paces,
+    decode,
+    compiled,
+    kvpress,
+    needles,
+    middle,
+    ranks,
+    placed,
+    endless,
+    prose,
+)
 
 
 if __name__ == "__main__":

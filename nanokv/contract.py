@@ -470,6 +470,10 @@ class StoreSpec(ABC):
         """Bytes of the constants that all layers share."""
         return 0
 
+    def early(self, kept: Kept, ctx: Context) -> Kept:
+        """What `pack` needs of one row's layer, once that is complete: a store that can lets the dense prompt go before the next one."""
+        return kept
+
     @abstractmethod
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> Store:
         """The store of one layer, with slots for `room` more tokens in every head that grows."""

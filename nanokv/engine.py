@@ -78,7 +78,7 @@ class Session:
             plan = self.plan.fit(config, self.context.dtype, len(ids), self.room, n)
             again = copies if plan.keep.wait else 1  # a waiting prompt goes on differently for each copy
             for _ in range(again):
-                cache = PromptCache(plan, config, torch.tensor(ids, device=device), self.models.ops)
+                cache = PromptCache(plan, config, torch.tensor(ids, device=device), self.models.ops, self.context)
                 out = prefill(self.models.prefill, cache, self.chunk, tick)
                 logits += [out] * (copies // again)
                 caches += [cache] * (copies // again)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nanokv.config import ModelConfig
-from nanokv.contract import Ask, Kept, Prompt
+from nanokv.contract import Ask, Context, Kept, Policy, Prompt
 from nanokv.ops import Ops
 from nanokv.plan import Plan
 from nanokv.rope import angles, inverse_frequencies, rotate
@@ -19,8 +19,9 @@ from nanokv.rope import angles, inverse_frequencies, rotate
 class PromptCache:
     """`kept` (owner → survivors) is complete once `length` tokens went through. `wait` tokens beyond the prompt may be part of it."""
 
-    def __init__(self, plan: Plan, config: ModelConfig, ids: Tensor, ops: Ops):
-        self.plan, self.config, self.ops = plan, config, ops
+    def __init__(self, plan: Plan, config: ModelConfig, ids: Tensor, ops: Ops, ctx: Context | None = None):
+        """ctx: of the cache that the survivors are for, so that its store may take them layer by layer."""
+        self.plan, self.config, self.ops, self.ctx = plan, config, ops, ctx
         self.ids = ids  # (T,)
         self.length = len(ids) + plan.keep.wait
         self.asks = {plan.keep.ask}
@@ -36,8 +37,11 @@ class PromptCache:
 
     def finish(self, owner: int) -> None:
         """Ask the policy what stays of this owner's run, and let go of the rest."""
-        self.kept[owner] = self.plan.keep.keep(self.runs.pop(owner).close(owner, self, self.plan.keep.ask))
-        self.kept = self.plan.keep.settle(self.kept)
+        keep = self.plan.keep
+        kept = keep.keep(self.runs.pop(owner).close(owner, self, keep.ask))
+        alone = type(keep).settle is Policy.settle  # no later layer changes what this one keeps
+        self.kept[owner] = self.plan.store.early(kept, self.ctx) if self.ctx and alone else kept
+        self.kept = keep.settle(self.kept)
 
 
 class PromptLayer:

@@ -22,6 +22,7 @@ from nanokv.engine import Session
 from nanokv.places import PLACES
 from nanokv.places.host import HostStore
 from nanokv.policies import POLICIES
+from nanokv.prompt import PromptCache
 from nanokv.runner import Eager
 from nanokv.stores.chunked import ChunkStore
 from nanokv.stores.shadow import factors
@@ -236,6 +237,22 @@ def test_a_batch_of_unequal_rows_is_each_row_alone(plan, llm_of):
     for row, (prompt, rest) in enumerate(zip(prompts, more, strict=True)):
         alone, _ = run(llm, plan, [prompt], [rest])
         torch.testing.assert_close(together[row], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_of_the_prompt_no_more_than_one_layer_is_whole_at_a_time(llm_of, monkeypatch):
+    """What a finished layer leaves behind while the next ones are computed."""
+    llm, left = llm_of("deep"), []
+    finish = PromptCache.finish
+
+    def noted(self, owner):
+        finish(self, owner)
+        left.append({k.k.shape[2] for k in self.kept.values()})
+
+    monkeypatch.setattr(PromptCache, "finish", noted)
+    for plan in (f"full+{SPARSE}", "full", "simlayer:variant=light,sink=2,recent=16,window=4,full=8+" + SPARSE):
+        llm.session(8, plan=parse(plan)).start([text(200, seed=5)])
+    exact = 4 * (1 + 3)
+    assert left == [{exact}] * 8 + [{200}] * 8 + [{200}] * 8  # a policy that judges layers together waits for all
 
 
 def test_a_short_prompt_is_simply_exact(llm_of):

@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -90,6 +90,52 @@ class Chunked(StoreSpec):
         """Names of what chunks leave behind that lies in the host's memory, each a row per token of a head's width."""
         return ()
 
+    along: ClassVar[dict[str, int]]  # name → which dim of what `build` makes counts chunks
+
+    @abstractmethod
+    def exact(self, kept: Kept, chunks: int) -> Tensor:
+        """Of a whole prompt: (Hkv,m) chunks that stay exact, ascending."""
+
+    @abstractmethod
+    def build(
+        self, kept: Kept, chunks: int, free: Tensor, body: dict[str, Tensor] | None, ctx: Context
+    ) -> dict[str, Tensor]:
+        """What the first chunks of these tokens leave behind, of one row; free (Hkv,L): those that a step may choose; body: what those of
+        the prompt left, if they come later.
+        """
+
+    def split(self, r: Kept, ctx: Context) -> tuple[Kept, dict[str, Tensor]]:
+        """One row → its exact tokens, and what its chunks become; nothing where there are none."""
+        if r.codes is not None:
+            near = Kept(*(r.codes[f"near_{f}"] for f in NEAR), score=r.score)
+            return near, {n: x[0] for n, x in r.codes.items() if not n.startswith("near_")}
+        r = replace(r, k=r.k.to(ctx.dtype), v=r.v.to(ctx.dtype))
+        (heads, n), window = r.pos.shape[1:], ctx.config.sliding_window
+        grows = bool((r.limit < 0).all()) and bool((r.length == n).all())
+        whole = n > 0 and grows and bool((r.pos[..., -1] - r.pos[..., 0] == n - 1).all())
+        whole = whole and (int(r.pos[0, 0, 0]) == 0 or (window is not None and n >= window - 1))  # … and no mere edge
+        chunks, free, k = self.shape(n) if whole else (0, 0, 0)
+        if not chunks:
+            return r, {}
+        exact = self.exact(r, chunks)
+        mine = torch.zeros(heads, chunks, dtype=torch.bool, device=r.pos.device).scatter(1, exact, True)
+        left, number = (~mine).nonzero()[:, 1].view(heads, free), r.pos.new_tensor
+        numbers = {"first": r.pos[0, 0, 0], "free": number(free), "take": number(k), "chunks": number(chunks)}
+        body = self.build(r, chunks, left, None, ctx) | {"land": left.to(torch.int32)} | numbers
+        inside = exact[..., None] * self.chunk + torch.arange(self.chunk, device=exact.device)
+        tail = torch.arange(chunks * self.chunk, n, device=exact.device).expand(heads, -1)
+        at = torch.cat((inside.flatten(1), tail), 1)[None]
+        k_near, v_near, pos = ctx.ops.compact(r.k, r.v, r.pos, at)
+        near = Kept(k_near, v_near, pos, torch.full_like(r.length, at.shape[2]), r.limit, r.sink, score=r.score)
+        return near, body
+
+    def early(self, kept: Kept, ctx: Context) -> Kept:
+        near, body = self.split(kept, ctx)
+        if not body:
+            return kept
+        body = {name: x.cpu() if name in self.on_host else x for name, x in body.items()}
+        return replace(near, codes=_near(near) | {name: x[None] for name, x in body.items()})
+
     @abstractmethod
     def body_bytes(self, config: Any, itemsize: int, chunks: int, free: int, n: int) -> int:
         """Of one row in one layer, on the device: what the chunks themselves take."""
@@ -124,12 +170,11 @@ class ChunkStore(ABC):
     exact: int | None = 0
     of_k: tuple[str, ...] = ()  # what `build` makes of keys …
     of_v: tuple[str, ...] = ()  # … and of values
-    along: dict[str, int]  # name → which dim of it counts chunks
 
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec: Chunked):
         self.policy, self.ctx, self.spec = policy, ctx, spec
         self.since = 0  # tokens that came after the last chunk was made
-        self._lay([self._split(r) for r in rows], room)
+        self._lay([spec.split(r, ctx) for r in rows], room)
 
     def _lay(self, parts: list[tuple[Kept, dict[str, Tensor]]], room: int) -> None:
         """Exact tokens and chunks of every row, in memory of their own."""
@@ -158,17 +203,7 @@ class ChunkStore(ABC):
         looks = bool(self.hosted()) or self.spec.reuse
         return bool(self.chunks) and looks and self.ctx.device.type != "cpu" and self.ctx.ops.name != "triton"
 
-    # ---- what a method says -------------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def spared(self, kept: Kept, chunks: int) -> Tensor:
-        """Of a whole prompt: (Hkv,m) chunks that stay exact, ascending."""
-
-    @abstractmethod
-    def build(self, kept: Kept, chunks: int, free: Tensor, body: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """What the first chunks of these tokens leave behind, of one row; free (Hkv,L): those that a step may choose; body: what those of
-        the prompt left, if they come later. Along the dim that `along` names it is a row per chunk.
-        """
+    # ---- what a method says of a step ------------------------------------------------------------------------------------
 
     @abstractmethod
     def score(self, q: Tensor, seen: Tensor | None) -> Tensor:
@@ -179,32 +214,6 @@ class ChunkStore(ABC):
         """Keys and values of chunks ids (B,Hkv,k) into (B,Hkv,k,chunk·D), only where `fresh`. Negative ids: anything."""
 
     # ---- rows in, rows out --------------------------------------------------------------------------------------------
-
-    def _split(self, r: Kept) -> tuple[Kept, dict[str, Tensor]]:
-        """One row → its exact tokens, and what its chunks become; nothing where there are none."""
-        if r.codes is not None:
-            near = Kept(*(r.codes[f"near_{f}"] for f in NEAR), score=r.score)
-            return near, {n: x[0] for n, x in r.codes.items() if not n.startswith("near_")}
-        r = replace(r, k=r.k.to(self.ctx.dtype), v=r.v.to(self.ctx.dtype))
-        (heads, n), window = r.pos.shape[1:], self.ctx.config.sliding_window
-        grows = bool((r.limit < 0).all()) and bool((r.length == n).all())
-        whole = n > 0 and grows and bool((r.pos[..., -1] - r.pos[..., 0] == n - 1).all())
-        whole = whole and (int(r.pos[0, 0, 0]) == 0 or (window is not None and n >= window - 1))  # … and no mere edge
-        chunks, free, k = self.spec.shape(n) if whole else (0, 0, 0)
-        if not chunks:
-            return r, {}
-        spared = self.spared(r, chunks)
-        mine = torch.zeros(heads, chunks, dtype=torch.bool, device=r.pos.device).scatter(1, spared, True)
-        left = (~mine).nonzero()[:, 1].view(heads, free)
-        number = r.pos.new_tensor
-        numbers = {"first": r.pos[0, 0, 0], "free": number(free), "take": number(k), "chunks": number(chunks)}
-        body = self.build(r, chunks, left, None) | {"land": left.to(torch.int32)} | numbers
-        inside = spared[..., None] * self.spec.chunk + torch.arange(self.spec.chunk, device=spared.device)
-        tail = torch.arange(chunks * self.spec.chunk, n, device=spared.device).expand(heads, -1)
-        at = torch.cat((inside.flatten(1), tail), 1)[None]
-        k_near, v_near, pos = self.ctx.ops.compact(r.k, r.v, r.pos, at)
-        near = Kept(k_near, v_near, pos, torch.full_like(r.length, at.shape[2]), r.limit, r.sink, score=r.score)
-        return near, body
 
     def _stack(self, name: str, rows: Sequence[Tensor | None]) -> Tensor:
         """Of every row, padded with zeros to the largest."""
@@ -268,8 +277,10 @@ class ChunkStore(ABC):
         new = max(0, (n - start) // c - self.spec.local)
         late = replace(r, k=r.k[:, :, start:], v=r.v[:, :, start:], pos=r.pos[:, :, start:])
         ids = torch.arange(new, device=r.pos.device).expand(heads, -1)
-        made = self.build(late, new, ids, body) | {"land": (old + ids).to(torch.int32)}
-        body |= {name: torch.cat((body[name], x.to(body[name].device)), self.along[name]) for name, x in made.items()}
+        made = self.spec.build(late, new, ids, body, self.ctx) | {"land": (old + ids).to(torch.int32)}
+        body |= {
+            name: torch.cat((body[name], x.to(body[name].device)), self.spec.along[name]) for name, x in made.items()
+        }
         body |= {name: body[name] + new for name in ("free", "chunks")}
         k, v, pos = (torch.cat((x[:, :, :start], x[:, :, start + new * c :]), 2) for x in (r.k, r.v, r.pos))
         return replace(r, k=k, v=v, pos=pos, length=r.length - new * c), body

@@ -23,6 +23,16 @@ class Quest(Chunked):
 
     chunk: int = 16
     local: int = 1
+    along: ClassVar = {"k": 1, "v": 1, "bounds": 1, "land": 1}
+
+    def exact(self, kept: Kept, chunks: int) -> Tensor:
+        return torch.zeros(kept.k.shape[1], 0, dtype=torch.int64, device=kept.k.device)
+
+    def build(
+        self, kept: Kept, chunks: int, free: Tensor, body: dict[str, Tensor] | None, ctx: Context
+    ) -> dict[str, Tensor]:
+        k, v = (x[0, :, : chunks * self.chunk].unflatten(1, (chunks, -1)) for x in (kept.k, kept.v))
+        return {"k": k.flatten(2), "v": v.flatten(2), "bounds": torch.cat((k.amax(2), k.amin(2)), -1)}
 
     def body_bytes(self, config: Any, itemsize: int, chunks: int, free: int, n: int) -> int:
         return 2 * config.num_key_value_heads * config.head_dim * itemsize * (chunks * self.chunk + free)
@@ -33,14 +43,6 @@ class Quest(Chunked):
 
 class QuestStore(ChunkStore):
     of_k, of_v = ("k",), ("v",)
-    along: ClassVar = {"k": 1, "v": 1, "bounds": 1, "land": 1}
-
-    def spared(self, kept: Kept, chunks: int) -> Tensor:
-        return torch.zeros(kept.k.shape[1], 0, dtype=torch.int64, device=kept.k.device)
-
-    def build(self, kept: Kept, chunks: int, free: Tensor, body: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        k, v = (x[0, :, : chunks * self.spec.chunk].unflatten(1, (chunks, -1)) for x in (kept.k, kept.v))
-        return {"k": k.flatten(2), "v": v.flatten(2), "bounds": torch.cat((k.amax(2), k.amin(2)), -1)}
 
     def score(self, q: Tensor, seen: Tensor | None) -> Tensor:
         """A positive channel of q takes the greatest, a negative one the least: one product of twice the width."""

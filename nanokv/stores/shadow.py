@@ -30,6 +30,7 @@ class Shadow(Chunked):
     rank: int | None = None
     outliers: int = 48
     values: str = "host"
+    along: ClassVar = {"a": 0, "marks": 1, "v": 1, "words": 1, "scale": 1, "zero": 1, "land": 1}
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,36 +71,40 @@ class Shadow(Chunked):
         values = {"host": 0, "device": dim * itemsize, "int4": dim // 2 + 4 * (dim // self.run(dim))}[self.values]
         return (tokens * rank + heads * dim * (rank + free)) * itemsize + tokens * heads * values
 
+    def exact(self, kept: Kept, chunks: int) -> Tensor:
+        keys = self._chunks(kept.k, chunks).float()
+        alike = torch.cosine_similarity(keys, keys.mean(2, keepdim=True), -1).amin(2)  # (Hkv,C)
+        return alike.topk(self.spared(chunks), largest=False).indices.sort(-1).values
+
+    def build(
+        self, kept: Kept, chunks: int, free: Tensor, body: dict[str, Tensor] | None, ctx: Context
+    ) -> dict[str, Tensor]:
+        raw, made = ctx.raw(kept.k, kept.pos), {}
+        if body is None:
+            a, made["b"] = factors(raw, self.rank_of(kept.k.shape[1] * kept.k.shape[3], kept.k.shape[2]))
+        else:  # in the prompt's basis (the paper's appendix A.1)
+            a = raw[0].transpose(0, 1).flatten(1) @ body["b"].float().transpose(0, 1).flatten(1).T
+        marks = self._chunks(kept.k, chunks).float().mean(2)
+        marks = marks.gather(1, free[..., None].expand(-1, -1, marks.shape[2]))
+        values = self._chunks(kept.v, chunks)  # (Hkv,C,chunk,D)
+        made |= {"a": a[: chunks * self.chunk].unflatten(0, (chunks, -1)), "marks": marks}
+        made = {name: x.to(ctx.dtype) for name, x in made.items()}
+        if self.values != "int4":
+            return made | {"v": values.flatten(2)}
+        parts = ctx.ops.quantize(values.flatten(1, 2), 4, 1, self.run(values.shape[3]))
+        parts = (x.unflatten(1, (chunks, -1)).flatten(2) for x in parts)
+        return made | dict(zip(("words", "scale", "zero"), parts, strict=True))
+
+    def _chunks(self, x: Tensor, chunks: int) -> Tensor:
+        """(1,Hkv,N,D) → (Hkv,C,chunk,D)."""
+        return x[0, :, : chunks * self.chunk].unflatten(1, (chunks, -1))
+
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> ShadowStore:
         return ShadowStore(rows, policy, room, ctx, self)
 
 
 class ShadowStore(ChunkStore):
     of_k, of_v = ("a", "b"), ("v", "words", "scale", "zero")
-    along: ClassVar = {"a": 0, "marks": 1, "v": 1, "words": 1, "scale": 1, "zero": 1, "land": 1}
-
-    def spared(self, kept: Kept, chunks: int) -> Tensor:
-        keys = self._chunks(kept.k, chunks).float()
-        alike = torch.cosine_similarity(keys, keys.mean(2, keepdim=True), -1).amin(2)  # (Hkv,C)
-        return alike.topk(self.spec.spared(chunks), largest=False).indices.sort(-1).values
-
-    def build(self, kept: Kept, chunks: int, free: Tensor, body: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        dtype, ctx = self.ctx.dtype, self.ctx
-        raw, made = ctx.raw(kept.k, kept.pos), {}
-        if body is None:
-            a, made["b"] = factors(raw, self.spec.rank_of(kept.k.shape[1] * kept.k.shape[3], kept.k.shape[2]))
-        else:  # in the prompt's basis (the paper's appendix A.1)
-            a = raw[0].transpose(0, 1).flatten(1) @ body["b"].float().transpose(0, 1).flatten(1).T
-        marks = self._chunks(kept.k, chunks).float().mean(2)
-        marks = marks.gather(1, free[..., None].expand(-1, -1, marks.shape[2]))
-        values = self._chunks(kept.v, chunks)  # (Hkv,C,chunk,D)
-        made |= {"a": a[: chunks * self.spec.chunk].unflatten(0, (chunks, -1)), "marks": marks}
-        made = {name: x.to(dtype) for name, x in made.items()}
-        if self.spec.values != "int4":
-            return made | {"v": values.flatten(2)}
-        parts = ctx.ops.quantize(values.flatten(1, 2), 4, 1, self.spec.run(values.shape[3]))
-        parts = (x.unflatten(1, (chunks, -1)).flatten(2) for x in parts)
-        return made | dict(zip(("words", "scale", "zero"), parts, strict=True))
 
     def score(self, q: Tensor, seen: Tensor | None) -> Tensor:
         return self.ctx.ops.landmarks(q, self.body["marks"], seen)
@@ -116,10 +121,6 @@ class ShadowStore(ChunkStore):
             ops.fetch(body[name], ids, None, parts[-1])
         words, scale, zero = (x.unflatten(3, (self.spec.chunk, -1)) for x in parts)
         values.copy_(ops.dequantize(words, scale, zero, 4).flatten(3))
-
-    def _chunks(self, x: Tensor, chunks: int) -> Tensor:
-        """(1,Hkv,N,D) → (Hkv,C,chunk,D)."""
-        return x[0, :, : chunks * self.spec.chunk].unflatten(1, (chunks, -1))
 
 
 def factors(k: Tensor, rank: int) -> tuple[Tensor, Tensor]:
