@@ -59,7 +59,16 @@ def codes() -> str:
 
 def paces() -> str:
     """Decoding over rounded caches, against the dense one in the same run."""
-    found = _read("stores-speed.json")["speed"]
+    return _paces("stores-speed.json")
+
+
+def sparse() -> str:
+    """Decoding where little is read."""
+    return _paces("shadow-speed.json")
+
+
+def _paces(file: str) -> str:
+    found = _read(file)["speed"]
     full = next(f for f in found if f["plan"] == "full")
     rows = [
         [

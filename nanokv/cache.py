@@ -68,8 +68,12 @@ class KVCache:
         """Make room for `room` tokens from here on. Reallocates the stores whose heads grow; what they hold stays."""
         if room <= self.room:
             return
-        for i in self.stores:
-            self._pack(i, self.stores[i].unpack(), self.plan.ahead(room, self.fresh))
+        ahead = self.plan.ahead(room, self.fresh)
+        for i, store in self.stores.items():
+            if store.reserve(ahead):
+                self.layout += 1
+            else:
+                self._pack(i, store.unpack(), ahead)
         self.room, self.written = room, 0
 
     def _pack(self, i: int, rows: list[Kept], ahead: int) -> None:

@@ -406,6 +406,9 @@ class Store(Protocol):
     def unpack(self) -> list[Kept]:
         """What is held, a value per row, in temporal order."""
 
+    def reserve(self, room: int) -> bool:
+        """Make slots for `room` tokens from here on, what is held staying; False if only packing it anew does."""
+
     def refill(self, rows: list[Kept], room: int) -> bool:
         """Hold these instead, in the same memory; False if they do not fit. `room` as for `pack`."""
 

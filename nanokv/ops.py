@@ -44,6 +44,9 @@ class Ops:
     ]  # (x, delta, weight, eps) → x + delta, its norm
     swiglu: Callable[[Tensor], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x (…,C), weight (N,C), bias (N,)) → (…,N)
+    reads: Callable[[torch.dtype], bool] = lambda kind: (
+        False
+    )  # whether `decode` takes keys and values of this 8-bit type
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -253,8 +256,13 @@ def triton() -> Ops:
     import kernels
 
     def decode(q, k, v, length, kpos, now, sliding_window, group=None, noise=None):
-        use = kernels.decode if _suits(q) and q.shape[2] == 1 and noise is None else sdpa_decode
-        return use(q, k, v, length, kpos, now, sliding_window, group, noise)
+        if _suits(q) and q.shape[2] == 1 and noise is None:
+            return kernels.decode(q, k, v, length, kpos, now, sliding_window, group)
+        return sdpa_decode(q, k.to(q.dtype), v.to(q.dtype), length, kpos, now, sliding_window, group, noise)
+
+    def reads(kind):  # before compute capability 8.9 no instruction turns e4m3 into anything
+        old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
+        return kind == torch.float8_e5m2 or not old
 
     def decode_quant(q, k, v, length, kpos, now, sliding_window, bits, near=None):
         group, runs = k[0].shape[2] // k[1].shape[2], v[1].shape[3]
@@ -299,7 +307,13 @@ def triton() -> Ops:
     rows = {"norm": kernels.norm, "add_norm": kernels.add_norm, "swiglu": kernels.swiglu, "linear": row}
     moves = {"compact": compact, "append": append, "quantize": quantize}
     chunks = {"landmarks": landmarks, "rebuild": rebuild, "fetch": fetch}
-    reads = {"decode": decode, "decode_quant": decode_quant, "decode_ragged": decode_ragged, "mass": mass}
+    reads = {
+        "decode": decode,
+        "decode_quant": decode_quant,
+        "decode_ragged": decode_ragged,
+        "mass": mass,
+        "reads": reads,
+    }
     return replace(SDPA, name="triton", **reads, **moves, **chunks, **rows)
 
 

@@ -8,7 +8,7 @@ CEILINGS = {
     "generate.py": 475,
     "bench.py": 375,
     "nanokv/fidelity.py": 80,
-    "nanokv/contract.py": 385,
+    "nanokv/contract.py": 390,
     "nanokv/slots.py": 195,
     "nanokv/config.py": 230,
     "nanokv/model.py": 120,
@@ -19,7 +19,7 @@ CEILINGS = {
     "nanokv/cache.py": 280,
     "nanokv/plan.py": 185,
     "nanokv/share.py": 180,
-    "nanokv/ops.py": 275,
+    "nanokv/ops.py": 285,
     "nanokv/runner.py": 100,
     "nanokv/forms.py": 50,
     "nanokv/tokenizer.py": 200,
@@ -32,7 +32,7 @@ CEILINGS = {
     "nanokv/stores/dense.py": 225,
     "nanokv/stores/grouped.py": 240,
     "nanokv/stores/mixed.py": 170,
-    "nanokv/stores/chunked.py": 365,
+    "nanokv/stores/chunked.py": 375,
     "nanokv/stores/shadow.py": 125,
     "kernels/reference.py": 330,
     "kernels/attention.py": 325,
@@ -45,7 +45,7 @@ CEILINGS = {
     "weights/from_gguf.py": 290,
     "weights/registry.py": 80,
 }
-METHOD, STORE, TOTAL = 80, 110, 9000
+METHOD, STORE, TOTAL = 80, 110, 9100
 
 
 def lines(path) -> int:

@@ -178,15 +178,11 @@ class ChunkStore(ABC):
 
     def _lay(self, parts: list[tuple[Kept, dict[str, Tensor]]], room: int) -> None:
         """Exact tokens and chunks of every row, in memory of their own."""
-        ctx, plain = self.ctx, Codec(self.ctx.config.head_dim, self.ctx.dtype)
-        bodies = [body for _, body in parts]
-        rows, self.ahead = len(parts), room
-        near = self.spec.room(room) if all(bodies) else room
-        self.near = SlotStore([kept for kept, _ in parts], self.policy, near, ctx, (plain, plain))
-        self.chunks, self.k, self.take, self.free = 0, 0, [0] * rows, [0] * rows
+        ctx, bodies, rows = self.ctx, [body for _, body in parts], len(parts)
+        self.take, self.free = ([int(b[f]) if b else 0 for b in bodies] for f in ("take", "free"))
+        self.near, self.chunks, self.k = self._exact([kept for kept, _ in parts], room), 0, 0
         if not any(bodies):
             return
-        self.take, self.free = ([int(b[f]) if b else 0 for b in bodies] for f in ("take", "free"))
         self.k, self.chunks = max(self.take), max(self.free)
         self.even = min(self.take) == self.k and min(self.free) == self.chunks
         self.sizes = [{name: x.shape for name, x in b.items()} for b in bodies]
@@ -196,6 +192,12 @@ class ChunkStore(ABC):
         nothing = -1 - torch.arange(self.k, dtype=torch.int32, device=ctx.device)
         self.held = nothing.expand(rows, heads, -1).clone()  # chunks in the buffer
         self.keys, self.values = (ctx.empty(rows, heads, self.k, width).zero_() for _ in range(2))
+
+    def _exact(self, rows: list[Kept], room: int) -> SlotStore:
+        """… of them the exact tokens."""
+        self.ahead, plain = room, Codec(self.ctx.config.head_dim, self.ctx.dtype)
+        room = self.spec.room(room) if all(self.free) else room
+        return SlotStore(rows, self.policy, room, self.ctx, (plain, plain))
 
     @property
     def waits(self) -> bool:
@@ -284,6 +286,13 @@ class ChunkStore(ABC):
         body |= {name: body[name] + new for name in ("free", "chunks")}
         k, v, pos = (torch.cat((x[:, :, :start], x[:, :, start + new * c :]), 2) for x in (r.k, r.v, r.pos))
         return replace(r, k=k, v=v, pos=pos, length=r.length - new * c), body
+
+    def reserve(self, room: int) -> bool:
+        frozen, self.since = self.slots.frozen, 0
+        self.near = self._exact(self.near.unpack(), room)
+        if frozen:
+            self.freeze()
+        return True
 
     def refill(self, rows: list[Kept], room: int) -> bool:
         return False

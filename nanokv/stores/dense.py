@@ -118,6 +118,9 @@ class SlotStore:
                 m = min(n, self.pin)
                 pinned[b, :, :m] = x[0, :, :m]
 
+    def reserve(self, room: int) -> bool:
+        return False
+
     def refill(self, rows: list[Kept], room: int) -> bool:
         if not self.slots.refill(rows, room):
             return False
@@ -213,7 +216,7 @@ class SlotStore:
 
     def unpack(self) -> list[Kept]:
         k, v = (
-            codec.back(codec.decode(planes, self.ctx.dtype))
+            codec.back(codec.decode(planes, self.ctx.dtype)).to(self.ctx.dtype)
             for codec, planes in zip(self.codecs, self.planes, strict=True)
         )
         if self.exact is None:

@@ -45,7 +45,8 @@ class Fp8(Rounding):
     def codecs(self, rows: Sequence[Kept], ctx: Context) -> tuple[Codec, Codec]:
         kind = FORMATS[self.format]
         numbers = ctx.once(self.format, lambda: torch.arange(256, dtype=torch.uint8).view(kind).float())
-        return tuple(Fp8Codec(self.scale(rows, name), kind, numbers, ctx.config.head_dim) for name in "kv")
+        raw = ctx.ops.reads(kind)
+        return tuple(Fp8Codec(self.scale(rows, name), kind, numbers, ctx.config.head_dim, raw) for name in "kv")
 
     def scale(self, rows: Sequence[Kept], name: str) -> Tensor:
         """(B,Hkv,1,1) fp32: the least power of two that brings each head's numbers into the format."""
@@ -59,18 +60,31 @@ class Fp8(Rounding):
 
 
 class Fp8Codec(Codec):
-    def __init__(self, scale: Tensor, kind: torch.dtype, numbers: Tensor, dim: int):
-        self.scale, self.kind, self.numbers, self.planes = scale, kind, numbers, [(dim, torch.uint8)]
+    """raw: whether the backend reads such numbers itself; the scale then meets the query and the result instead of every key and value."""
+
+    def __init__(self, scale: Tensor, kind: torch.dtype, numbers: Tensor, dim: int, raw: bool):
+        self.scale, self.kind, self.numbers, self.planes, self.raw = scale, kind, numbers, [(dim, torch.uint8)], raw
 
     def of_row(self, b: int) -> Fp8Codec:
-        return Fp8Codec(self.scale[b : b + 1], self.kind, self.numbers, self.planes[0][0])
+        return Fp8Codec(self.scale[b : b + 1], self.kind, self.numbers, self.planes[0][0], self.raw)
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         most = torch.finfo(self.kind).max
         return ((x.float() / self.scale).clamp(-most, most).to(self.kind).view(torch.uint8),)
 
     def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        if self.raw:
+            return planes[0].view(self.kind)
         return look_up(self.numbers.to(dtype), planes[0]) * self.scale.to(dtype)
+
+    def turn(self, x: Tensor) -> Tensor:
+        if not self.raw:
+            return x
+        scale = self.scale.repeat_interleave(x.shape[1] // self.scale.shape[1], 1)
+        return (x.float() * scale).to(x.dtype if x.itemsize > 1 else torch.float32)
+
+    def back(self, x: Tensor) -> Tensor:
+        return self.turn(x)
 
     def tensors(self) -> list[Tensor]:
         return [self.scale, self.numbers]

@@ -140,6 +140,9 @@ class GroupedStore:
             m *= self.spec.group
             s.pos[b, :, s.near : s.near + m] = c["pos"][0, :, c["k"].shape[2] : c["k"].shape[2] + m]
 
+    def reserve(self, room: int) -> bool:
+        return False
+
     def refill(self, rows: list[Kept], room: int) -> bool:
         return False
 

@@ -140,6 +140,9 @@ class MixedStore:
             rows = mine if rows is None else [replace(a, rest=b) for a, b in zip(mine, rows, strict=True)]
         return rows
 
+    def reserve(self, room: int) -> bool:
+        return False
+
     def refill(self, rows: list[Kept], room: int) -> bool:
         """The policy has looked at what was near: what it demotes joins the coarse set, and the rest stays, or joins the judged ones."""
         tops, rests = zip(*((r, r.rest) for r in rows), strict=True)
