@@ -456,6 +456,8 @@ def end_block(llm, session, turn, peak: int, args: argparse.Namespace) -> list[s
         lines[-1] += "; prefilled in chunks, so the whole prompt's cache was alive at once"
     if name != "full" and not report.short and not session.plan.keep.demotes:
         lines.append(f"{name} had nothing to drop: every layer still holds all {max(report.seen)} tokens")
+    notes = [session.plan.store.note(n) for n in dict.fromkeys(turn.lengths)]
+    lines += [f"{session.plan.names[1]}: {note}" for note in notes if note]
     spare = report.bytes - report.live_bytes
     if spare > 0.1 * report.bytes:
         lines.append(f"{mib(spare)} of the cache were reserved for new tokens that did not come (-n)")

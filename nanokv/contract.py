@@ -449,6 +449,10 @@ class StoreSpec(ABC):
             return "demotes nothing, so nothing would be coarse: add demote=true if it ranks tokens"
         return ""
 
+    def note(self, n: int) -> str:
+        """What to tell of a prompt of n tokens, where it is not held as one would think."""
+        return ""
+
     def misfit(self, config: Any) -> str:
         """Why a model of this shape cannot be laid out so; empty if it can."""
         return ""

@@ -259,6 +259,7 @@ class Turn:
     stop: tuple[str, ...]
     ignore_eos: bool
     prompt_tokens: int = 0
+    lengths: list[int] = field(default_factory=list)  # of the prompts that started the session
     ids: list[list[int]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     reasons: list[str | None] = field(default_factory=list)
@@ -292,7 +293,8 @@ class Turn:
                 self.logits = session.feed(rows[:, a : a + step])
         _wait(session.pos.device)
         self.prefill_s = time.perf_counter() - t0
-        self.prompt_tokens = sum(len(p) for p in prompts) + len(then)
+        self.lengths = [len(p) for p in prompts]
+        self.prompt_tokens = sum(self.lengths) + len(then)
         n = len(session.seen)
         self.ids, self.texts, self.reasons = [[] for _ in range(n)], [""] * n, [None] * n
         before = [list(then)] * n if then else [list(p) for p in prompts for _ in range(copies)]

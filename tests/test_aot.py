@@ -29,6 +29,7 @@ DOTS = [
     "int4 masked _split",
     "int4 runs 4 _split",
     "int2 runs 4 _split",
+    "rebuild _rebuild",
     "mass _lse",
     "mass _columns",
 ]
@@ -51,10 +52,9 @@ def test_nothing_spills_and_tiles_come_in_128_bits(compiled):
     for name in DOTS:
         if name in found:
             assert found[name]["mma"] > 0 and found[name]["wide_loads"] >= 12, name
-    assert found["rebuild _rebuild"]["mma"] > 0 and found["landmarks _scores"]["mma"] > 0
+    assert found["landmarks _scores"]["mma"] > 0 and found["landmarks _scores"]["wide_loads"] >= 8
     for name in (
         "fetch _fetch",
-        "rebuild _rebuild",
         "norm _norm",
         "add_norm _norm",
         "swiglu _swiglu",

@@ -333,6 +333,14 @@ def test_a_policy_with_nothing_to_drop_says_so(model, capsys):
     assert "nothing to drop" not in err
 
 
+def test_a_store_that_finds_too_few_chunks_says_so(model, capsys):
+    _, _, err = call(capsys, "--model", model, "-p", "hello", "-n", "4", "--policy", "shadow")
+    assert "shadow: 5 tokens are too few for chunks to choose from, so all lie exact" in err
+    fits = "shadow:chunk=2,local=1,outliers=1,budget=4"
+    _, _, err = call(capsys, "--model", model, "-p", "hello" * 9, "-n", "4", "--policy", fits)
+    assert "too few" not in err and "host 0 B" not in err
+
+
 def test_a_question_follows_on_the_compressed_cache(model, capsys):
     base = [
         "--model",
@@ -448,7 +456,7 @@ def start(*argv: object, **more) -> subprocess.Popen:
 def test_ctrl_c_ends_with_what_was_generated(model):
     reconfigure(model, max_position_embeddings=100000)
     p = start("--model", model, "-p", "hello", "-n", "90000", "--json", model / "o.json", "--dtype", "float32")
-    first = p.stdout.read(3)
+    first = os.read(p.stdout.fileno(), 3).decode()  # past the file object, whose buffer `communicate` would not see
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
     result = json.loads((model / "o.json").read_text())

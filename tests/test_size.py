@@ -5,7 +5,7 @@ from __future__ import annotations
 from conftest import ROOT
 
 CEILINGS = {
-    "generate.py": 475,
+    "generate.py": 480,
     "bench.py": 375,
     "nanokv/fidelity.py": 80,
     "nanokv/contract.py": 390,
@@ -45,7 +45,7 @@ CEILINGS = {
     "weights/from_gguf.py": 290,
     "weights/registry.py": 80,
 }
-METHOD, STORE, TOTAL = 80, 110, 9100
+METHOD, STORE, TOTAL = 80, 110, 9120
 
 
 def lines(path) -> int:

@@ -61,6 +61,9 @@ class Chunked(StoreSpec):
             return "under a model's own sliding window what is generated leaves in time, so none of it becomes chunks: leave grow out"
         return ""
 
+    def note(self, n: int) -> str:
+        return "" if any(self.shape(n)) else f"{n} tokens are too few for chunks to choose from, so all lie exact"
+
     def room(self, ahead: int) -> int:
         """Slots for exact tokens to come."""
         return min(ahead, self.grow + self.chunk) if self.grow else ahead
