@@ -280,17 +280,13 @@ def rebuild(
     stands at first (B,) + j·c + i. ids (B,Hkv,k): which chunks, negative: any; fresh bool (B,Hkv,k): the others stay as they are, None:
     all are new. out (B,Hkv,k,c·D).
     """
-    c = a.shape[2]
-    for row in range(ids.shape[0]):
-        for head in range(ids.shape[1]):
-            slots = out[row, head].unflatten(1, (c, -1))
-            mine = slice(None) if fresh is None else fresh[row, head].nonzero()[:, 0]
-            chosen = ids[row, head][mine].clamp(min=0)
-            raw = a[row].index_select(0, chosen).float()
-            # one product per chunk: a chunk's numbers are then the same whichever others are new
-            raw = torch.bmm(raw, b[row, head].float().expand(len(chosen), -1, -1))
-            pos = first[row] + chosen[:, None] * c + torch.arange(c, device=ids.device)
-            slots[mine] = _turned(raw, pos, inv_freq).to(out.dtype)
+    (B, heads, k), (C, c, _) = ids.shape, a.shape[1:]
+    chosen = ids.clamp(min=0).long()
+    line = (torch.arange(B, device=ids.device)[:, None] * C + chosen.flatten(1)).flatten()
+    rows = a.view(B * C, -1).index_select(0, line).view(B, heads, k * c, -1)
+    pos = first[:, None, None, None] + chosen[..., None] * c + torch.arange(c, device=ids.device)
+    new = _turned((rows.float() @ b.float()).unflatten(2, (k, c)), pos, inv_freq).flatten(3).to(out.dtype)
+    out.copy_(new if fresh is None else torch.where(fresh[..., None], new, out))
 
 
 def _turned(x: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ def _channelwise(x: Tensor, bits: int) -> Tensor:
 
 
 def still(move: Callable[..., None]) -> Callable[..., None]:
-    """While compiling, everything is moved again: how many chunks are new is a shape that no graph can have."""
+    """While compiling, everything is fetched again: how many chunks are new is a shape that no graph can have."""
 
     def moved(*given: Tensor | None) -> None:
         *what, fresh, out = given
@@ -226,7 +226,7 @@ EAGER = Ops(
     reference.decode_ragged,
     reference.mass,
     reference.landmarks,
-    still(reference.rebuild),
+    reference.rebuild,
     still(reference.fetch),
     reference.compact,
     reference.append,
@@ -279,7 +279,7 @@ def triton() -> Ops:
         return (kernels.landmarks if _suits(q) else reference.landmarks)(q, marks, seen)
 
     def rebuild(a, b, inv_freq, first, ids, fresh, out):
-        (kernels.rebuild if _moves(a) else still(reference.rebuild))(a, b, inv_freq, first, ids, fresh, out)
+        (kernels.rebuild if _moves(a) else reference.rebuild)(a, b, inv_freq, first, ids, fresh, out)
 
     def fetch(chunks, ids, fresh, out):
         (kernels.fetch if _moves(chunks) else still(reference.fetch))(chunks, ids, fresh, out)
