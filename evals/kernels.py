@@ -175,18 +175,26 @@ def _truth(bits: int, q: Tensor, *held: Tensor) -> Tensor:
     return EAGER.decode(q.float(), k, v, None, kpos, now, None)[0]
 
 
-def steps(limit: float, cases: Sequence[tuple[str, int, int]] = STEPS, plans: Sequence[str] = PLANS) -> Iterator[dict]:
-    """Whole decode steps of random weights, captured; limit: bytes per second that the device copies; cases: model, rows and tokens."""
+def steps(
+    limit: float,
+    cases: Sequence[tuple[str, int, int]] = STEPS,
+    plans: Sequence[str] = PLANS,
+    backend: str = "triton",
+) -> Iterator[dict]:
+    """Whole decode steps of random weights, captured where the backend is triton; limit: bytes per second that the device copies;
+    cases: model, rows and tokens.
+    """
     for model in dict.fromkeys(m for m, _, _ in cases):
-        llm = load(model, random_weights=True, device="cuda", backend="triton")
+        llm = load(model, random_weights=True, device="cuda", backend=backend)
         weights = sum(p.nbytes for p in llm.models.decode.parameters()) - llm.models.decode.embed_tokens.weight.nbytes
         for _, B, S in (s for s in cases if s[0] == model):
             first = None
             for text in plans:
-                row = {"model": model, "batch": B, "slots": S, "plan": text}
+                row = {"model": model, "batch": B, "slots": S, "plan": text, "backend": backend}
                 try:
                     plan = llm.ready(parse(text))
-                    kind = Eager if isinstance(plan.place, Hosted) else Graphed  # its copies wait for the host
+                    plain = isinstance(plan.place, Hosted) or backend != "triton"
+                    kind = Eager if plain else Graphed
                     session = Session(replace(llm.models, runner=kind(llm.models.decode)), plan, 170)
                     prompts = [
                         torch.randint(0, 256, (S,), generator=torch.Generator().manual_seed(i)).tolist()

@@ -1,0 +1,165 @@
+"""What a GPU makes of nanokv, stage after stage, each row written to a file as soon as it is known: a lent card may be gone any minute.
+
+`python -m evals.gpu --json results/gpu.json` runs every stage; `--stages` names some. A stage that fails says so in its row and the
+next one begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from evals import kernels as measure
+
+MODEL = "llama3-8b"
+SHORT_AND_LONG = [(MODEL, 1, 4096), (MODEL, 1, 32768)]
+PLANS = ("full", "snapkv:budget=1024", "full+int4:group=128")
+
+
+def ceilings() -> Iterator[dict]:
+    yield {"name": "ceilings", **measure.ceilings()}
+
+
+def attention() -> Iterator[dict]:
+    yield from measure.attention()
+
+
+def steps() -> Iterator[dict]:
+    yield from measure.steps(copy_rate(), SHORT_AND_LONG, PLANS)
+
+
+def batches() -> Iterator[dict]:
+    yield from measure.steps(copy_rate(), [(MODEL, 8, 16384)], PLANS)
+
+
+def more() -> Iterator[dict]:
+    plans = ("full", "streaming:budget=1024", "h2o:budget=1024", "adakv:budget=1024", "full+int8", "full+fp8", "quest")
+    yield from measure.steps(copy_rate(), [(MODEL, 1, 32768)], plans)
+
+
+def shadow() -> Iterator[dict]:
+    yield from measure.steps(copy_rate(), [(MODEL, 1, 32768)], ("shadow", "offload"))
+
+
+def default() -> Iterator[dict]:
+    """The torch path without kernels and without a graph."""
+    yield from measure.steps(copy_rate(), SHORT_AND_LONG, ("full",), backend="sdpa")
+
+
+def peers() -> Iterator[dict]:
+    """transformers on the same shape, its growing cache and then its static one compiled: seconds per token after a prompt of 4,096."""
+    import transformers  # noqa: TID251
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache  # noqa: TID251
+
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        attn_implementation="sdpa",
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            model = LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for kind in ("dynamic", "static+compile"):
+        for S in (4096, 32768):
+            row = {
+                "peer": "transformers",
+                "version": transformers.__version__,
+                "cache": kind,
+                "model": MODEL,
+                "slots": S,
+            }
+            try:
+                cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config, max_cache_len=S + 200)
+                yield row | {"seconds": _transformers_step(model, cache, S, kind != "dynamic")}
+            except Exception as e:
+                yield row | {"absent": f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"}
+
+
+@torch.inference_mode()
+def _transformers_step(model, cache, S: int, compiled: bool) -> float:
+    ids = torch.randint(0, 256, (1, S), device="cuda")
+    step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if compiled else model
+    out = model(ids, past_key_values=cache, logits_to_keep=1)
+    token, times = out.logits[:, -1].argmax(-1, keepdim=True), []
+    for i in range(80):
+        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        a.record()
+        if compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+            token = step(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True).clone()
+        else:
+            token = step(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+        b.record()
+        torch.cuda.synchronize()
+        if i >= 16:
+            times.append(a.elapsed_time(b) / 1e3)
+    return median(times)
+
+
+STAGES = {f.__name__: f for f in (ceilings, attention, steps, batches, default, peers, more, shadow)}
+KNOWN: dict = {}
+
+
+def copy_rate() -> float:
+    """Bytes per second that this card copies, measured once in this process."""
+    if not KNOWN:
+        KNOWN.update(measure.ceilings())
+    return KNOWN["copy"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    given = parser.parse_args()
+    measure.need_cuda()
+    import triton
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    record = {
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": sys.version.split()[0],
+        "commit": commit or None,
+        "command": "python -m evals.gpu " + " ".join(sys.argv[1:]),
+        "rows": [],
+    }
+    for name in given.stages:
+        t0 = time.perf_counter()
+        try:
+            for row in STAGES[name]():
+                KNOWN.update({k: v for k, v in row.items() if name == "ceilings" and k != "name"})
+                record["rows"].append({"stage": name, **row})
+                print(json.dumps(record["rows"][-1]), flush=True)
+                given.json.write_text(json.dumps(record, indent=1))
+        except Exception as e:  # the next stage is worth more than this traceback
+            record["rows"].append({"stage": name, "failed": f"{type(e).__name__}: {str(e)[:300]}"})
+            print(json.dumps(record["rows"][-1]), flush=True)
+            import traceback
+
+            traceback.print_exc()
+        record["rows"].append({"stage": name, "took": time.perf_counter() - t0})
+        given.json.write_text(json.dumps(record, indent=1))
+        torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
