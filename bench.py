@@ -320,7 +320,7 @@ def kernels(job: Job) -> dict:
     else:
         calls, asked = list(job.bar(k.attention(), "kernels")), ()
         print(show.kernels(calls, limits["copy"]) + "\n")
-    whole = list(job.bar(k.steps(limits["copy"], *asked), "steps"))
+    whole = list(job.bar(k.steps(limits["read"], *asked), "steps"))
     print(show.steps(whole) + "\n")
     return {"ceilings": limits, "kernels": calls, "steps": whole}
 

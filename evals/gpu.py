@@ -33,25 +33,26 @@ def attention() -> Iterator[dict]:
 
 
 def steps() -> Iterator[dict]:
-    yield from measure.steps(copy_rate(), SHORT_AND_LONG, PLANS)
+    yield from measure.steps(read_rate(), SHORT_AND_LONG, PLANS)
 
 
 def batches() -> Iterator[dict]:
-    yield from measure.steps(copy_rate(), [(MODEL, 8, 16384)], PLANS)
+    yield from measure.steps(read_rate(), [(MODEL, 8, 16384)], PLANS)
 
 
 def more() -> Iterator[dict]:
-    plans = ("full", "streaming:budget=1024", "h2o:budget=1024", "adakv:budget=1024", "full+int8", "full+fp8", "quest")
-    yield from measure.steps(copy_rate(), [(MODEL, 1, 32768)], plans)
+    plans = ("full", "streaming:budget=1024", "adakv:budget=1024", "full+int8:group=128", "full+fp8", "quest")
+    yield from measure.steps(read_rate(), [(MODEL, 1, 32768)], plans)
+    yield from measure.steps(read_rate(), [(MODEL, 1, 4096)], ("full", "h2o:budget=1024", "tova:budget=1024"))
 
 
 def shadow() -> Iterator[dict]:
-    yield from measure.steps(copy_rate(), [(MODEL, 1, 32768)], ("shadow", "offload"))
+    yield from measure.steps(read_rate(), [(MODEL, 1, 32768)], ("shadow", "offload"))
 
 
 def default() -> Iterator[dict]:
     """The torch path without kernels and without a graph."""
-    yield from measure.steps(copy_rate(), SHORT_AND_LONG, ("full",), backend="sdpa")
+    yield from measure.steps(read_rate(), SHORT_AND_LONG, ("full",), backend="sdpa")
 
 
 def peers() -> Iterator[dict]:
@@ -116,11 +117,11 @@ STAGES = {f.__name__: f for f in (ceilings, attention, steps, batches, default, 
 KNOWN: dict = {}
 
 
-def copy_rate() -> float:
-    """Bytes per second that this card copies, measured once in this process."""
+def read_rate() -> float:
+    """Bytes per second that this card reads, measured once in this process."""
     if not KNOWN:
         KNOWN.update(measure.ceilings())
-    return KNOWN["copy"]
+    return KNOWN["read"]
 
 
 def main() -> int:
@@ -128,7 +129,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     given = parser.parse_args()
-    measure.need_cuda()
+    try:
+        measure.need_cuda()
+    except ValueError as e:
+        parser.error(str(e))
     import triton
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()

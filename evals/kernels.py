@@ -181,7 +181,7 @@ def steps(
     plans: Sequence[str] = PLANS,
     backend: str = "triton",
 ) -> Iterator[dict]:
-    """Whole decode steps of random weights, captured where the backend is triton; limit: bytes per second that the device copies;
+    """Whole decode steps of random weights, captured where the backend is triton; limit: bytes per second that the device reads;
     cases: model, rows and tokens.
     """
     for model in dict.fromkeys(m for m, _, _ in cases):

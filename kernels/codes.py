@@ -18,9 +18,10 @@ from torch import Tensor
 
 from kernels.attention import LOG2E, _merge, _stretch, read, stretches
 
-# tokens per tile, or a group of K if that is smaller: for sm_90, 4 bits and a scale per token of V, 64 would take 33 instead of 26
-# instructions of a warp per token and 115 instead of 145 registers (compiled, not timed); M = G rows, as padding to 16 would take 31
-BLOCK = 128
+# Tokens per tile, or a group of K if that is smaller, and programs per multiprocessor. Of blocks 64 and 128, 2, 4 and 8 warps, 2 to 4
+# stages, M = 4 and 16 and 2 to 6 programs these were the fastest on an H200 (65,536 tokens, 8 KV heads, G 4: int4 36 us, 53 with 4 warps
+# and 3 programs; int8 64 and 80), so were M = G rows instead of 16. With a scale per run of V, 2 warps lack the registers: 4 then
+BLOCK, PER_PROCESSOR = 128, 4
 
 
 @triton.jit
@@ -284,7 +285,7 @@ def decode_quant(
     assert T == 1 and D % 4 == 0 and 4 % runs == 0 and 3 not in bits, (q.shape, runs, bits)
     G, group, fast = H // heads, S // groups, q.device.type == "cuda" and q.itemsize == 2
     compute, asm = unpacking(bits, q.dtype, fast)
-    splits = stretches(B * heads, S, q.device) + (near is not None)
+    splits = stretches(B * heads, S, q.device, PER_PROCESSOR) + (near is not None)
     M, DP, WP = triton.next_power_of_2(G), triton.next_power_of_2(D), triton.next_power_of_2(D // 4)
     part, part_lse = (q.new_empty(B, H, splits, n, dtype=torch.float32) for n in (D, 1))
     out, lse = q.new_empty(B, H, T, D), q.new_empty(B, H, T, dtype=torch.float32)
@@ -305,7 +306,8 @@ def decode_quant(
         LENGTH=counts is not None, SEEN=seen is not None, HELD=held is not None, WINDOW=sliding_window is not None,
         KBITS=bits[0], VBITS=bits[1], RUNS=runs, **asm,
         NEAR=near is not None, G=G, M=M, D=D, DP=DP, W=D // 4, WP=WP, N=min(BLOCK, group & -group), EXACT=32,
-        COMPUTE=getattr(tl, str(compute).removeprefix("torch.")), num_warps=4 if D > 64 else 2, num_stages=3,
+        COMPUTE=getattr(tl, str(compute).removeprefix("torch.")),
+        num_warps=4 if runs > 1 and D > 64 else 2, num_stages=2 if 8 in bits else 3,
     )  # fmt: skip
     _merge[(B * H,)](part, part_lse, out, lse, splits, SP=triton.next_power_of_2(splits), D=D, DP=DP)
     return out, lse

@@ -282,7 +282,7 @@ def triton() -> Ops:
         (kernels.rebuild if _moves(a) else reference.rebuild)(a, b, inv_freq, first, ids, fresh, out)
 
     def fetch(chunks, ids, fresh, out):
-        (kernels.fetch if _moves(chunks) else still(reference.fetch))(chunks, ids, fresh, out)
+        (kernels.fetch if _moves(out) else still(reference.fetch))(chunks, ids, fresh, out)
 
     def compact(k, v, pos, at):
         straight = k.stride(3) == v.stride(3) == pos.stride(2) == 1
@@ -323,8 +323,8 @@ def _suits(q: Tensor) -> bool:
 
 
 def _moves(x: Tensor) -> bool:
-    """The interpreter has no bf16 to copy. Pinned memory is the device's to read."""
-    return x.device.type == "cuda" or x.is_pinned() or x.dtype != torch.bfloat16
+    """The interpreter has no bf16 to copy."""
+    return x.device.type == "cuda" or x.dtype != torch.bfloat16
 
 
 def merge(states: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

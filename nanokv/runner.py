@@ -115,7 +115,7 @@ class Graphed:
 
 
 def make(name: str, model: Llama) -> Runner:
-    """auto: plain calls, which start at once; no graph has been captured on a GPU yet. ValueError where what it takes is missing."""
+    """auto: plain calls, which start at once. ValueError where what it takes is missing."""
     name = "eager" if name == "auto" else name
     if name == "graph" and model.embed_tokens.weight.device.type != "cuda":
         raise ValueError(

@@ -58,7 +58,7 @@ class RaggedStore(SlotStore):
     def read(self, q: Tensor, pos: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         s, watches = self.slots, self.policy.watches if q.shape[2] == 1 else None
         spans = self.spans if s.frozen else [(a, n) for (a, _), n in zip(self.spans, self.held, strict=True)]
-        length = s.length if s.frozen else None
+        length = s.length if s.frozen or q.is_cuda else None  # a copy from the host would wait
         if near is None:
             return self._decode(q, pos, spans, s.first, length, watches)
         m = s.protected

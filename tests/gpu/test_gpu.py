@@ -147,8 +147,13 @@ def test_ragged_heads_and_moved_tokens(dtype):
     assert torch.equal(slots[0], slots[2]) and torch.equal(slots[1], slots[3])
     for bits, tokens, channels in ((4, 64, 1), (2, 32, 1), (8, 1, 128), (4, 1, 32)):
         mine, right = (f(k[:, :, :448], bits, tokens, channels) for f in (kernels.quantize, reference.quantize))
-        assert all(torch.equal(a, b) for a, b in zip(mine[1:], right[1:], strict=True))
-        assert (mine[0] != right[0]).float().mean() < 1e-3  # a sum that is fused may fall on the other side of a half
+        assert torch.equal(mine[2], right[2])
+        # CUDA divides by a constant through its reciprocal and fuses sums: a scale may be the next fp16 number, or the one after
+        torch.testing.assert_close(mine[1].float(), right[1].float(), rtol=2**-9, atol=0.0)
+        blocks = reference.spread(mine[1].float()).expand(-1, -1, -1, tokens, -1, channels)
+        half = blocks.flatten(-2).flatten(-3, -2) / 2
+        error = (reference.dequantize(*mine, bits) - k[:, :, :448].float()).abs()
+        assert bool((error <= half * (1 + 1e-4)).all())
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -191,6 +196,15 @@ PLANS = [
 ]
 
 
+SPARSE = ("quest", "shadow")  # a rounding may make a step choose another chunk
+
+
+@pytest.fixture(autouse=True)
+def waiting_is_allowed_again():
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.fixture(scope="module")
 def llm():
     return load("llama3.2-1b", random_weights=True, device="cuda", backend="triton")
@@ -201,21 +215,28 @@ def llm():
 def test_the_fast_runners_give_the_logits_of_plain_calls_and_never_wait(plan, kind, llm):
     found, dice = [], torch.Generator().manual_seed(0)
     more = torch.randint(0, 200, (80, 1, 1), generator=dice).cuda()  # past two flushes of a group
-    for runner in (Eager(llm.models.decode), kind(llm.models.decode)):
+    fast = kind(llm.models.decode)
+    for runner in (Eager(llm.models.decode), fast, fast):  # compiling may wait, so its second round is looked at
         session = Session(replace(llm.models, runner=runner), parse(plan), 90)
         logits = [session.start([list(range(3, 203)) * 2])]
+        session.cache.freeze()  # plain calls with the same shapes, and so the same order of sums
         for i, token in enumerate(more):
-            if i > 3:
+            if i > 3 and len(found) != 1:
                 torch.cuda.set_sync_debug_mode("error")
             with torch.inference_mode():
                 logits.append(runner.step(token, session.pos, session.cache))
-            torch.cuda.set_sync_debug_mode("default")
-            session.cache.room -= 1
-            session._advance(1)
-            session.cache.maintain(1, session.seen)
+                torch.cuda.set_sync_debug_mode("default")
+                session.cache.room -= 1
+                session._advance(1)
+                session.cache.maintain(1, session.seen)
         found.append(torch.cat(logits).float())
-    # a captured step is the same work; a compiled one orders sums otherwise
-    torch.testing.assert_close(*found, atol=0.0 if kind is Graphed else 0.1, rtol=0.0 if kind is Graphed else 0.1)
+    plain = found.pop(0)
+    for one in found:
+        if kind is Graphed:  # a captured step is the same work
+            assert torch.equal(plain, one)
+            continue
+        off = (plain - one).norm(dim=1) / plain.norm(dim=1)  # a compiled one orders sums otherwise
+        assert (off > 0.05).float().mean() <= (0.1 if any(name in plan for name in SPARSE) else 0.0), off
 
 
 @pytest.mark.parametrize(
