@@ -26,8 +26,8 @@ from tqdm import tqdm
 from evals import record, show
 from evals.quality import Item, named, registered
 from evals.tasks import TASKS
+from nanokv.cache.plan import Plan, parse
 from nanokv.llm import LLM, load
-from nanokv.plan import Plan, parse
 from nanokv.runner import RUNNERS
 from weights.registry import DEFAULT, settings
 
@@ -411,7 +411,7 @@ def prose(job: Job) -> dict:
 def quick(job: Job) -> dict:
     """Everything small, in one table."""
     from evals import speed as s
-    from nanokv.cache import mib
+    from nanokv.cache.report import mib
 
     args, plans = job.args, job.plans("25%")
     seeds, length, top = args.seeds or 5, (args.lengths or [1000])[0], job.llm.config.max_position_embeddings

@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plan:
         return show_sizes(args)
     from nanokv import Sampling, load
-    from nanokv.llm import peak_bytes
+    from nanokv.device import peak_bytes
 
     plan = parse_plan(args.policy, args.kv_budget, args)
     reference = parse_plan(args.compare, None) if args.compare else None
@@ -176,13 +176,13 @@ def run(args: argparse.Namespace) -> int:
     prompt, then = ids(args, llm, text)
     room = len(then) + args.max_new_tokens
     if args.load_cache:
-        from nanokv.save import restore
+        from nanokv.cache.save import restore
 
         prompts, session = [], restore(llm, Path(args.load_cache), room)
     else:
         prompts, session = [prompt], llm.session(room, args.chunk)
     if args.save_cache:
-        from nanokv.save import save
+        from nanokv.cache.save import save
 
         common["compressed"] = lambda: save(llm, session, Path(args.save_cache))
     turn = begin(llm, session, prompts, then, args.num_samples, common, bar)
@@ -199,7 +199,7 @@ def run(args: argparse.Namespace) -> int:
     for line in end_block(llm, session, turn, peak, args):
         say(line)
     if args.xray:
-        from nanokv.explain import xray
+        from nanokv.inspect.explain import xray
 
         pieces = [llm.tokenizer.decode([i]) for i in (*prompt, *then, *turn.ids[0])]
         write(args.xray, "--xray", xray(session, pieces))
@@ -236,10 +236,12 @@ def show_sizes(args: argparse.Namespace) -> int:
     """--plan: from the shape alone, before anything is fetched or loaded."""
     import torch
 
-    from nanokv.config import PRESETS, ModelConfig
-    from nanokv.explain import sizes
-    from nanokv.llm import free_bytes
-    from nanokv.plan import POLICIES, parse
+    from nanokv.cache.plan import parse
+    from nanokv.device import free_bytes
+    from nanokv.inspect.explain import sizes
+    from nanokv.model.config import ModelConfig
+    from nanokv.model.presets import PRESETS
+    from nanokv.policies import POLICIES
 
     if args.model in MODELS:
         config = PRESETS[MODELS[args.model].shape]
@@ -256,13 +258,13 @@ def show_sizes(args: argparse.Namespace) -> int:
 
 
 def draw(session) -> None:
-    from nanokv.explain import explain
+    from nanokv.inspect.explain import explain
 
     print(explain(session), file=sys.stderr)
 
 
 def compare(llm, reference, prompt: list[int], then: list[int], args: argparse.Namespace):
-    from nanokv.fidelity import against
+    from nanokv.inspect.fidelity import against
 
     eos = () if args.ignore_eos else llm.tokenizer.eos
     return against(llm, reference, prompt, then, args.max_new_tokens, eos, args.allow_overflow, args.chunk)
@@ -339,7 +341,7 @@ def ids(args: argparse.Namespace, llm, text: str) -> tuple[list[int], list[int]]
     if not args.chat and args.system is None:
         then = [] if args.question is None else llm.tokenizer.encode_more(args.question)
         return llm.tokenizer.encode(text), then
-    from nanokv.chat import cut
+    from nanokv.text.chat import cut
 
     messages = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages.append({"role": "user", "content": text})
@@ -377,7 +379,7 @@ def show(turn) -> None:
 
 def converse(args: argparse.Namespace, llm, text: str | None, common: dict, say) -> int:
     """The REPL. A turn that fails leaves the conversation as it was."""
-    from nanokv.chat import Conversation
+    from nanokv.text.chat import Conversation
 
     llm.tokenizer.chat([{"role": "user", "content": "hello"}])  # a model without a template is refused at once
 
@@ -442,7 +444,7 @@ def rate(n: int, seconds: float) -> float:
 
 
 def end_block(llm, session, turn, peak: int, args: argparse.Namespace) -> list[str]:
-    from nanokv.cache import mib
+    from nanokv.cache.report import mib
 
     report, name = session.report(), session.plan.names[0]
     lines = [
@@ -534,7 +536,7 @@ def list_models() -> int:
 
 
 def list_policies() -> int:
-    from nanokv.plan import AXES, canonical
+    from nanokv.cache.plan import AXES, canonical
     from nanokv.policies.scorer import Scorer
 
     for axis, parts in AXES.items():

@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 import torch
 
 from evals.quality import text_of
+from nanokv.cache.plan import Plan
 from nanokv.llm import LLM
-from nanokv.plan import Plan
 
 
 def codes(llm: LLM, plans: Mapping[str, Plan], length: int) -> list[dict]:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nanokv.config import ModelConfig
-from nanokv.contract import Kept
+from nanokv.backends.base import Ops
+from nanokv.cache.kept import Kept
+from nanokv.cache.plan import Plan
+from nanokv.cache.prefill import PromptCache
 from nanokv.engine import Session, prefill
 from nanokv.llm import LLM
-from nanokv.ops import Ops
-from nanokv.plan import Plan
-from nanokv.prompt import PromptCache
+from nanokv.model.config import ModelConfig
 
 # makes a session at the end of its prompt, with the prompt's last logits (1,vocab)
 Begin = Callable[[], tuple[Session, Tensor]]

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanokv import load, parse
+from nanokv.backends.base import Ops
+from nanokv.backends.torch_ops import EAGER
+from nanokv.backends.triton import triton
 from nanokv.engine import Session
-from nanokv.ops import EAGER, Ops, triton
-from nanokv.places.host import Hosted
 from nanokv.runner import Eager, Graphed
+from nanokv.stores.host.base import Hosted
 
 D, CALLS, REPLAYS, L2 = 128, 20, 30, 60 << 20
 # KV heads, query heads of each, rows, slots: MHA and GQA, below and above what fills the device

@@ -9,8 +9,8 @@ import torch
 
 from evals.quality import text_of
 from evals.speed import stepper, timed
+from nanokv.cache.plan import Plan
 from nanokv.llm import LLM
-from nanokv.plan import Plan
 
 PROMPT = 200  # tokens before the generated ones
 CHUNK = 256  # tokens of a text fed at once

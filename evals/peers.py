@@ -20,9 +20,10 @@ from evals.dense import begin
 from evals.quality import PROTOCOLS, Item, mean, script, solved, text_of
 from evals.speed import ROUNDS, STEPS, in_turn, stepper, timed
 from nanokv import parse
+from nanokv.cache.plan import Plan
 from nanokv.engine import Session
 from nanokv.llm import LLM
-from nanokv.plan import POLICIES, Plan
+from nanokv.policies import POLICIES
 from nanokv.runner import Compiled, Eager
 from weights.fetch import locate
 

@@ -20,11 +20,13 @@ import torch
 from evals.dense import begin
 from evals.tasks import TASKS, Task, prose
 from nanokv import parse
+from nanokv.cache.plan import Plan
 from nanokv.engine import Session
-from nanokv.fidelity import follow, greedy, losses
+from nanokv.inspect.fidelity import follow, greedy, losses
 from nanokv.llm import LLM
-from nanokv.plan import POLICIES, STORES, Plan
-from nanokv.tokenizer import Tokenizer
+from nanokv.policies import POLICIES
+from nanokv.stores import STORES
+from nanokv.text.tokenizer import Tokenizer
 
 PROTOCOLS = ("aware", "agnostic")
 DEPTHS = 5  # needles lie at 0, 1/4 … 1 of the text, in turn

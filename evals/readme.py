@@ -11,8 +11,9 @@ import torch
 
 from evals.show import percent
 from nanokv import parse
-from nanokv.config import PRESETS
-from nanokv.plan import POLICIES, STORES
+from nanokv.model.presets import PRESETS
+from nanokv.policies import POLICIES
+from nanokv.stores import STORES
 
 RESULTS = Path(__file__).parent.parent / "results"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evals.quality import PROTOCOLS, mean
-from nanokv.cache import mib
+from nanokv.cache.report import mib
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -14,10 +14,11 @@ import torch
 
 from evals.quality import able, text_of
 from nanokv import load
-from nanokv.cache import Report
+from nanokv.cache.plan import Plan
+from nanokv.cache.report import Report
+from nanokv.device import peak_bytes
 from nanokv.engine import Session
-from nanokv.llm import LLM, peak_bytes
-from nanokv.plan import Plan
+from nanokv.llm import LLM
 
 ROOT = Path(__file__).parent.parent
 # steps of every runner in turn, so that each warms its own caches; the first WARM of a round are not counted

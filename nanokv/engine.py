@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanokv.cache import KVCache, Report
-from nanokv.contract import Context, Kept
-from nanokv.model import Llama
-from nanokv.ops import Ops
-from nanokv.plan import Plan
-from nanokv.prompt import PromptCache
+from nanokv.backends.base import Ops
+from nanokv.cache.decode import KVCache
+from nanokv.cache.kept import Kept
+from nanokv.cache.plan import Plan
+from nanokv.cache.prefill import PromptCache
+from nanokv.cache.protocol import Context
+from nanokv.cache.report import Report
+from nanokv.model.llama import Llama
 from nanokv.runner import Runner
 
 

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nanokv.cache import KVCache
-from nanokv.model import Block, Llama
+from nanokv.cache.decode import KVCache
+from nanokv.model.llama import Block, Llama
 
 RUNNERS = ("eager", "compile", "graph")
 COMPILERS = ("g++", "clang++")

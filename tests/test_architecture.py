@@ -76,7 +76,7 @@ def test_what_the_model_needs_knows_nothing_of_compression(name):
 
 
 def test_the_model_knows_attend_and_nothing_else():
-    from nanokv.plan import AXES
+    from nanokv.cache.plan import AXES
 
     source = FILES["nanokv/model.py"].read_text(encoding="utf-8")
     names = [n for parts in AXES.values() for n in parts]
@@ -216,7 +216,7 @@ def test_no_file_is_called_utils_and_no_function_takes_any_keyword():
 
 
 def test_every_method_is_a_frozen_dataclass_with_a_source():
-    from nanokv.plan import AXES
+    from nanokv.cache.plan import AXES
 
     for parts in AXES.values():
         for name, part in parts.items():

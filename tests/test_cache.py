@@ -13,9 +13,11 @@ from oracle import streaming
 from test_identity import PLANS, run
 
 from nanokv import parse
-from nanokv.contract import Ask, Kept, Policy, Prompt
-from nanokv.plan import Plan
-from nanokv.slots import Slots
+from nanokv.cache.kept import Kept, Prompt
+from nanokv.cache.plan import Plan
+from nanokv.cache.scores import Ask
+from nanokv.cache.slots import Slots
+from nanokv.policies.base import Policy
 
 
 def storages(thing, seen: dict[int, int], stop: tuple) -> int:
@@ -40,7 +42,7 @@ def storages(thing, seen: dict[int, int], stop: tuple) -> int:
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("model", ["g3", "mistral"])
 def test_the_receipt_equals_the_storages_the_cache_reaches(plan, model, llm_of):
-    from nanokv.contract import Context
+    from nanokv.cache.protocol import Context
 
     llm, prompts = llm_of(model), [text(60, seed=5), text(31, seed=7)]
     session = llm.session(9, None, parse(plan))
@@ -326,7 +328,7 @@ SAVED = ["h2o:budget=20", "corm:window=6,recent=8,every=4", "adakv:budget=20,win
 
 @pytest.mark.parametrize("plan", SAVED)
 def test_a_saved_cache_goes_on_as_the_one_that_was_saved(plan, llm_of, tmp_path):
-    from nanokv.save import restore, save
+    from nanokv.cache.save import restore, save
 
     llm, plan = llm_of("g3"), parse(plan)
     session = llm.session(20, None, plan)

@@ -17,15 +17,15 @@ from test_identity import PLANS, STEPS, run
 
 from kernels import reference
 from nanokv import load, parse
-from nanokv.contract import Kept
+from nanokv.cache.kept import Kept
+from nanokv.cache.prefill import PromptCache
 from nanokv.engine import Session
-from nanokv.places import PLACES
-from nanokv.places.host import HostStore
 from nanokv.policies import POLICIES
-from nanokv.prompt import PromptCache
 from nanokv.runner import Eager
-from nanokv.stores.chunked import ChunkStore
-from nanokv.stores.shadow import factors
+from nanokv.stores.host import PLACES
+from nanokv.stores.host.base import HostStore
+from nanokv.stores.sparse.chunks import ChunkStore
+from nanokv.stores.sparse.shadow import factors
 
 # of 60 tokens: 14 chunks of 4 beside the last one, of which 3 stay exact and 4 are read; every rank there is
 SPARSE = "shadow:chunk=4,local=1,outliers=3,budget=16,rank=64"
@@ -348,7 +348,7 @@ def wide(store: ChunkStore) -> torch.Tensor:
 
 
 def test_growing_saves_bytes_and_survives_saving_and_more_room(llm_of, tmp_path):
-    from nanokv.save import restore, save
+    from nanokv.cache.save import restore, save
 
     llm, more, sizes = llm_of("g3"), text(100, seed=6), []
     for grow in (0, 10):
@@ -386,7 +386,7 @@ def test_prompts_and_tokens_of_two_types(plan, dtype, tiny):
 
 def test_what_was_exact_stays_exact_in_new_memory(llm_of, tmp_path):
     """A prompt too short for chunks, and enough said since for some."""
-    from nanokv.save import restore, save
+    from nanokv.cache.save import restore, save
 
     llm, more, logits = llm_of("g3"), text(60, seed=6), []
     for way in ("as it is", "reserve", "save"):
@@ -625,7 +625,7 @@ def test_the_formula_is_a_bound_where_chunks_grow(plan, llm_of):
 @pytest.mark.parametrize(("n", "least"), [(32768, 5.5), (65536, 6.0), (131072, 6.0)])
 def test_device_bytes_of_llama_3_8b(n, least):
     """By the formula that the receipt has just been held to."""
-    from nanokv.config import PRESETS
+    from nanokv.model.presets import PRESETS
 
     config, plan = PRESETS["llama3-8b"], parse("shadow")
     full = n * 2 * config.num_key_value_heads * config.head_dim * 2

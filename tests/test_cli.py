@@ -15,7 +15,7 @@ from conftest import ROOT
 from test_loader import edit, reconfigure, shard
 
 import generate
-from nanokv import llm as llm_module
+from nanokv import device, llm as llm_module
 
 TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
 TEMPLATE = TURN + "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -369,7 +369,7 @@ def test_a_question_follows_on_the_compressed_cache(model, capsys):
 @pytest.mark.parametrize("question", ["What is it?", "assistant"])  # the second stands in the template's tail, too
 def test_a_chat_question_is_cut_out_of_one_rendering(question, model):
     from nanokv import load
-    from nanokv.chat import cut
+    from nanokv.text.chat import cut
 
     llm = load(str(model), dtype="float32")
     before, after = cut(llm, [{"role": "user", "content": "Some text."}], question)
@@ -379,7 +379,7 @@ def test_a_chat_question_is_cut_out_of_one_rendering(question, model):
 
 def test_a_conversation_feeds_only_what_is_new(model):
     from nanokv import load
-    from nanokv.chat import Conversation
+    from nanokv.text.chat import Conversation
 
     llm = load(str(model), dtype="float32")
     chat = Conversation(llm, "be brief", 6, lambda s, p, t: llm.turn(s, p, then=t, limit=6))
@@ -425,7 +425,7 @@ def test_explain_draws_every_layer(model, capsys):
 
 
 def test_lists_print_every_name(capsys):
-    from nanokv.plan import AXES
+    from nanokv.cache.plan import AXES
     from weights.registry import MODELS
 
     status, out, _ = call(capsys, "--list-policies")
@@ -491,7 +491,7 @@ def test_a_policy_that_waits_decides_even_if_one_token_was_asked_for(model, caps
 
 def test_an_answer_that_is_interrupted_leaves_a_cache_that_goes_on(model):
     from nanokv import load
-    from nanokv.chat import Conversation
+    from nanokv.text.chat import Conversation
 
     llm = load(str(model), dtype="float32")
     for broken in (False, True):
@@ -509,7 +509,7 @@ def test_an_answer_that_is_interrupted_leaves_a_cache_that_goes_on(model):
 
 def test_a_step_that_dies_half_way_is_noticed(model, monkeypatch):
     from nanokv import load
-    from nanokv.cache import Owner
+    from nanokv.cache.decode import Owner
 
     llm = load(str(model), dtype="float32")
     session = llm.session(9)

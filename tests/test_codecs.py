@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import reference
-from nanokv.contract import Context, Kept
-from nanokv.ops import EAGER, SDPA
+from nanokv.backends.torch_cpu import SDPA
+from nanokv.backends.torch_ops import EAGER
+from nanokv.cache.kept import Kept
+from nanokv.cache.protocol import Context
 from nanokv.stores import STORES
-from nanokv.stores.codec import hadamard, rotate
-from nanokv.stores.fp8 import FORMATS, Fp8
-from nanokv.stores.turbo import LEVELS, Turbo
+from nanokv.stores.quant.codec import hadamard, rotate
+from nanokv.stores.quant.fp8 import FORMATS, Fp8
+from nanokv.stores.quant.turbo import LEVELS, Turbo
 
 
 class Shape:

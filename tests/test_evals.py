@@ -16,9 +16,10 @@ from evals import quality, record, show
 from evals.dense import begin
 from evals.quality import Item, Turn, judge, script, solved
 from evals.tasks import TASKS
-from nanokv import fidelity, parse
+from nanokv import parse
+from nanokv.cache.plan import Plan
 from nanokv.engine import Session
-from nanokv.plan import Plan
+from nanokv.inspect import fidelity
 
 
 def words(text: str) -> int:
@@ -208,7 +209,8 @@ def test_plans_are_named_once_for_every_budget():
     plans = quality.named(["full", "snapkv:window=8", "streaming:budget=99", "simlayer"], ["25%", "64"])
     assert list(plans) == ["full", "snapkv:window=8 25%", "snapkv:window=8 64", "streaming:budget=99", "simlayer"]
     assert plans["snapkv:window=8 64"].keep.budget == 64
-    from nanokv.plan import POLICIES, STORES
+    from nanokv.policies import POLICIES
+    from nanokv.stores import STORES
 
     assert {parse(t).names[0] for t in quality.registered()} == set(POLICIES)
     assert {parse(t).names[1] for t in quality.registered()} == set(STORES) - {"int"}  # which is int4

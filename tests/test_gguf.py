@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from nanokv import load
-from nanokv.config import ModelConfig, RopeScaling
+from nanokv.model.config import ModelConfig, RopeScaling
 from weights.from_gguf import GGUF, convert, unpermute
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -8,7 +8,7 @@ from conftest import text
 from oracle import MaskedCache
 
 from nanokv import parse
-from nanokv.plan import Plan
+from nanokv.cache.plan import Plan
 from nanokv.policies import POLICIES
 from nanokv.policies.scorer import Evicting, Scorer
 

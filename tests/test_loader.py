@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from nanokv import load, loader
-from nanokv.config import ModelConfig
-from nanokv.ops import EAGER
+from nanokv import load
+from nanokv.backends.torch_ops import EAGER
+from nanokv.model import loader
+from nanokv.model.config import ModelConfig
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from test_identity import STEPS, run
 
 from evals import long
 from nanokv import parse
-from nanokv.rope import angles, rotate
+from nanokv.model.rope import angles, rotate
 
 # most that a head may hold, by plan
 BOUNDED = {
@@ -57,7 +57,7 @@ def test_perplexity_in_pieces_and_in_chunks_is_the_models(llm_of, monkeypatch):
     """Full attention over 300 tokens, by both roads, against the model's own one-shot odds."""
     llm, ids = llm_of("g3"), text(300, seed=4)
     model = llm.models.prefill
-    from nanokv.prompt import PromptCache
+    from nanokv.cache.prefill import PromptCache
 
     cache = PromptCache(parse("full"), llm.config, torch.tensor(ids), llm.models.ops)
     with torch.inference_mode():

@@ -105,7 +105,8 @@ PROMPTS = (
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_a_head_that_holds_nothing_adds_nothing(backend):
-    from nanokv.ops import BACKENDS, merge
+    from nanokv.backends import BACKENDS
+    from nanokv.backends.base import merge
 
     q, k, v = (
         torch.randn(1, n, t, 16, generator=torch.Generator().manual_seed(1)) for n, t in ((4, 2), (2, 5), (2, 5))

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from test_identity import PLANS
 
 from nanokv import parse
-from nanokv.config import PRESETS
-from nanokv.plan import AXES
+from nanokv.cache.plan import AXES
+from nanokv.model.presets import PRESETS
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -8,11 +8,11 @@ import torch
 from conftest import TINY
 
 from nanokv import parse
-from nanokv.config import ModelConfig
-from nanokv.ops import EAGER
-from nanokv.plan import Plan
+from nanokv.backends.torch_ops import EAGER
+from nanokv.cache.plan import Plan
+from nanokv.cache.prefill import PromptCache
+from nanokv.model.config import ModelConfig
 from nanokv.policies import POLICIES
-from nanokv.prompt import PromptCache
 
 FIELDS = ModelConfig.__dataclass_fields__
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from evals import readme
-from nanokv.plan import AXES
+from nanokv.cache.plan import AXES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -11,10 +11,10 @@ from conftest import text
 from test_stores import of, pairs
 
 from nanokv import load, parse
-from nanokv.cache import KVCache
+from nanokv.cache.decode import KVCache
+from nanokv.cache.plan import Plan
 from nanokv.engine import Session
 from nanokv.llm import LLM
-from nanokv.plan import Plan
 from nanokv.policies import POLICIES
 from nanokv.runner import Compiled, Eager, make
 from nanokv.stores import STORES

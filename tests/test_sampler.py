@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanokv.sampler import Sampling, probabilities, sample
+from nanokv.text.sampler import Sampling, probabilities, sample
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0]])
 

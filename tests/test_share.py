@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_identity import STEPS, masked, run
 
-from nanokv import parse, share
-from nanokv.plan import Plan
-from nanokv.share import Pair, joined, search
-from nanokv.shares import KVSharer
+from nanokv import parse
+from nanokv.cache.plan import Plan
+from nanokv.sharing import search as share
+from nanokv.sharing.kvsharer import KVSharer
+from nanokv.sharing.search import Pair, joined, search
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_a_plan_finds_the_map_that_an_earlier_search_left(deep, tmp_path, monkey
 
 
 def test_a_saved_cache_remembers_who_reads_whom(deep, tmp_path):
-    from nanokv.save import restore, save
+    from nanokv.cache.save import restore, save
 
     plan = deep.ready(parse("snapkv:budget=20,window=4+kvsharer:layers=2,threshold=-1"))
     session = deep.session(4, plan=plan)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from evals.tasks import needle
 from nanokv import parse
-from nanokv.contract import Context
+from nanokv.cache.protocol import Context
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ NEEDLES = [
 def test_needles_are_found_by_snapkv_and_under_four_bits_not_by_chance_or_two(smollm, count):
     """1,000 tokens, a seven-digit code of which each digit is a token: pooling must be as wide as the answer. One prefill serves all."""
     from evals.dense import begin
-    from nanokv.fidelity import follow, greedy
+    from nanokv.inspect.fidelity import follow, greedy
 
     found = dict.fromkeys(NEEDLES, 0)
     for seed in range(20):
@@ -135,8 +135,8 @@ class LiveBytes(TorchDispatchMode):
 
 def layers_alive(llm, plan: str, ids: list[int], chunk: int | None = None) -> list[int]:
     """Per layer, when the layer after it begins: how many bytes of earlier layers' keys and values are held by the prompt's cache."""
-    from nanokv.ops import SDPA
-    from nanokv.prompt import PromptCache
+    from nanokv.backends.torch_cpu import SDPA
+    from nanokv.cache.prefill import PromptCache
 
     seen, plan = [], parse(plan).fit(llm.config, llm.models.context.dtype, len(ids), 8)
     cache = PromptCache(plan, llm.config, torch.tensor(ids), SDPA)

@@ -11,10 +11,12 @@ from test_identity import ROUND, SMALL, STEPS
 
 from kernels import reference
 from nanokv import parse
-from nanokv.contract import Context, Kept, Policy
-from nanokv.ops import EAGER
-from nanokv.plan import Plan
+from nanokv.backends.torch_ops import EAGER
+from nanokv.cache.kept import Kept
+from nanokv.cache.plan import Plan
+from nanokv.cache.protocol import Context
 from nanokv.policies import POLICIES
+from nanokv.policies.base import Policy
 from nanokv.stores import STORES
 
 # each registered store, small enough that groups fill and rings turn within 14 steps
@@ -290,7 +292,7 @@ RUNS += [
 
 @pytest.mark.parametrize("plan", RUNS)
 def test_more_room_saving_and_batches_change_nothing(plan, llm_of, tmp_path):
-    from nanokv.save import restore, save
+    from nanokv.cache.save import restore, save
 
     llm, plan = llm_of("g3"), parse(plan)
     prompts, more = [text(60, seed=5), text(33, seed=7)], [text(STEPS, seed=6), text(STEPS, seed=9)]
@@ -472,7 +474,7 @@ def test_zipcache_and_mikv_hold_every_token_at_the_bits_they_say(llm_of):
 
 
 def test_zipcache_divides_by_how_many_queries_could_see_a_token():
-    from nanokv.contract import Prompt
+    from nanokv.cache.kept import Prompt
 
     votes = torch.tensor([[[6.0, 2.0, 1.5, 1.2, 1.1, 0.8]]])
     x = torch.zeros(1, 1, 6, 4)
@@ -565,7 +567,7 @@ def test_two_sets_of_tokens_far_past_a_models_window(plan, model, llm_of):
     ],
 )
 def test_under_a_window_a_cache_saved_from_a_batch_fits_another_room(plan, llm_of, tmp_path):
-    from nanokv.save import restore, save
+    from nanokv.cache.save import restore, save
 
     llm, plan = llm_of("mistral"), parse(plan)
     session = llm.session(50, None, plan)

@@ -13,8 +13,9 @@ import sentencepiece
 from tokenizers import Tokenizer as Fast
 from tokenizers import models, pre_tokenizers
 
-from nanokv.config import ModelConfig
-from nanokv.tokenizer import Stream, Tokenizer, byte_level, from_dir
+from nanokv.model.config import ModelConfig
+from nanokv.text.stream import Stream
+from nanokv.text.tokenizer import Tokenizer, byte_level, from_dir
 from weights.fetch import locate
 from weights.from_gguf import GGUF
 

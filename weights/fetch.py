@@ -178,7 +178,7 @@ def _fetch(repo: str, target: Path) -> Path:
     if INDEX in done:
         shards = _named(repo, done[INDEX], files)
     done |= {f: _file(repo, info.sha, files[f], partial) for f in shards}
-    from nanokv.loader import find_shards  # late, as it brings torch
+    from nanokv.model.loader import find_shards  # late, as it brings torch
 
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as tmp:
         made = Path(tmp) / "made"
@@ -266,7 +266,7 @@ def _in_cache(repo: str) -> Path | None:
     config = try_to_load_from_cache(repo, "config.json")
     if not isinstance(config, str):
         return None
-    from nanokv.loader import find_shards
+    from nanokv.model.loader import find_shards
 
     path = Path(config).parent
     try:

@@ -1,6 +1,6 @@
 """The keep axis: name → policy with the paper's defaults. One line per method or short name."""
 
-from nanokv.contract import Policy
+from nanokv.policies.base import Policy
 from nanokv.policies.cascade import CascadingKV
 from nanokv.policies.corm import CORM
 from nanokv.policies.duo import DuoAttention

@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nanokv.contract import Ask, Case, Kept, Policy, Prompt, check_budget
-from nanokv.slots import Slots
+from nanokv.cache.budget import Case, check_budget
+from nanokv.cache.kept import Kept, Prompt
+from nanokv.cache.scores import Ask
+from nanokv.cache.slots import Slots
+from nanokv.policies.base import Policy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanokv.contract import Ask, Kept, Policy, Prompt
+from nanokv.cache.kept import Kept, Prompt
+from nanokv.cache.scores import Ask
+from nanokv.policies.base import Policy
 
 
 @dataclass(frozen=True, kw_only=True)

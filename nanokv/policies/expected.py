@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanokv.contract import Ask, Prompt
+from nanokv.cache.kept import Prompt
+from nanokv.cache.scores import Ask
 from nanokv.policies.scorer import Scorer
 
 

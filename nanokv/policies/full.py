@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nanokv.contract import Kept, Policy, Prompt
+from nanokv.cache.kept import Kept, Prompt
+from nanokv.policies.base import Policy
 
 
 @dataclass(frozen=True, kw_only=True)

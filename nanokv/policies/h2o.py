@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanokv.contract import Ask, Prompt
+from nanokv.cache.kept import Prompt
+from nanokv.cache.scores import Ask
+from nanokv.cache.slots import Slots
 from nanokv.policies.scorer import Evicting
-from nanokv.slots import Slots
 
 
 @dataclass(frozen=True, kw_only=True)

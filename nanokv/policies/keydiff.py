@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from nanokv.contract import Prompt
+from nanokv.cache.kept import Prompt
 from nanokv.policies.scorer import Scorer
 
 

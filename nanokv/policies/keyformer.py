@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nanokv.contract import Ask
+from nanokv.cache.scores import Ask
 from nanokv.policies.h2o import H2O
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nanokv.contract import Prompt
+from nanokv.cache.kept import Prompt
 from nanokv.policies.scorer import Scorer
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanokv.contract import Prompt
+from nanokv.cache.kept import Prompt
 from nanokv.policies.scorer import Scorer
 
 

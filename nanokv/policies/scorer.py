@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nanokv.contract import Case, Kept, Policy, Prompt, check_budget
-from nanokv.slots import Slots
+from nanokv.cache.budget import Case, check_budget
+from nanokv.cache.kept import Kept, Prompt
+from nanokv.cache.slots import Slots
+from nanokv.policies.base import Policy
 
 
 @dataclass(frozen=True, kw_only=True)

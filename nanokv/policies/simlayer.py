@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from nanokv.contract import Ask, Case, Kept, Policy, Prompt
+from nanokv.cache.budget import Case
+from nanokv.cache.kept import Kept, Prompt
+from nanokv.cache.scores import Ask
+from nanokv.policies.base import Policy
 
 # per model line, as in the authors' code; smollm2's is ours: smollm2-135m's median layer lies at 0.84–0.93 over 2,000–7,000 tokens of prose
 THRESHOLDS = {"llama2": 0.65, "llama3": 0.9, "mistral": 0.8, "qwen2": 0.85, "smollm2": 0.9}

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanokv.contract import Ask, Prompt
+from nanokv.cache.kept import Prompt
+from nanokv.cache.scores import Ask
 from nanokv.policies.scorer import Scorer
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nanokv.contract import Case, Kept, Policy, Prompt, check_budget
+from nanokv.cache.budget import Case, check_budget
+from nanokv.cache.kept import Kept, Prompt
+from nanokv.policies.base import Policy
 
 
 @dataclass(frozen=True, kw_only=True)

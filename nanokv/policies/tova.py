@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nanokv.contract import Ask, Prompt
+from nanokv.cache.kept import Prompt
+from nanokv.cache.scores import Ask
+from nanokv.cache.slots import Slots
 from nanokv.policies.scorer import Evicting
-from nanokv.slots import Slots
 
 
 @dataclass(frozen=True, kw_only=True)

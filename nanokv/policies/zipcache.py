@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nanokv.contract import Ask, Kept, Policy, Prompt
+from nanokv.cache.kept import Kept, Prompt
+from nanokv.cache.scores import Ask
+from nanokv.policies.base import Policy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,15 @@
 """The store axis: name → its spec with default options. One line per store."""
 
-from nanokv.contract import StoreSpec
+from nanokv.cache.protocol import StoreSpec
 from nanokv.stores.dense import Dense
-from nanokv.stores.fp8 import Fp8
-from nanokv.stores.ints import Int
-from nanokv.stores.mixed import Mixed
-from nanokv.stores.quest import Quest
+from nanokv.stores.quant.fp8 import Fp8
+from nanokv.stores.quant.int import Int
+from nanokv.stores.quant.mixed import Mixed
+from nanokv.stores.quant.rot4 import Rot4
+from nanokv.stores.quant.turbo import Turbo
 from nanokv.stores.ragged import Ragged
-from nanokv.stores.rot4 import Rot4
-from nanokv.stores.shadow import Shadow
-from nanokv.stores.turbo import Turbo
+from nanokv.stores.sparse.quest import Quest
+from nanokv.stores.sparse.shadow import Shadow
 
 STORES: dict[str, StoreSpec] = {
     "dense": Dense(),

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanokv.contract import Context, Kept, Policy, StoreSpec
-from nanokv.ops import merge
-from nanokv.slots import Slots
-from nanokv.stores.codec import Codec
+from nanokv.backends.base import merge
+from nanokv.cache.kept import Kept
+from nanokv.cache.protocol import Context, StoreSpec
+from nanokv.cache.slots import Slots
+from nanokv.policies.base import Policy
+from nanokv.stores.quant.codec import Codec
 
 BOOKKEEPING = 4 * 4 + 8  # bytes per row and head: cursor, limit, wanted, sink, first
 

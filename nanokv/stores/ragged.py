@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nanokv.contract import Ask, Context, Kept, Policy
-from nanokv.ops import merge
-from nanokv.slots import Slots
-from nanokv.stores.codec import Codec
+from nanokv.backends.base import merge
+from nanokv.cache.kept import Kept
+from nanokv.cache.protocol import Context
+from nanokv.cache.scores import Ask
+from nanokv.cache.slots import Slots
+from nanokv.policies.base import Policy
 from nanokv.stores.dense import Dense, SlotStore
+from nanokv.stores.quant.codec import Codec
 
 
 @dataclass(frozen=True, kw_only=True)

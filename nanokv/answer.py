@@ -1,0 +1,120 @@
+"""One answer in the making: decode steps, stop strings, timings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from nanokv.device import wait_for
+from nanokv.engine import Session, generate
+from nanokv.text import tokenizer
+from nanokv.text.sampler import Sampling, sample
+from nanokv.text.stream import Stopper
+
+
+TURN_CHUNK = 512  # tokens of a turn that are fed at once
+
+
+@dataclass
+class Turn:
+    """One answer in the making: iterate for (row, piece of text); afterwards the fields tell what happened."""
+
+    session: Session
+    tokenizer: tokenizer.Tokenizer
+    limit: int
+    sampling: Sampling
+    dice: torch.Generator
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    prompt_tokens: int = 0
+    lengths: list[int] = field(default_factory=list)  # of the prompts that started the session
+    ids: list[list[int]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    reasons: list[str | None] = field(default_factory=list)
+    prefill_s: float = 0.0
+    compile_s: float = 0.0
+    decode_s: float = 0.0  # of the steps after the first, which is the warm-up, but those that compiled
+    counted: int = 0  # tokens that came in decode_s, of rows that had not ended
+    unfed: int | None = None  # row 0's last token, where the next turn must feed it first
+    interrupted: bool = False  # set from outside, at any time; the answer ends after the step in progress
+    logits: torch.Tensor | None = None
+    streams: list[Stopper] = field(default_factory=list)
+
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        then: Sequence[int],
+        copies: int,
+        tick: Callable[[int], None] | None,
+        compressed: Callable[[], None] | None,
+    ) -> None:
+        t0, session = time.perf_counter(), self.session
+        if prompts:
+            self.logits = session.start(prompts, copies, tick)
+        if compressed:
+            compressed()
+        if then:
+            session.reserve(len(then) + self.limit)
+            rows = torch.tensor([list(then)], device=session.pos.device).expand(len(session.seen), -1)
+            step = session.chunk or TURN_CHUNK  # pieces bound the scores; each enters the cache before the next one reads it
+            for a in range(0, len(then), step):
+                self.logits = session.feed(rows[:, a : a + step])
+        wait_for(session.pos.device)
+        self.prefill_s = time.perf_counter() - t0
+        self.lengths = [len(p) for p in prompts]
+        self.prompt_tokens = sum(self.lengths) + len(then)
+        n = len(session.seen)
+        self.ids, self.texts, self.reasons = [[] for _ in range(n)], [""] * n, [None] * n
+        before = [list(then)] * n if then else [list(p) for p in prompts for _ in range(copies)]
+        self.streams = [Stopper(tokenizer.Stream(self.tokenizer, ids), self.stop) for ids in before]
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        clock, column, runner = 0.0, None, self.session.models.runner
+        before = compiled = runner.compile_s
+        for i, column in enumerate(generate(self.session, self.logits, self.limit, self._pick)):
+            tokens = column.tolist()
+            if i > 1 and runner.compile_s == compiled:  # a step that compiled is no common one
+                self.decode_s += time.perf_counter() - clock
+                self.counted += self.reasons.count(None)
+            self.unfed = tokens[0] if self.ignore_eos or tokens[0] not in self.tokenizer.eos else None
+            for row, token in enumerate(tokens):
+                yield from self._take(row, token, last=i + 1 == self.limit)
+            if self.interrupted:
+                for row, reason in enumerate(self.reasons):
+                    if reason is None:
+                        self.reasons[row] = "interrupted"
+                        yield from self._emit(row, self.streams[row].end())
+            if all(self.reasons):
+                break
+            compiled, clock = runner.compile_s, time.perf_counter()
+        self.compile_s += runner.compile_s - before
+        if self.session.open:  # a policy that waits has seen no token yet: give it the one it needs to decide
+            self.session.feed(column[:, None])
+            self.unfed = None
+
+    def _pick(self, logits: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return sample(logits, self.sampling, self.dice)
+
+    def _take(self, row: int, token: int, last: bool) -> Iterator[tuple[int, str]]:
+        if self.reasons[row]:
+            return  # an ended row decodes into its own slots until all have ended
+        if token in self.tokenizer.eos and not self.ignore_eos:
+            self.reasons[row] = "eos"
+            yield from self._emit(row, self.streams[row].end())
+            return
+        self.ids[row].append(token)
+        yield from self._emit(row, self.streams[row].push(token))
+        if self.streams[row].stopped:
+            self.reasons[row] = "stop"
+        elif last:
+            self.reasons[row] = "length"
+            yield from self._emit(row, self.streams[row].end())
+
+    def _emit(self, row: int, piece: str) -> Iterator[tuple[int, str]]:
+        if piece:
+            self.texts[row] += piece
+            yield row, piece

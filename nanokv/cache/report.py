@@ -1,0 +1,77 @@
+"""The receipt: what a cache holds, in bytes and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    layer: int
+    owner: int
+    bytes: int
+    kept: list[list[int]]  # [row][KV head]: tokens held
+    k_bits: float
+    v_bits: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The receipt. `bytes` counts every storage the cache holds on the device once; `full_bytes` is a dense cache of the same text."""
+
+    bytes: int
+    live_bytes: int
+    host_bytes: int
+    full_bytes: int
+    seen: list[int]  # tokens of text that each row stands for
+    layers: list[LayerReport]
+
+    @property
+    def ratio(self) -> float:
+        return self.full_bytes / self.bytes
+
+    def _mean(self, bits: str) -> float:
+        """Over all that is stored."""
+        held = [sum(n for row in x.kept for n in row) if x.owner == x.layer else 0 for x in self.layers]
+        return sum(n * getattr(x, bits) for n, x in zip(held, self.layers, strict=True)) / sum(held)
+
+    @property
+    def short(self) -> list[LayerReport]:
+        """The layers in which some head holds less than the whole text."""
+        return [x for x in self.layers if any(min(row) < n for row, n in zip(x.kept, self.seen, strict=True))]
+
+    def as_dict(self, row: int = 0) -> dict:
+        """For --json: `kept` per KV head is the row's own; bytes are of the whole cache, which all rows share."""
+        totals = {k: getattr(self, k) for k in ("bytes", "live_bytes", "host_bytes", "full_bytes", "ratio")}
+        return {**totals, "layers": [{**asdict(x), "kept": x.kept[row]} for x in self.layers]}
+
+    def __str__(self) -> str:
+        line = (
+            f"kv: {mib(self.bytes)} of {mib(self.full_bytes)} dense ({self.ratio:.1f}x) · "
+            f"K {self._mean('k_bits'):.3g} V {self._mean('v_bits'):.3g} bits/elem · "
+        )
+        total, layers = _span(self.seen), len(self.layers)
+        if not self.short:
+            line += f"all {total} tokens on {layers} of {layers} layers"
+        else:
+            held = _span([n for x in self.short for row in x.kept for n in row])
+            line += f"{held} of {total} tokens on {len(self.short)} of {layers} layers"
+        if readers := sum(x.owner != x.layer for x in self.layers):
+            line += f" · {readers} read another's"
+        return f"{line} · host {mib(self.host_bytes)}"
+
+
+def _span(numbers: list[int]) -> str:
+    lo, hi = min(numbers), max(numbers)
+    return f"{lo}" if lo == hi else f"{lo}–{hi}"
+
+
+def mib(n: int) -> str:
+    return "0 B" if n == 0 else f"{n / 2**20:.1f} MiB" if n < 2**30 else f"{n / 2**30:.2f} GiB"
+
+
+def storages(tensors: list[Tensor]) -> dict[int, int]:
+    """Address → bytes of the storages behind these tensors: a view counts as all it keeps alive."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

@@ -1,0 +1,200 @@
+"""A model's shape: one frozen record whose fields are named as in config.json, and the presets of the named models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    rope_type: str  # linear | llama3
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    model_type: str = "llama"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+
+    @property
+    def family(self) -> str:
+        """Which published model line this is, for thresholds measured per family; "" if it is none of them."""
+        if self.model_type != "llama":
+            return self.model_type
+        lines = {
+            (32000, 4096): "llama2",
+            (128256, 8192): "llama3",
+            (128256, 131072): "llama3",
+            (49152, 8192): "smollm2",
+        }
+        return lines.get((self.vocab_size, self.max_position_embeddings), "")
+
+    def parameters(self) -> int:
+        """How many weights a model of this shape has."""
+        heads = self.num_attention_heads + self.num_key_value_heads
+        layer = 2 * heads * self.head_dim * self.hidden_size + 3 * self.hidden_size * self.intermediate_size
+        ends = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return ends + self.num_hidden_layers * layer
+
+    @classmethod
+    def from_dir(cls, path: Path) -> ModelConfig:
+        """Read config.json (and the EOS ids of generation_config.json). ValueError names what is wrong."""
+        file = path / "config.json"
+        raw = read_json(file)
+        config = cls.from_json(raw, str(file))
+        extra = path / "generation_config.json"
+        if extra.is_file():
+            ids = (*config.eos_token_id, *_ids(read_json(extra).get("eos_token_id"), str(extra)))
+            config = replace(config, eos_token_id=tuple(dict.fromkeys(ids)))
+        return config
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], where: str) -> ModelConfig:
+        kind = (raw.get("architectures") or [f"model_type {raw.get('model_type')}"])[0]
+        if kind not in ARCHITECTURES:
+            raise ValueError(f"{where}: architecture {kind} is not supported; supported are {', '.join(ARCHITECTURES)}")
+        if raw.get("quantization_config"):
+            raise ValueError(
+                f"{where}: the weights are quantised; use the model's fp16 or bf16 checkpoint, or a .gguf file"
+            )
+        model_type = ARCHITECTURES[kind]
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"{where}: hidden_act {raw['hidden_act']} is not supported; supported is silu")
+
+        def number(key: str, default: int | None = None) -> int:
+            value = raw.get(key)
+            value = default if value is None else value
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"{where}: {key} is {value!r}; it must be a positive whole number")
+            return value
+
+        heads, hidden = number("num_attention_heads"), number("hidden_size")
+        config = cls(
+            model_type=model_type,
+            vocab_size=number("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=number("intermediate_size"),
+            num_hidden_layers=number("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=number("num_key_value_heads", heads),
+            head_dim=number("head_dim", hidden // heads),
+            max_position_embeddings=number("max_position_embeddings", 2048),
+            rms_norm_eps=_float(raw, "rms_norm_eps", 1e-6, where),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            sliding_window=_window(raw, model_type, where),
+            qkv_bias=model_type == "qwen2" or bool(raw.get("attention_bias", False)),
+            o_bias=model_type == "llama" and bool(raw.get("attention_bias", False)),
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+            bos_token_id=next(iter(_ids(raw.get("bos_token_id"), where)), None),
+            eos_token_id=_ids(raw.get("eos_token_id"), where),
+            **_rope(raw, where),
+        )
+        if heads % config.num_key_value_heads:
+            raise ValueError(
+                f"{where}: {heads} query heads cannot share {config.num_key_value_heads} key/value heads evenly"
+            )
+        if config.head_dim % 2:
+            raise ValueError(f"{where}: head_dim is {config.head_dim}; rotary positions need an even one")
+        return config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object, or ValueError with the file's name."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{file.parent} has no {file.name}; a model directory holds config.json, *.safetensors and a tokenizer"
+        ) from None
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as e:
+        raise ValueError(f"{file} cannot be read as JSON ({str(e).splitlines()[0]}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a JSON {type(value).__name__}; an object is expected")
+    return value
+
+
+def _float(raw: Mapping[str, Any], key: str, default: float, where: str) -> float:
+    value = raw.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"{where}: {key} is {value!r}; it must be a positive number")
+    return float(value)
+
+
+def _window(raw: Mapping[str, Any], model_type: str, where: str) -> int | None:
+    if model_type == "qwen2" and raw.get("use_sliding_window"):
+        raise ValueError(
+            f"{where}: use_sliding_window gives layers different windows, which is not supported for qwen2"
+        )
+    if model_type != "mistral":
+        return None
+    value = raw.get("sliding_window", 4096)  # Mistral v0.1's own default; later ones say null
+    if value is not None and (not isinstance(value, int) or value <= 0):
+        raise ValueError(f"{where}: sliding_window is {value!r}; it must be a positive whole number or null")
+    return value
+
+
+def _ids(value: Any, where: str) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) for i in ids):
+        raise ValueError(f"{where}: token id {value!r} must be a number or a list of numbers")
+    return tuple(ids)
+
+
+def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Both spellings: rope_theta + rope_scaling, and the newer rope_parameters that holds both."""
+    new = raw.get("rope_parameters") or {}
+    old = raw.get("rope_scaling") or {}
+    if not isinstance(new, dict) or not isinstance(old, dict):
+        raise ValueError(f"{where}: rope_scaling must be an object with rope_type and factor")
+    if raw.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{where}: partial_rotary_factor is not supported; the whole head must be rotated")
+    scaling = new or old
+    theta = _float({**raw, **new}, "rope_theta", 10000.0, where)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f"{where}: rope_scaling type {kind!r} is not supported; supported are default, linear, llama3")
+    wanted = ("factor",) if kind == "linear" else tuple(RopeScaling.__dataclass_fields__)[1:]
+    missing = [k for k in wanted if k not in scaling]
+    if missing:
+        raise ValueError(f"{where}: rope_scaling {kind} lacks {', '.join(missing)}")
+    values = {k: _float(scaling, k, 0, where) for k in wanted}
+    return {"rope_theta": theta, "rope_scaling": RopeScaling(kind, **values)}
+
+
+_LLAMA2 = ModelConfig(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=32, head_dim=128, max_position_embeddings=4096,
+)  # fmt: skip
+
+_LLAMA3 = replace(
+    _LLAMA2, vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=8192,
+    rope_theta=500000.0,
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""Stores that round: one file per format."""

@@ -1,0 +1,1 @@
+"""Stores of which a step reads only a part."""
