@@ -1,13 +1,17 @@
 """Quality, speed and bytes of KV-cache policies: `python bench.py` alone takes some minutes and prints one table.
 
-quality   tasks under both protocols, a second turn, fidelity to the full cache       speed    prefill, decode, share of the memory bus
-memory    receipt and peak, one process a row       peers    transformers, kvpress, llama.cpp on the same prompts       all    these four
+quality   tasks under both protocols, a second turn, fidelity to the full cache       speed    prefill, decode, share
+of the memory bus
+memory    receipt and peak, one process a row       peers    transformers, kvpress, llama.cpp on the same prompts
+all    these four
 kvpress   its scores and ours at equal settings, without the speeds that peers takes too
 kernels   on a GPU: each kernel and whole decode steps against what the device can do
 codes     what each store's rounding does to the keys and values of a text
-endless   20,000 generated tokens: speed and bytes at both ends       prose    perplexity of a text, far beyond the context if you like
+endless   20,000 generated tokens: speed and bytes at both ends       prose    perplexity of a text, far beyond the
+context if you like
 
-The last line on stdout is the result as one JSON document; --json writes it to a file, with machine, versions and commit.
+The last line on stdout is the result as one JSON document; --json writes it to a file, with machine, versions and
+commit.
 """
 
 from __future__ import annotations
@@ -26,12 +30,16 @@ from tqdm import tqdm
 from evals import record, show
 from evals.quality import Item, named, registered
 from evals.tasks import TASKS
+from nanokv import cli
 from nanokv.cache.plan import Plan, parse
 from nanokv.llm import LLM, load
 from nanokv.runner import RUNNERS
-from weights.registry import DEFAULT, settings
+from weights.registry import DEFAULT
 
-# chosen on these very tasks: pooling as wide as a code of single digits, and a window that leaves something to drop at 1,000 tokens
+PROGRAM = "bench.py"
+
+# chosen on these very tasks: pooling as wide as a code of single digits, and a window that leaves something to drop
+# at 1,000 tokens
 TUNED = ("snapkv:window=8,kernel=13", "simlayer:recent=256")
 # the bare run's: one of each kind, so that it stays a matter of minutes
 QUICK = ("full", "random", "streaming", *TUNED, "adakv:window=8,kernel=13", "keydiff", "tova")
@@ -45,11 +53,13 @@ ENDLESS = ("streaming:budget=512", "h2o:budget=512", "tova:budget=512", "snapkv:
 PROSE = tuple(f"streaming:positions=cache,sink={sink},recent={recent}" for sink, recent in ((4, 1020), (0, 1024)))
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def parser() -> cli.Parser:
+    p = cli.Parser(
+        prog=PROGRAM,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    p.error = lambda message: sys.exit(complain(message))
     a = p.add_argument
     a("what", nargs="?", default="quick", choices=(*PARTS, "all"))
     a("--model", default=DEFAULT, metavar="M")
@@ -82,33 +92,18 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
-    try:
-        return run(args, argv)
-    except (ValueError, OSError) as e:
-        if isinstance(e, BrokenPipeError):  # the reader of our tables has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        if settings().debug:
-            raise
-        return complain(str(e))
-    except KeyboardInterrupt:
-        print("interrupted" + ("; the same command goes on from here" if args.full else ""), file=sys.stderr)
-        return 130
-    except (MemoryError, RuntimeError) as e:  # torch says either, and on each device in other words
-        if settings().debug or not (isinstance(e, MemoryError) or "memory" in str(e)):
-            raise
-        return complain("not enough memory; give smaller --lengths or --batches, or fewer --plans")
-
-
-def complain(message: str) -> int:
-    print(f"bench.py: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return cli.exits(
+        PROGRAM,
+        lambda: run(args, argv),
+        need_less_memory="give smaller --lengths or --batches, or fewer --plans",
+        interrupted="interrupted" + ("; the same command goes on from here" if args.full else ""),
+    )
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     check(args)
     plans_of(args, ())  # a mistake in a plan is told before a model is loaded
-    bar = sys.stderr.isatty() and not args.quiet
+    bar = cli.shows_progress(args.quiet)
     if args.what == "kernels":
         from evals.kernels import need_cuda
 
@@ -204,7 +199,9 @@ class Job:
 
 
 def plans_of(args: argparse.Namespace, budgets: Sequence[str]) -> dict[str, Plan]:
-    """Name → plan: the registered ones (of the bare run a few), or the asked ones with full, random and streaming; full always first."""
+    """Name → plan: the registered ones (of the bare run a few), or the asked ones with full, random and streaming;
+    full always first.
+    """
     texts = QUICK if args.what == "quick" else [*registered(), *TUNED]
     return named(texts if args.plans is None else ["full", "random", "streaming", *args.plans], args.budgets or budgets)
 

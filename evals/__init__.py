@@ -1,1 +1,1 @@
-"""Tasks and measurements. Nothing in nanokv or kernels imports this package."""
+"""Tasks and measurements. Neither nanokv nor kernels imports this package."""

@@ -1,4 +1,4 @@
-"""One dense prefill, many plans: `keep` reads nothing but a `Prompt`, so every plan may be applied to the same run."""
+"""Apply many plans to one dense prefill. A policy's `keep` reads only a `Prompt`, so all plans can use the same run."""
 
 from __future__ import annotations
 
@@ -8,62 +8,81 @@ import torch
 from torch import Tensor
 
 from nanokv.backends.base import Ops
-from nanokv.cache.kept import Kept
+from nanokv.cache.context import Context
+from nanokv.cache.kept import Kept, Prompt
 from nanokv.cache.plan import Plan
 from nanokv.cache.prefill import PromptCache
 from nanokv.engine import Session, prefill
 from nanokv.llm import LLM
 from nanokv.model.config import ModelConfig
 
-# makes a session at the end of its prompt, with the prompt's last logits (1,vocab)
+# returns a session whose prompt is compressed, and the prompt's last logits (1,vocab)
 Begin = Callable[[], tuple[Session, Tensor]]
 
 
 class DenseRun(PromptCache):
-    """A prompt's cache that asks every plan's policy what it would keep: `rows`, one dict of survivors per plan."""
+    """A prompt cache that asks every plan's policy what to keep. `rows` holds {layer: kept tokens} for each plan."""
 
-    def __init__(self, plans: Sequence[Plan], config: ModelConfig, ids: Tensor, ops: Ops):
-        super().__init__(plans[0], config, ids, ops)
+    def __init__(self, plans: Sequence[Plan], config: ModelConfig, ids: Tensor, ops: Ops, ctx: Context):
+        super().__init__(plans[0], config, ids, ops, ctx)
         self.plans = plans
-        self.asks = {plan.keep.ask for plan in plans}
+        self.wanted = list({plan.keep.scores for plan in plans})
         self.rows: list[dict[int, Kept]] = [{} for _ in plans]
+        self.prompts: list[list[Prompt]] = [[] for _ in plans]  # for policies that choose across layers
 
-    def finish(self, owner: int) -> None:
-        run = self.runs.pop(owner)
-        for i, plan in enumerate(self.plans):
-            self.rows[i][owner] = plan.keep.keep(run.close(owner, self, plan.keep.ask))
-            self.rows[i] = plan.keep.settle(self.rows[i])
+    def attended(self, owner: int) -> None:
+        dense, n_owners = self.dense.pop(owner), len(self.layers) - len(self.plan.share)
+        for plan, row, prompts in zip(self.plans, self.rows, self.prompts, strict=True):
+            prompt = dense.as_prompt(owner, self, plan.keep.scores)
+            if not plan.keep.cross_layer:
+                row[owner] = plan.keep.keep(prompt)
+                continue
+            prompts.append(prompt)
+            if len(prompts) == n_owners:
+                prompts.sort(key=lambda p: p.layer)
+                row |= zip((p.layer for p in prompts), plan.keep.keep_all(prompts), strict=True)
+                prompts.clear()
 
 
 @torch.inference_mode()
 def begin(llm: LLM, plans: Sequence[Plan], ids: Sequence[int], room: int) -> Iterator[tuple[int, Begin]]:
-    """Per plan its index and a function that makes a session with `room` after the prompt ids, as often as it is called.
+    """Yield, per plan, its index and a function that starts a session with `room` tokens after the prompt `ids`.
 
-    One prefill serves all plans with the same layers sharing; those that wait for the first new token have one for each session.
+    The function may be called many times. One prefill serves all plans that share the same layers. A plan that decides
+    after the first new token, or that needs scoring passes, runs its own prefill in every call.
     """
     models = llm.models
     fitted = [plan.fit(llm.config, models.context.dtype, len(ids), room) for plan in plans]
     groups: dict[tuple, list[int]] = {}
     for i, plan in enumerate(fitted):
-        groups.setdefault((i,) if plan.keep.wait else tuple(sorted(plan.share.items())), []).append(i)
+        alone = plan.keep.decide_after or plan.keep.passes
+        groups.setdefault((i,) if alone else tuple(sorted(plan.share.items())), []).append(i)
     for members in groups.values():
-        if fitted[members[0]].keep.wait:
-            yield members[0], lambda i=members[0]: _fresh(llm, plans[i], ids, room)
+        keep = fitted[members[0]].keep
+        if keep.decide_after or keep.passes:
+            yield members[0], lambda i=members[0]: _start_session(llm, plans[i], ids, room)
             continue
-        run = DenseRun([fitted[i] for i in members], llm.config, torch.tensor(ids, device=llm.device), models.ops)
+        tokens = torch.tensor(ids, device=llm.device)
+        run = DenseRun([fitted[i] for i in members], llm.config, tokens, models.ops, models.context)
         logits = prefill(models.prefill, run)
-        # a cache and its layers hold each other: what it goes on holding would wait for the collector
+        # the cache and its layers refer to each other: rows left in it would stay until garbage collection
         rows, run.rows = run.rows, []
         for i, row in zip(members, rows, strict=True):
-            yield i, lambda i=i, row=row, logits=logits: (_resume(llm, fitted[i], row, len(ids), room), logits)
+            yield (
+                i,
+                lambda i=i, row=row, logits=logits, tokens=tokens: (
+                    _restore_session(llm, fitted[i], row, tokens, room),
+                    logits,
+                ),
+            )
 
 
-def _fresh(llm: LLM, plan: Plan, ids: Sequence[int], room: int) -> tuple[Session, Tensor]:
+def _start_session(llm: LLM, plan: Plan, ids: Sequence[int], room: int) -> tuple[Session, Tensor]:
     session = Session(llm.models, plan, room)
     return session, session.start([ids])
 
 
-def _resume(llm: LLM, plan: Plan, row: dict[int, Kept], seen: int, room: int) -> Session:
+def _restore_session(llm: LLM, plan: Plan, row: dict[int, Kept], tokens: Tensor, room: int) -> Session:
     session = Session(llm.models, plan, room)
-    session.restore(plan, dict(row), seen)
+    session.restore(plan, dict(row), len(tokens), tokens)
     return session

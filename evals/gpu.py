@@ -1,7 +1,7 @@
-"""What a GPU makes of nanokv, stage after stage, each row written to a file as soon as it is known: a lent card may be gone any minute.
+"""Measure nanokv on a GPU in stages. Each row is saved at once, because a borrowed card can disappear at any time.
 
-`python -m evals.gpu --json results/gpu.json` runs every stage; `--stages` names some. A stage that fails says so in its row and the
-next one begins.
+`python -m evals.gpu --json results/gpu.json` runs every stage; `--stages` selects some. A stage that fails writes a
+row with the error, and the next stage starts.
 """
 
 from __future__ import annotations
@@ -25,38 +25,44 @@ PLANS = ("full", "snapkv:budget=1024", "full+int4:group=128")
 
 
 def ceilings() -> Iterator[dict]:
+    """What the device can do."""
     yield {"name": "ceilings", **measure.ceilings()}
 
 
 def attention() -> Iterator[dict]:
+    """Attention of one layer, per call."""
     yield from measure.attention()
 
 
 def steps() -> Iterator[dict]:
+    """Decode steps of one row, at a short and a long context."""
     yield from measure.steps(read_rate(), SHORT_AND_LONG, PLANS)
 
 
 def batches() -> Iterator[dict]:
+    """Decode steps of eight rows."""
     yield from measure.steps(read_rate(), [(MODEL, 8, 16384)], PLANS)
 
 
 def more() -> Iterator[dict]:
+    """Decode steps of more plans."""
     plans = ("full", "streaming:budget=1024", "adakv:budget=1024", "full+int8:group=128", "full+fp8", "quest")
     yield from measure.steps(read_rate(), [(MODEL, 1, 32768)], plans)
     yield from measure.steps(read_rate(), [(MODEL, 1, 4096)], ("full", "h2o:budget=1024", "tova:budget=1024"))
 
 
 def shadow() -> Iterator[dict]:
+    """Decode steps of plans that keep keys or values on the host."""
     yield from measure.steps(read_rate(), [(MODEL, 1, 32768)], ("shadow", "offload"))
 
 
 def default() -> Iterator[dict]:
-    """The torch path without kernels and without a graph."""
+    """Decode steps in plain torch, without kernels and without a CUDA graph."""
     yield from measure.steps(read_rate(), SHORT_AND_LONG, ("full",), backend="sdpa")
 
 
 def peers() -> Iterator[dict]:
-    """transformers on the same shape, its growing cache and then its static one compiled: seconds per token after a prompt of 4,096."""
+    """Decode steps of transformers on the same shape, with its growing cache and with its compiled static cache."""
     import transformers  # noqa: TID251
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache  # noqa: TID251
 
@@ -94,6 +100,7 @@ def peers() -> Iterator[dict]:
 
 @torch.inference_mode()
 def _transformers_step(model, cache, S: int, compiled: bool) -> float:
+    """Return the median seconds of a decode step after a prompt of S tokens."""
     ids = torch.randint(0, 256, (1, S), device="cuda")
     step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if compiled else model
     out = model(ids, past_key_values=cache, logits_to_keep=1)
@@ -114,21 +121,21 @@ def _transformers_step(model, cache, S: int, compiled: bool) -> float:
 
 
 STAGES = {f.__name__: f for f in (ceilings, attention, steps, batches, default, peers, more, shadow)}
-KNOWN: dict = {}
+MEASURED: dict = {}
 
 
 def read_rate() -> float:
-    """Bytes per second that this card reads, measured once in this process."""
-    if not KNOWN:
-        KNOWN.update(measure.ceilings())
-    return KNOWN["read"]
+    """Return the bytes per second that this card reads. It is measured once per process."""
+    if not MEASURED:
+        MEASURED.update(measure.ceilings())
+    return MEASURED["read"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    given = parser.parse_args()
+    args = parser.parse_args()
     try:
         measure.need_cuda()
     except ValueError as e:
@@ -145,14 +152,14 @@ def main() -> int:
         "command": "python -m evals.gpu " + " ".join(sys.argv[1:]),
         "rows": [],
     }
-    for name in given.stages:
+    for name in args.stages:
         t0 = time.perf_counter()
         try:
             for row in STAGES[name]():
-                KNOWN.update({k: v for k, v in row.items() if name == "ceilings" and k != "name"})
+                MEASURED.update({k: v for k, v in row.items() if name == "ceilings" and k != "name"})
                 record["rows"].append({"stage": name, **row})
                 print(json.dumps(record["rows"][-1]), flush=True)
-                given.json.write_text(json.dumps(record, indent=1))
+                args.json.write_text(json.dumps(record, indent=1))
         except Exception as e:  # the next stage is worth more than this traceback
             record["rows"].append({"stage": name, "failed": f"{type(e).__name__}: {str(e)[:300]}"})
             print(json.dumps(record["rows"][-1]), flush=True)
@@ -160,7 +167,7 @@ def main() -> int:
 
             traceback.print_exc()
         record["rows"].append({"stage": name, "took": time.perf_counter() - t0})
-        given.json.write_text(json.dumps(record, indent=1))
+        args.json.write_text(json.dumps(record, indent=1))
         torch.cuda.empty_cache()
     return 0
 

@@ -1,7 +1,8 @@
-"""What a GPU's kernels reach of what the device can do: ceilings first, then attention per call, then whole decode steps, in one process.
+"""Compare a GPU's kernels with the device's limits in one process: limits first, then attention, then decode steps.
 
-A call is timed inside a captured graph of many calls over buffers that together are far larger than the cache; a row whose result is
-not within its bound of fp32 says FAIL and has no time. Random normal numbers throughout: zeros would run faster.
+A call is timed in a CUDA graph of many calls, whose buffers together are far larger than the L2 cache. A row whose
+error against fp32 exceeds its tolerance says FAIL and has no time. All inputs are random normal, because zeros would
+run faster.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from nanokv.runner import Eager, Graphed
 from nanokv.stores.host.base import Hosted
 
 D, CALLS, REPLAYS, L2 = 128, 20, 30, 60 << 20
-# KV heads, query heads of each, rows, slots: MHA and GQA, below and above what fills the device
+# (KV heads, query heads per KV head, rows, slots): MHA and GQA, some too small to fill the device
 SHAPES = [
     (8, 4, 1, 4096),
     (8, 4, 1, 16384),
@@ -35,7 +36,7 @@ SHAPES = [
     (8, 4, 8, 32768),
 ]
 FORMATS = ("bf16", "int8", "int4", "int2")
-GATE = {"bf16": 2e-2, "int8": 2e-2, "int4": 2e-2, "int2": 2e-2}
+TOLERANCE = {"bf16": 2e-2, "int8": 2e-2, "int4": 2e-2, "int2": 2e-2}
 PLANS = (
     "full",
     "snapkv:budget=1024",
@@ -50,22 +51,23 @@ STEPS = [
     ("llama3-8b", 8, 16384),
     ("llama2-7b", 1, 16384),
     ("mistral-7b", 1, 32768),
-]
+]  # (model, rows, tokens)
 
 
 def need_cuda() -> None:
+    """ValueError if there is no CUDA device."""
     if not torch.cuda.is_available():
         raise ValueError(
-            "bench.py kernels measures a CUDA device and there is none; python bench.py speed measures this one"
+            "bench.py kernels needs a CUDA device and there is none; run python bench.py speed on this one"
         )
 
 
 def graph_times(calls: list[Callable[[], object]]) -> list[float]:
-    """Seconds per call: one graph of all of them, replayed."""
+    """Return the seconds per call of each replay of one CUDA graph that holds all calls."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
-            call()  # compiles, and sets up workspaces
+            call()  # compile and allocate workspaces before the capture
     torch.cuda.synchronize()
     graph, times = torch.cuda.CUDAGraph(), []
     with torch.cuda.graph(graph):
@@ -83,7 +85,11 @@ def graph_times(calls: list[Callable[[], object]]) -> list[float]:
 
 
 def ceilings() -> dict[str, float]:
-    """Bytes per second copied (read and written) and read, bf16 FLOP/s, host to device, and seconds per node of a graph."""
+    """Return the device's limits.
+
+    copy, read and host (to device) are bytes per second, where a copy counts reads and writes; matmul is bf16 FLOP/s;
+    node is the seconds per node of a CUDA graph.
+    """
     x, y = (torch.randn(2**30, device="cuda").to(torch.bfloat16) for _ in range(2))
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     host, small = torch.empty(2**28, dtype=torch.uint8).pin_memory(), torch.zeros(1, device="cuda")
@@ -105,7 +111,7 @@ def ceilings() -> dict[str, float]:
 
 
 def attention() -> Iterator[dict]:
-    """One layer's decode attention in every format, and torch's own over the same bf16 keys."""
+    """Time one layer's decode attention in every format, and torch's attention on the same bf16 keys."""
     ours = triton()
     for heads, group, B, S in SHAPES:
         size = 2 * B * heads * S * D * 2
@@ -120,7 +126,7 @@ def attention() -> Iterator[dict]:
             row = _row(f"torch {backend.name.lower()}", heads, group, B, S, size)
             try:
                 with sdpa_kernel(backend):
-                    sets = [_cache(B, heads, group, S, seed) for seed in range(copies)]
+                    sets = [_random_inputs(B, heads, group, S, seed) for seed in range(copies)]
                     times = graph_times(
                         [
                             lambda x=sets[i % copies]: F.scaled_dot_product_attention(*x, enable_gqa=True)
@@ -134,11 +140,11 @@ def attention() -> Iterator[dict]:
             yield row | _times(times)
         for name in FORMATS:
             bits = {"bf16": 16, "int8": 8, "int4": 4, "int2": 2}[name]
-            sets = [_ask(ours, bits, *_cache(B, heads, group, S, seed)) for seed in range(copies)]
-            need = sum(t.nbytes for t in sets[0][1])
-            row = _row(f"nanokv {name}", heads, group, B, S, need)
-            error = (sets[0][0]().float() - _truth(bits, *sets[0][1]).float()).abs().max().item()
-            if not error <= GATE[name]:
+            sets = [_attention_call(ours, bits, *_random_inputs(B, heads, group, S, seed)) for seed in range(copies)]
+            must_read = sum(t.nbytes for t in sets[0][1])
+            row = _row(f"nanokv {name}", heads, group, B, S, must_read)
+            error = (sets[0][0]().float() - _reference(bits, *sets[0][1]).float()).abs().max().item()
+            if not error <= TOLERANCE[name]:
                 yield row | {"absent": f"FAIL: {error:.3g} from fp32"}
                 continue
             times = graph_times([sets[i % copies][0] for i in range(CALLS)])
@@ -146,8 +152,8 @@ def attention() -> Iterator[dict]:
             del sets
 
 
-def _row(name: str, heads: int, group: int, B: int, S: int, need: int) -> dict:
-    return {"name": name, "kv_heads": heads, "group": group, "batch": B, "slots": S, "bytes": need}
+def _row(name: str, heads: int, group: int, B: int, S: int, must_read: int) -> dict:
+    return {"name": name, "kv_heads": heads, "group": group, "batch": B, "slots": S, "bytes": must_read}
 
 
 def _times(times: list[float]) -> dict[str, float]:
@@ -155,14 +161,17 @@ def _times(times: list[float]) -> dict[str, float]:
     return {"seconds": median(times), "p10": tenths[0], "p90": tenths[-1]}
 
 
-def _cache(B: int, heads: int, group: int, S: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    dice = torch.Generator("cuda").manual_seed(seed)
+def _random_inputs(B: int, heads: int, group: int, S: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q (B,H,1,D), k and v (B,Hkv,S,D)."""
+    generator = torch.Generator("cuda").manual_seed(seed)
     shapes = (B, heads * group, 1, D), (B, heads, S, D), (B, heads, S, D)
-    return tuple(torch.randn(s, generator=dice, device="cuda", dtype=torch.bfloat16) for s in shapes)
+    return tuple(torch.randn(s, generator=generator, device="cuda", dtype=torch.bfloat16) for s in shapes)
 
 
-def _ask(ops: Ops, bits: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
-    """A call, and the tensors that it must read."""
+def _attention_call(
+    ops: Ops, bits: int, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
+    """Return an attention call and the tensors that it must read."""
     kpos, now = torch.zeros(k.shape[:3], dtype=torch.int32, device="cuda"), torch.zeros(k.shape[0], 1, device="cuda")
     if bits == 16:
         return lambda: ops.decode(q, k, v, None, kpos, now, None)[0], (q, k, v)
@@ -170,9 +179,9 @@ def _ask(ops: Ops, bits: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Callable
     return lambda: ops.decode_quant(q, *codes, None, kpos, now, None, (bits, bits))[0], (q, *codes[0], *codes[1])
 
 
-def _truth(bits: int, q: Tensor, *held: Tensor) -> Tensor:
-    """In fp32, over what is held."""
-    k, v = held if bits == 16 else (EAGER.dequantize(*held[:3], bits), EAGER.dequantize(*held[3:], bits))
+def _reference(bits: int, q: Tensor, *stored: Tensor) -> Tensor:
+    """Attention in fp32 over the stored keys and values."""
+    k, v = stored if bits == 16 else (EAGER.dequantize(*stored[:3], bits), EAGER.dequantize(*stored[3:], bits))
     kpos, now = torch.zeros(k.shape[:3], dtype=torch.int32, device="cuda"), torch.zeros(k.shape[0], 1, device="cuda")
     return EAGER.decode(q.float(), k, v, None, kpos, now, None)[0]
 
@@ -183,8 +192,9 @@ def steps(
     plans: Sequence[str] = PLANS,
     backend: str = "triton",
 ) -> Iterator[dict]:
-    """Whole decode steps of random weights, captured where the backend is triton; limit: bytes per second that the device reads;
-    cases: model, rows and tokens.
+    """Time decode steps with random weights, in a CUDA graph if the backend is triton.
+
+    `limit` is the bytes per second that the device reads. A case is (model, rows, tokens).
     """
     for model in dict.fromkeys(m for m, _, _ in cases):
         llm = load(model, random_weights=True, device="cuda", backend=backend)
@@ -195,8 +205,8 @@ def steps(
                 row = {"model": model, "batch": B, "slots": S, "plan": text, "backend": backend}
                 try:
                     plan = llm.ready(parse(text))
-                    plain = isinstance(plan.place, Hosted) or backend != "triton"
-                    kind = Eager if plain else Graphed
+                    uncaptured = isinstance(plan.store, Hosted) or backend != "triton"
+                    kind = Eager if uncaptured else Graphed
                     session = Session(replace(llm.models, runner=kind(llm.models.decode)), plan, 170)
                     prompts = [
                         torch.randint(0, 256, (S,), generator=torch.Generator().manual_seed(i)).tolist()
@@ -215,15 +225,15 @@ def steps(
                 except (ValueError, torch.cuda.OutOfMemoryError) as e:
                     yield row | {"absent": str(e).splitlines()[0][:100]}
                     continue
-                seconds, need = median(times), weights + session.report().live_bytes
-                first = first or (seconds, need)
-                cap = first[1] / need
+                seconds, must_read = median(times), weights + session.report().used_bytes
+                first = first or (seconds, must_read)
+                cap = first[1] / must_read
                 yield row | {
                     "seconds": seconds,
                     "tok_s": B / seconds,
                     "device_bytes": session.report().bytes,
                     "host_bytes": session.report().host_bytes,
-                    "of_roof": need / seconds / limit,
+                    "of_roof": must_read / seconds / limit,
                     "cap": cap,
                     "speedup": first[0] / seconds,
                 }

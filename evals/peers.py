@@ -1,7 +1,8 @@
-"""The same weights, prompts, budgets and machine for nanokv, transformers, kvpress and llama.cpp, in one run.
+"""Compare nanokv with transformers, kvpress and llama.cpp in one run, on the same weights, prompts and machine.
 
-What is not installed is a row that says so (`pip install -r requirements-peers.txt`). The only module beside the tests that
-imports transformers and kvpress. llama.cpp is a program of its own and cannot take turns with the others.
+A program that is not installed gets a row that says so (`pip install -r requirements-peers.txt`). Apart from tests and
+`evals.gpu`, only this module imports transformers and kvpress. llama.cpp runs in its own process, so its steps cannot
+alternate with the others' steps.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 import torch
 
 from evals.dense import begin
-from evals.quality import PROTOCOLS, Item, mean, script, solved, text_of
-from evals.speed import ROUNDS, STEPS, in_turn, stepper, timed
+from evals.quality import PROTOCOLS, Item, mean, prompt_and_turns, solved, text_of
+from evals.speed import ROUNDS, STEPS, alternate, stepper, timed
 from nanokv import parse
 from nanokv.cache.plan import Plan
 from nanokv.engine import Session
@@ -32,16 +33,17 @@ INSTALL = "pip install -r requirements-peers.txt"
 
 @dataclass(frozen=True)
 class Pair:
-    """One method in both programs, as alike as their settings allow. kept: the share that stays, 0 … 1."""
+    """One method in nanokv and in kvpress, with settings as equal as possible."""
 
     name: str
-    ours: str  # a plan; of a method that nanokv does not know yet there is their figure alone
-    press: str  # of kvpress, by class
+    ours: str  # a plan; a method that nanokv lacks has only kvpress's figures
+    press: str  # name of kvpress's class
     settings: dict[str, Any]
     inner: tuple[str, dict[str, Any]] | None = None  # a press inside the press
-    differs: str = ""  # what no setting makes alike
+    differs: str = ""  # what differs under all settings
 
     def build(self, kept: float) -> Any:
+        """Build kvpress's press that keeps this share (0 … 1) of the tokens."""
         import kvpress
 
         if self.inner is not None:
@@ -63,7 +65,7 @@ PAIRS = (
         "simlayer:threshold=0.9,window=1,recent=255,roll=false",
         "SimLayerKVPress",
         {"lazy_threshold": 0.9, "n_recent": 256},
-        differs="kvpress judges a layer without the last query's attention to itself, so fewer layers are lazy",
+        differs="kvpress tests a layer without the last query's attention to itself, so fewer layers are lazy",
     ),
     Pair("tova", "tova:budget={}", "TOVAPress", {}),
     Pair("knorm", "knorm:budget={}", "KnormPress", {}),
@@ -75,13 +77,13 @@ PAIRS = (
         "pyramidkv:budget={},window=8,kernel=13,pool=avg",
         "PyramidKVPress",
         SNAP,
-        differs="kvpress draws the line without adding the window",
+        differs="kvpress's budget per layer does not include the window",
     ),
 )
 
 
 class Net:
-    """transformers' model on the weights of a name, stepped by hand so that keys keep their own positions."""
+    """transformers' model with the same weights. Positions are passed to it, so evicted keys do not shift them."""
 
     def __init__(self, model: str, dtype: torch.dtype, device: torch.device):
         import transformers
@@ -108,7 +110,10 @@ class Net:
 
     @torch.inference_mode()
     def feed(self, ids: Sequence[int]) -> torch.Tensor:
-        """Logits after every token (T,vocab). Token by token where layers differ in length: their shared mask fits only one."""
+        """Return the logits after every token (T,vocab).
+
+        If layers differ in length, tokens are fed one by one, because all layers share one mask.
+        """
         if len({layer.keys.shape[2] for layer in self.cache.layers}) == 1:
             return self._forward(self.net, ids, every=True)
         return torch.cat([self._forward(self.net, [i]) for i in ids])
@@ -123,7 +128,7 @@ class Net:
         return call(tokens, **given).logits[0]
 
     def bytes(self) -> int:
-        """Storages that the cache holds, each once; codes and scales of quantised layers included."""
+        """Return the bytes of the cache's storages, each counted once, with codes and scales of quantised layers."""
         found: dict[int, int] = {}
 
         def walk(x: Any, depth: int = 0) -> None:
@@ -150,6 +155,8 @@ class Net:
 
 @dataclass
 class Runner:
+    """One program and cache that is ready for decode steps."""
+
     name: str
     prefill_s: float
     step: Callable[[], object]
@@ -158,26 +165,26 @@ class Runner:
 
 
 def runners(llm: LLM, model: str, ids: list[int], budget: str) -> Iterator[Runner | tuple[str, str]]:
-    """Every contender after its prefill, or (name, why it is not there). Ours step as plain calls and with compiled blocks."""
+    """Yield every runner after its prefill, or (name, reason for its absence). nanokv runs eager and compiled."""
     room, kept = ROUNDS * STEPS + 5, share(budget)
     plans = {"full": parse("full")} | {p.name: plan for p in PAIRS if (plan := _plan(p, budget))}
-    llm.session(room).start([ids])  # everybody's first prompt of a shape is slow; theirs see it twice too
-    for how in (Eager(llm.models.decode), Compiled(llm.models.decode)):
-        models = replace(llm.models, runner=how)
+    llm.session(room).start([ids])  # the first prompt of a shape is slow; `_run` repeats it for the others too
+    for runner in (Eager(llm.models.decode), Compiled(llm.models.decode)):
+        models = replace(llm.models, runner=runner)
         for name, plan in plans.items():
             session, out = Session(models, llm.ready(plan), room), []
             seconds = timed(lambda s=session, o=out: o.append(s.start([ids])), llm.device)
             step = stepper(session, out[0])
-            before = how.compile_s
+            before = runner.compile_s
             step(), step()
-            name = f"nanokv {name}" + (", compiled" if how.compile_s else "")
-            yield Runner(name, seconds, step, lambda s=session: s.report().bytes, how.compile_s - before)
+            name = f"nanokv {name}" + (", compiled" if runner.compile_s else "")
+            yield Runner(name, seconds, step, lambda s=session: s.report().bytes, runner.compile_s - before)
     try:
         import transformers
     except ImportError:
         yield "transformers", f"not installed ({INSTALL})"
         return
-    # every runner has weights of its own: a press leaves marks on the modules that a neighbour's step would meet
+    # every runner has its own weights, because a press changes the modules
     types = dict.fromkeys([llm.dtypes["prefill"], "bfloat16", "float32"])
     for t in types:
         name = f"transformers DynamicCache {t}"
@@ -205,17 +212,17 @@ def runners(llm: LLM, model: str, ids: list[int], budget: str) -> Iterator[Runne
 
 
 def _plan(pair: Pair, budget: str) -> Plan | None:
-    """Our plan of a pair, if nanokv has that method by now."""
+    """Return nanokv's plan of a pair, or None if nanokv lacks the method."""
     return parse(pair.ours.format(budget)) if pair.ours.partition(":")[0] in POLICIES else None
 
 
 def share(budget: str) -> float:
-    """Of a budget in percent: 25% → 0.25."""
+    """Convert a budget in percent to a share: 25% → 0.25."""
     return float(budget[:-1]) / 100
 
 
 def _run(name: str, net: Net, ids: list[int], cache: Callable[[], Any] | None = None, press: Any = None) -> Runner:
-    """After a first prompt that does not count, the timed one, and a step that proves that there can be steps."""
+    """Prefill once to warm up and once for the time, then take one step to check that decoding works."""
     net.start(ids, cache and cache(), press)
     seconds = timed(lambda: net.start(ids, cache and cache(), press), net.device)
     net.step()
@@ -223,6 +230,7 @@ def _run(name: str, net: Net, ids: list[int], cache: Callable[[], Any] | None = 
 
 
 def _compiled(name: str, net: Net, ids: list[int], room: int) -> Runner:
+    """Build a runner with a static cache and a compiled forward pass."""
     from transformers import StaticCache
 
     runner = _run(name, net, ids, lambda: StaticCache(config=net.net.config, max_cache_len=len(ids) + room))
@@ -232,21 +240,21 @@ def _compiled(name: str, net: Net, ids: list[int], room: int) -> Runner:
 
 
 def _guard(name: str, make: Callable[[], Runner]) -> Runner | tuple[str, str]:
-    """Another program's failure is a row of the table, not the end of the run."""
+    """Answer the failure of another program into a row of the table, so that the run goes on."""
     try:
         return make()
     except ImportError as e:
-        return name, f"not installed ({_line(e)}; {INSTALL})"
-    except Exception as e:  # whatever a peer raises
-        return name, f"failed: {type(e).__name__}: {_line(e)}"
+        return name, f"not installed ({_first_line(e)}; {INSTALL})"
+    except Exception as e:  # a peer can raise any exception
+        return name, f"failed: {type(e).__name__}: {_first_line(e)}"
 
 
-def _line(e: Exception) -> str:
+def _first_line(e: Exception) -> str:
     return (str(e) or " ").splitlines()[0][:90]
 
 
 def speed(llm: LLM, model: str, length: int, budget: str) -> list[dict]:
-    """Prefill and decode at one length; decode steps take turns."""
+    """Time prefill and decode at one length. The runners' decode steps alternate."""
     ids, rows, ready = text_of(llm, 0, length), [], []
     for made in runners(llm, model, ids, budget):
         if isinstance(made, tuple):
@@ -254,7 +262,7 @@ def speed(llm: LLM, model: str, length: int, budget: str) -> list[dict]:
         else:
             ready.append(made)
             rows.append({"name": made.name, "length": length, "prefill_s": made.prefill_s, "compile_s": made.compile_s})
-    times = in_turn([r.step for r in ready], llm.device)
+    times = alternate([r.step for r in ready], llm.device)
     for r, seconds in zip(ready, times, strict=True):
         row = next(x for x in rows if x["name"] == r.name)
         row |= {"decode_tok_s": 1 / seconds, "ratio": times[0] / seconds, "bytes": r.bytes()}
@@ -262,21 +270,21 @@ def speed(llm: LLM, model: str, length: int, budget: str) -> list[dict]:
 
 
 def llama_bench(length: int, program: str, gguf: str | None) -> dict:
-    """llama.cpp's own benchmark on a .gguf file of the same model: prefill of `length`, and decode at that depth."""
+    """Run llama.cpp's benchmark on a .gguf file of the same model: prefill `length` tokens, and decode after them."""
     row, found = {"name": "llama.cpp", "length": length}, shutil.which(program)
     if found is None:
         return row | {"absent": "llama-bench is not installed; build llama.cpp and give --llama-bench PATH"}
     if gguf is None:
-        return row | {"absent": "llama-bench is here, but no model for it; give --gguf FILE"}
+        return row | {"absent": "llama-bench is installed, but has no model; give --gguf FILE"}
     common = [found, "-m", gguf, "-r", "2", "-t", str(torch.get_num_threads()), "-o", "json"]
     works = (["-p", str(length), "-n", "0"], ["-p", "0", "-n", "24", "-d", str(length)])
     try:
         done = [subprocess.run([*common, *w], capture_output=True, text=True, check=True) for w in works]
         prefill, decode = (json.loads(d.stdout)[0] for d in done)
-        row["name"] += f" {prefill['model_type']}, a process of its own"
+        row["name"] += f" {prefill['model_type']}, in its own process"
         return row | {"prefill_s": length / prefill["avg_ts"], "compile_s": 0.0, "decode_tok_s": decode["avg_ts"]}
     except (OSError, subprocess.CalledProcessError, ValueError, IndexError, KeyError) as e:
-        return row | {"absent": f"llama-bench failed: {_line(e)}"}
+        return row | {"absent": f"llama-bench failed: {_first_line(e)}"}
 
 
 # ---- quality -------------------------------------------------------------------------------------------------------
@@ -285,7 +293,7 @@ def llama_bench(length: int, program: str, gguf: str | None) -> dict:
 def quality(
     llm: LLM, model: str, tasks: Sequence[str], length: int, seeds: int, budget: str, tick: Callable[[], Any]
 ) -> list[dict]:
-    """Both programs' scores on the same texts, and the bytes that their caches hold after the turn."""
+    """Score nanokv and kvpress on the same texts, and report the bytes of their caches after the turn."""
     try:
         import kvpress  # noqa: F401
     except ImportError:
@@ -299,10 +307,10 @@ def quality(
         for seed in range(seeds):
             made = Item(task, length, seed).make(llm.tokenizer)
             for protocol in PROTOCOLS:
-                ids, turns = script(made, llm.tokenizer, protocol)
+                ids, turns = prompt_and_turns(made, llm.tokenizer, protocol)
                 for i, start in begin(llm, list(plans.values()), ids, len(turns[0].ids)):
                     session, before = start()
-                    after = session.feed(torch.tensor([turns[0].ids], device=llm.device), each=True)[0]
+                    after = session.feed(torch.tensor([turns[0].ids], device=llm.device), every_logit=True)[0]
                     got = solved(before, after, turns[0]), session.report().bytes
                     found.setdefault((task, list(plans)[i], "ours", protocol), []).append(got)
                 for name, pair in presses.items():
@@ -311,8 +319,8 @@ def quality(
                         before = net.logits
                         got = solved(before, net.feed(turns[0].ids), turns[0]), net.bytes()
                         found.setdefault((task, name, "theirs", protocol), []).append(got)
-                    except Exception as e:  # whatever a peer raises; its row says so
-                        failed[name] = f"kvpress failed: {type(e).__name__}: {_line(e)}"
+                    except Exception as e:  # a peer can raise any exception; its row reports it
+                        failed[name] = f"kvpress failed: {type(e).__name__}: {_first_line(e)}"
                 tick()
     rows = []
     for task in tasks:
@@ -323,22 +331,22 @@ def quality(
                 continue
             for who in ("ours", "theirs"):
                 for protocol in PROTOCOLS:
-                    if mine := found.get((task, name, who, protocol)):
-                        row[f"{who}_{protocol}"] = mean([score for score, _ in mine])
-                        row[f"{who}_bytes"] = mean([size for _, size in mine])
+                    if results := found.get((task, name, who, protocol)):
+                        row[f"{who}_{protocol}"] = mean([score for score, _ in results])
+                        row[f"{who}_bytes"] = mean([size for _, size in results])
             row["differs"] = _differs(found, task, name, pair)
             rows.append(row)
     return rows
 
 
 def _differs(found: dict, task: str, name: str, pair: Pair | None) -> str:
-    """How far the two programs' scores are from each other on the same texts, with its standard error, and why."""
-    said = []
+    """Describe the mean difference of the two programs' scores with its standard error, and its cause if known."""
+    parts = []
     for protocol in PROTOCOLS:
         both = [found.get((task, name, who, protocol)) for who in ("ours", "theirs")]
         if None in both:
             return ""
         gaps = torch.tensor([a[0] - b[0] for a, b in zip(*both, strict=True)], dtype=torch.float64)
         if gaps.any():
-            said.append(f"{protocol} {gaps.mean():+.0%} ± {gaps.std() / len(gaps) ** 0.5:.0%}")
-    return "; ".join([*said, pair.differs] if said and pair and pair.differs else said)
+            parts.append(f"{protocol} {gaps.mean():+.0%} ± {gaps.std() / len(gaps) ** 0.5:.0%}")
+    return "; ".join([*parts, pair.differs] if parts and pair and pair.differs else parts)

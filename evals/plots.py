@@ -1,6 +1,6 @@
-"""Pictures of a result of bench.py, readable without colour.
+"""Draw pictures of a result of bench.py. They are readable without colour.
 
-python -m evals.plots results/quality.json results      draws a result that was written before
+python -m evals.plots results/quality.json results      draws a saved result
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GREYS = ("0.0", "0.35", "0.55", "0.2", "0.45")
 
 
 def draw(result: dict, folder: Path) -> Iterator[Path]:
-    """One PNG for each picture that the result has figures for."""
+    """Draw one PNG for each picture that the result has figures for, and yield its path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,19 +33,19 @@ def draw(result: dict, folder: Path) -> Iterator[Path]:
 
 
 def method(name: str) -> str:
-    """A plan's name without its budget."""
+    """Return a plan's name without its budget."""
     head, _, last = name.rpartition(" ")
     return head if head and last[:1].isdigit() else name
 
 
 def pareto(result: dict, folder: Path) -> Iterator[Path]:
-    """Score against bytes: further up and further left is better."""
+    """Plot score against bytes. Up and left is better."""
     from matplotlib import pyplot as plt
 
     for length in sorted({p["length"] for p in result["quality"]}):
         parts = [p for p in result["quality"] if p["length"] == length and "refused" not in p]
         if not parts or {p["task"] for p in parts} == {"needle"}:
-            continue  # the other lengths of the grid
+            continue  # a length that only the needle grid uses
         fig, panels = plt.subplots(1, 3, figsize=(9.5, 3.8), sharey=True)
         lines: dict[str, list[tuple]] = {}
         for name, point in averages(parts).items():
@@ -83,7 +83,7 @@ def pareto(result: dict, folder: Path) -> Iterator[Path]:
 
 
 def needles(result: dict, folder: Path) -> Iterator[Path]:
-    """Where in the text a needle is found: one map a plan, at the middle budget of each method."""
+    """Draw needle scores by length and depth. Each method has one map, at its middle budget."""
     from matplotlib import pyplot as plt
 
     plans: dict[str, list[str]] = {}
@@ -123,7 +123,7 @@ def needles(result: dict, folder: Path) -> Iterator[Path]:
 
 
 def tokens_per_second(result: dict, folder: Path) -> Iterator[Path]:
-    """Decode speed against context: a policy with a fixed budget is a flat line."""
+    """Plot decode speed against context length. A policy with a fixed budget gives a flat line."""
     from matplotlib import pyplot as plt
 
     for batch in sorted({r["batch"] for r in result["speed"]}):
@@ -133,10 +133,10 @@ def tokens_per_second(result: dict, folder: Path) -> Iterator[Path]:
             continue
         fig, panel = plt.subplots(figsize=(6.4, 4))
         for i, name in enumerate(dict.fromkeys(r["plan"] for r in rows)):
-            mine = sorted((r["length"], r["decode_tok_s"]) for r in rows if r["plan"] == name)
+            points = sorted((r["length"], r["decode_tok_s"]) for r in rows if r["plan"] == name)
             panel.plot(
-                [x for x, _ in mine],
-                [y for _, y in mine],
+                [x for x, _ in points],
+                [y for _, y in points],
                 marker=MARKERS[i % len(MARKERS)],
                 linestyle=LINES[i % len(LINES)],
                 color=GREYS[i % len(GREYS)],
@@ -155,7 +155,7 @@ def tokens_per_second(result: dict, folder: Path) -> Iterator[Path]:
 
 
 def stacked(result: dict, folder: Path) -> Iterator[Path]:
-    """The cache's bytes by what they are for, at the longest text."""
+    """Draw the cache's bytes by their use, at the longest context."""
     from matplotlib import pyplot as plt
 
     longest = max(r["length"] for r in result["speed"])

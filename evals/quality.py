@@ -1,12 +1,13 @@
-"""Scores of plans on the synthetic tasks, and their fidelity to the full cache on plain text.
+"""Score plans on the synthetic tasks, and measure their fidelity to the full cache on plain text.
 
-A question counts as solved if greedy decoding, after its opening, would write the answer token for token: the opening is fed as one turn,
-the right answer token by token behind it, and every token of the answer must be the most likely one where it stands. What a model says
-around an answer, and when it stops, decides nothing. Later questions of a task follow the right answers to the earlier ones.
+A question is solved if greedy decoding would write its answer token for token. The opening of the question is fed at
+once and the right answer token by token; each answer token must be the most likely one at its position. What a model
+would write before or after the answer does not count. Later questions of a task follow the right answers to the
+earlier ones.
 
-aware: the prompt ends with the first question's opening when it is compressed (the SnapKV paper's way); the first token of an answer,
-which comes from the dense prompt itself, says nothing (see `Ask`). agnostic: the text alone is
-compressed, every question comes after. A turn-2 question is another one on the same cache, compressed for the first.
+aware: the prompt includes the first question's opening when it is compressed, as in the SnapKV paper. The first token
+of that answer comes from the dense prompt, so answers start with a token that is easy to predict (see `Question`).
+agnostic: only the text is compressed and every question follows. turn 2: another question on the same cache.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from nanokv.stores import STORES
 from nanokv.text.tokenizer import Tokenizer
 
 PROTOCOLS = ("aware", "agnostic")
-DEPTHS = 5  # needles lie at 0, 1/4 … 1 of the text, in turn
-# What the full cache must solve before the scores of others mean anything: about half of what it does on 20 texts of 1,000 tokens. A
-# wrong tokenizer, template or weight leaves almost nothing
+DEPTHS = 5  # seed i places its needle at depth (i % 5) / 4 of the text
+# The full cache must reach these scores, or the scores of other plans mean nothing. They are about half of what it
+# solves on 20 texts of 1,000 tokens. With a wrong tokenizer, template or weight it solves almost nothing
 FLOORS = {
     "smollm2-135m": {
         "needle": 0.5,
@@ -46,69 +47,83 @@ FLOORS = {
 
 @dataclass(frozen=True)
 class Item:
-    """One text of one task: the unit of work that is kept when a run is broken off."""
+    """One text of one task. An interrupted run keeps the results of finished items."""
 
     task: str
     length: int
     seed: int
-    at: float | None = None  # needle: always there, instead of all over
+    at: float | None = None  # depth of the needle, 0 … 1; None: it depends on the seed
 
     @property
     def depth(self) -> float | None:
+        """The depth of the needle, 0 … 1. None for other tasks."""
         if self.task != "needle":
             return None
         return self.seed % DEPTHS / (DEPTHS - 1) if self.at is None else self.at
 
-    def make(self, words: Tokenizer) -> Task:
+    def make(self, tokenizer: Tokenizer) -> Task:
+        """Build the text and its questions. The tokenizer measures its length."""
+
         def count(text: str) -> int:
-            return len(words.encode(text, special=False))
+            return len(tokenizer.encode(text, special=False))
 
         where = {} if self.depth is None else {"depth": self.depth}
         return TASKS[self.task](self.seed, self.length, count, **where)
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What is fed after the prompt, and where in it the answers stand."""
+class Answer:
+    """The tokens of one turn, which is fed after the prompt."""
 
     ids: list[int]
-    answers: list[tuple[int, int]]
+    answers: list[tuple[int, int]]  # (start, end) of each answer in `ids`
 
 
-def script(task: Task, words: Tokenizer, protocol: str) -> tuple[list[int], list[Turn]]:
-    """The prompt, and the turns on its cache."""
+def prompt_and_turns(task: Task, tokenizer: Tokenizer, protocol: str) -> tuple[list[int], list[Answer]]:
+    """Encode a task: the ids of the prompt, and the turns that follow on its cache."""
     aware = protocol == "aware"
-    prompt, turns = words.encode(task.unfinished if aware else task.context), []
-    for t, asks in enumerate(task.turns):
+    prompt, turns = tokenizer.encode(task.unfinished if aware else task.context), []
+    for t, questions in enumerate(task.turns):
         ids, answers = [], []
-        for a, ask in enumerate(asks):
-            if not (aware and t == a == 0):
-                ids += words.encode_more(ask.opening)
-            answer = words.encode_more(ask.answer)
+        for i, question in enumerate(questions):
+            if not (aware and t == i == 0):
+                ids += tokenizer.encode_more(question.opening)
+            answer = tokenizer.encode_more(question.answer)
             answers.append((len(ids), len(ids) + len(answer)))
             ids += answer
-        turns.append(Turn(ids, answers))
+        turns.append(Answer(ids, answers))
     return prompt, turns
 
 
-def solved(before: torch.Tensor, after: torch.Tensor, turn: Turn) -> float:
-    """The share of a turn's answers that greedy writes. before (1,vocab): logits in front of it; after (T,vocab): of each token."""
+def solved(before: torch.Tensor, after: torch.Tensor, turn: Answer) -> float:
+    """Return the share of a turn's answers that greedy decoding would write.
+
+    before (1,vocab) are the logits before the turn, after (T,vocab) those after each of its tokens.
+    """
     best = torch.cat((before, after)).argmax(-1).tolist()
     return sum(best[a:b] == turn.ids[a:b] for a, b in turn.answers) / len(turn.answers)
 
 
-def hear(session: Session, turn: Turn) -> torch.Tensor:
-    """Logits (T,vocab) of a turn as a user meets it: what is asked comes at once, answers one by one, and a store may read otherwise."""
+def feed_turn(session: Session, turn: Answer) -> torch.Tensor:
+    """Feed a turn as in real use: each question at once, each answer token by token. Returns the logits (T,vocab).
+
+    Some stores read many tokens at once differently from single ones.
+    """
     pieces, at = [], 0
     for a, b in turn.answers:
         pieces += [turn.ids[at:a], *([t] for t in turn.ids[a:b])]
         at = b
-    fed = [session.feed(torch.tensor([x], device=session.pos.device), each=True)[0] for x in pieces if x]
+    fed = [session.feed(torch.tensor([x], device=session.pos.device), every_logit=True)[0] for x in pieces if x]
     return torch.cat(fed)
 
 
-def able(llm: LLM, plans: Sequence[Plan], length: int, room: int, rows: int = 1) -> tuple[list[int], dict[int, str]]:
-    """Which plans can serve a prompt of this length, and why the others cannot. ValueError if the model itself cannot."""
+def servable(
+    llm: LLM, plans: Sequence[Plan], length: int, room: int, rows: int = 1
+) -> tuple[list[int], dict[int, str]]:
+    """Return the indices of the plans that can serve a prompt of this length, and the reasons of those that cannot.
+
+    ValueError if the model's context is too short.
+    """
     top = llm.config.max_position_embeddings
     if length + room > top:
         raise ValueError(
@@ -125,28 +140,28 @@ def able(llm: LLM, plans: Sequence[Plan], length: int, room: int, rows: int = 1)
 
 
 def judge(llm: LLM, plans: Sequence[Plan], item: Item) -> list[dict]:
-    """Every plan under both protocols on one text, from one prefill for each protocol. A plan that cannot serve it says why."""
+    """Score every plan under both protocols on one text, with one prefill each. A refused plan gets a reason."""
     task, records = item.make(llm.tokenizer), []
     for protocol in PROTOCOLS:
-        ids, turns = script(task, llm.tokenizer, protocol)
+        ids, turns = prompt_and_turns(task, llm.tokenizer, protocol)
         room = sum(len(t.ids) for t in turns)
-        good, refused = able(llm, plans, len(ids), room)
-        records += [{"plan": i, "protocol": protocol, "refused": why} for i, why in refused.items()]
+        good, refused = servable(llm, plans, len(ids), room)
+        records += [{"plan": i, "protocol": protocol, "refused": reason} for i, reason in refused.items()]
         for i, start in begin(llm, [plans[i] for i in good], ids, room):
             session, before = start()
             report, scores = session.report(), []
             for turn in turns:
-                after = hear(session, turn)
+                after = feed_turn(session, turn)
                 scores.append(solved(before, after, turn))
                 before = after[-1:]
-            report = report or session.report()  # a policy that waits has none before the first token
+            report = report or session.report()  # a policy that waits has no report before the first token
             size = {k: getattr(report, k) for k in ("bytes", "full_bytes", "host_bytes")}
             records.append({"plan": good[i], "protocol": protocol, "scores": scores, **size})
     return records
 
 
 def text_of(llm: LLM, seed: int, tokens: int) -> list[int]:
-    """Token ids of a stretch of the documentation's prose, other seeds elsewhere."""
+    """Return token ids of consecutive sentences of Python's documentation. The seed chooses the first sentence."""
     pool = prose()
     start, ids = seed * len(pool) // 7 % len(pool), []
     while len(ids) < tokens:
@@ -156,52 +171,59 @@ def text_of(llm: LLM, seed: int, tokens: int) -> list[int]:
 
 
 def fidelity(llm: LLM, plans: Sequence[Plan], seed: int, length: int, n: int) -> list[dict]:
-    """Every plan against the first one, token by token, on the n tokens after `length` tokens of prose and one more: that one's odds
-    come from the dense prompt. `first`: where greedy departs from what it writes under the first plan.
+    """Compare every plan with the first one, token by token, on n tokens that follow a prompt of prose.
+
+    The prompt has `length` tokens. One more token between it and the n tokens is skipped, because its logits come from
+    the dense prompt. `first` is where greedy decoding departs from the text that it writes under the first plan.
     """
     ids = text_of(llm, seed, length + n + 1)
     ids, text = ids[:length], ids[length:]
-    good, refused = able(llm, plans, length, n + 1)
+    good, refused = servable(llm, plans, length, n + 1)
     starts = dict(begin(llm, [plans[i] for i in good], ids, n + 1))
 
-    def read(i: int, words: Sequence[int]) -> torch.Tensor:
+    def logits_on(i: int, tokens: Sequence[int]) -> torch.Tensor:
         session, before = starts[i]()
-        return follow(session, before, len(words), lambda at, _: words[at])[1]
+        return follow(session, before, len(tokens), lambda at, _: tokens[at])[1]
 
     session, before = starts[0]()
-    written, right = follow(session, before, n + 1, greedy)
-    truth, records = read(0, text), [{"plan": i, "refused": why} for i, why in refused.items()]
+    written, written_logits = follow(session, before, n + 1, greedy)
+    reference = logits_on(0, text)
+    records = [{"plan": i, "refused": reason} for i, reason in refused.items()]
     for i, plan in enumerate(good):
-        kl, same, *nll = (x[1:].tolist() for x in losses(truth, truth if i == 0 else read(i, text), text))
-        own = losses(right, right if i == 0 else read(i, written), written)[1].tolist()
-        first = own.index(False) if False in own else None
+        kl, same, *nll = (x[1:].tolist() for x in losses(reference, reference if i == 0 else logits_on(i, text), text))
+        own = written_logits if i == 0 else logits_on(i, written)
+        agrees = losses(written_logits, own, written)[1].tolist()
+        first = agrees.index(False) if False in agrees else None
         records.append({"plan": plan, "kl": kl, "same": same, "nll": nll, "first": first})
     return records
 
 
 def merged(names: Sequence[str], found: dict[tuple[int, int], list[dict]]) -> list[dict]:
-    """Fidelity per plan and length, over the tokens of all its texts, (length, seed) → records. `first`: the mean, of texts that depart."""
+    """Combine the fidelity records of {(length, seed): records} into one row per plan and length.
+
+    The means are over the tokens of all texts. `first` is the mean over the texts that depart.
+    """
     out = []
     for p, name in enumerate(names):
         for length in dict.fromkeys(n for n, _ in found):
-            mine = [r for (n, _), records in found.items() if n == length for r in records if r["plan"] == p]
+            selected = [r for (n, _), records in found.items() if n == length for r in records if r["plan"] == p]
             row = {"plan": name, "length": length}
-            if refused := [r["refused"] for r in mine if "refused" in r]:
+            if refused := [r["refused"] for r in selected if "refused" in r]:
                 out.append({**row, "refused": refused[0]})
                 continue
-            kl = torch.tensor([x for r in mine for x in r["kl"]], dtype=torch.float64)
-            ppl = [math.exp(mean([x for r in mine for x in r["nll"][i]])) for i in (0, 1)]
-            departed = [r["first"] for r in mine if r["first"] is not None]
+            kl = torch.tensor([x for r in selected for x in r["kl"]], dtype=torch.float64)
+            ppl = [math.exp(mean([x for r in selected for x in r["nll"][i]])) for i in (0, 1)]
+            departed = [r["first"] for r in selected if r["first"] is not None]
             row |= {"tokens": len(kl), "kl_mean": kl.mean().item(), "kl_p99": kl.quantile(0.99).item()}
-            row |= {"top1": mean([x for r in mine for x in r["same"]]), "ppl_full": ppl[0], "ppl": ppl[1]}
+            row |= {"top1": mean([x for r in selected for x in r["same"]]), "ppl_full": ppl[0], "ppl": ppl[1]}
             out.append(
-                row | {"first": mean(departed) if departed else None, "departed": len(departed), "texts": len(mine)}
+                row | {"first": mean(departed) if departed else None, "departed": len(departed), "texts": len(selected)}
             )
     return out
 
 
 def named(texts: Sequence[str], budgets: Sequence[str]) -> dict[str, Plan]:
-    """Plans by a short name; those that take a budget and name none, once for every budget."""
+    """Parse plans and give them short names. A plan that takes a budget and names none is listed once per budget."""
     plans = {}
     for text in texts:
         plan = parse(text)
@@ -220,8 +242,10 @@ def _takes_budget(plan: Plan) -> bool:
 
 
 def registered() -> list[str]:
-    """Every policy, full first, and under the full cache every store that takes it, once where two names say the same."""
-    stores = {spec: name for name, spec in STORES.items() if name != "dense" and not spec.refuses(Plan().keep)}
+    """Name every policy, full first, and every store that supports the full cache. Aliases of a store count once."""
+    stores = {
+        spec: name for name, spec in STORES.items() if name != "dense" and not spec.incompatible_policy(Plan().keep)
+    }
     return [*POLICIES, *(f"full+{name}" for name in stores.values())]
 
 
@@ -230,45 +254,49 @@ def mean(values: Sequence[float]) -> float:
 
 
 def summary(model: str, names: Sequence[str], records: dict[Item, list[dict]], floor: float | None) -> list[dict]:
-    """Per task and length: how full did, against its floor, and every plan's mean scores and bytes."""
+    """Return, per task and length, the full cache's score and floor, and every plan's mean scores and bytes.
+
+    `floor` replaces the floors of FLOORS.
+    """
     out = []
     for task, length in dict.fromkeys((i.task, i.length) for i in records):
         texts = [r for i, r in records.items() if (i.task, i.length) == (task, length)]
-        least = FLOORS.get(model, {}).get(task, 0.5) if floor is None else floor
+        minimum = FLOORS.get(model, {}).get(task, 0.5) if floor is None else floor
         table = {}
         for p, name in enumerate(names):
-            mine = {q: [r for t in texts for r in t if (r["plan"], r["protocol"]) == (p, q)] for q in PROTOCOLS}
+            selected = {q: [r for t in texts for r in t if (r["plan"], r["protocol"]) == (p, q)] for q in PROTOCOLS}
             first = {q: [r for t in texts for r in t if (r["plan"], r["protocol"]) == (0, q)] for q in PROTOCOLS}
-            table[name] = {q: _means(mine[q], first[q]) for q in PROTOCOLS}
+            table[name] = {q: _means(selected[q], first[q]) for q in PROTOCOLS}
             if refused := next((x["refused"] for x in table[name].values() if "refused" in x), None):
                 table[name] = {q: {"refused": refused} for q in PROTOCOLS}
         full = mean([table[names[0]][q]["score"] for q in PROTOCOLS])
-        head = {"task": task, "length": length, "texts": len(texts), "full": full, "floor": least}
-        if full < least:
+        head = {"task": task, "length": length, "texts": len(texts), "full": full, "floor": minimum}
+        if full < minimum:
             head["refused"] = (
-                f"the full cache itself solves {full:.0%} of {task} at {length} tokens, below its floor of {least:.0%}: "
-                "a wrong tokenizer, template or weights, or a task beyond this model; scores of policies would mean nothing"
+                f"the full cache itself solves {full:.0%} of {task} at {length} tokens, below its floor of "
+                f"{minimum:.0%}: a wrong tokenizer, template or weights, or a task beyond this model; "
+                "scores of policies would mean nothing"
             )
             table = {names[0]: table[names[0]]}
         out.append({**head, "plans": table})
     return out
 
 
-def _means(mine: list[dict], full: list[dict]) -> dict:
-    """of_full: per turn, how many of the texts that full solves this plan solves too, and how many those are."""
-    refused = [r["refused"] for r in mine if "refused" in r]
+def _means(selected: list[dict], full: list[dict]) -> dict:
+    """Average the records of one plan. of_full is, per turn, [texts that both solve, texts that full solves]."""
+    refused = [r["refused"] for r in selected if "refused" in r]
     if refused:
         return {"refused": refused[0]}
-    found = {"score": mean([r["scores"][0] for r in mine]), "turn2": mean([r["scores"][1] for r in mine])}
-    found |= {k: mean([r.get(k, 0) for r in mine]) for k in ("bytes", "full_bytes", "host_bytes")}
-    both = [[m["scores"][i] == 1 for m, f in zip(mine, full, strict=True) if f["scores"][i] == 1] for i in (0, 1)]
+    found = {"score": mean([r["scores"][0] for r in selected]), "turn2": mean([r["scores"][1] for r in selected])}
+    found |= {k: mean([r.get(k, 0) for r in selected]) for k in ("bytes", "full_bytes", "host_bytes")}
+    both = [[m["scores"][i] == 1 for m, f in zip(selected, full, strict=True) if f["scores"][i] == 1] for i in (0, 1)]
     return found | {"of_full": [[sum(x), len(x)] for x in both]}
 
 
 def grid(
     names: Sequence[str], records: dict[Item, list[dict]], parts: Sequence[dict]
 ) -> dict[str, dict[str, list[list]]]:
-    """Needles by place, where full reached its floor: plan → protocol → [length, depth, score] of every cell."""
+    """Return needle scores, plan → protocol → [length, depth, score], for the lengths where full reached its floor."""
     good = {(p["length"], name) for p in parts if p["task"] == "needle" for name in p["plans"] if "refused" not in p}
     cells: dict = {}
     for item, found in records.items():

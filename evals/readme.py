@@ -1,4 +1,4 @@
-"""The README's tables, made from the files in results/: `python -m evals.readme` prints them, a test finds them in the README."""
+"""Build the README's tables from results/. `python -m evals.readme` prints them; a test finds them in the README."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a markdown table."""
     return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows])
 
 
@@ -27,10 +28,12 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def compatible() -> str:
-    """Which policies run in which stores, as the plans' own check says; tests/test_stores.py runs every pair."""
+    """Which policies run in which stores, by the check of `Plan`. tests/test_stores.py runs every pair."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for keep, policy in POLICIES.items():
-        rows.setdefault(tuple(n for n, store in STORES.items() if not store.refuses(policy)), []).append(f"`{keep}`")
+        rows.setdefault(tuple(n for n, store in STORES.items() if not store.incompatible_policy(policy)), []).append(
+            f"`{keep}`"
+        )
     head = ["policies", *(f"`{n}`" for n in STORES)]
     return markdown(
         head, [[" ".join(names), *("✓" if n in good else "–" for n in STORES)] for good, names in rows.items()]
@@ -38,17 +41,17 @@ def compatible() -> str:
 
 
 def quality() -> str:
-    """Means over tasks at the smallest length that has them all, and fidelity at the same."""
+    """Mean scores over tasks, and fidelity, at the smallest length that has all tasks."""
     return _scores(_read("quality.json"))
 
 
 def stores() -> str:
-    """The same for stores that round, alone and under policies."""
+    """The same table for stores that round, alone and under policies."""
     return _scores(_read("stores.json"))
 
 
 def codes() -> str:
-    """What rounding does to the keys and values of a text."""
+    """The error that rounding makes in the keys and values of a text."""
     rows = []
     for f in _read("codes.json")["codes"]:
         cells = [f"{f[f'{x}_bits']:.2f}" for x in "kv"] + [
@@ -59,12 +62,12 @@ def codes() -> str:
 
 
 def paces() -> str:
-    """Decoding over rounded caches, against the dense one in the same run."""
+    """Decode speed of stores that round, against the full cache in the same run."""
     return _paces("stores-speed.json")
 
 
 def sparse() -> str:
-    """Decoding where little is read."""
+    """Decode speed of plans that read few tokens per step."""
     return _paces("shadow-speed.json")
 
 
@@ -85,7 +88,7 @@ def _paces(file: str) -> str:
 
 
 def compiled() -> str:
-    """Decoding with compiled blocks, against full in the same run."""
+    """Decode speed with compiled blocks, against the full cache in the same run."""
     rows = []
     for file in ("speed-compiled.json", "speed-8000.json"):
         found = _read(file)["speed"]
@@ -104,22 +107,22 @@ def _scores(found: dict[str, Any]) -> str:
     for name, a in found["averages"][length].items():
         f = next(x for x in found["fidelity"] if x["plan"] == name and str(x["length"]) == length)
         size = [f"{a['bytes'] / 2**20:.1f} MiB", f"{a['ratio']:.1f}x"]
-        near = [f"{f['kl_mean']:.3f}", percent(f["top1"]), f"{f['ppl'] / f['ppl_full'] - 1:+.1%}"]
-        rows.append([f"`{name}`", *size, *(percent(a[k]) for k in ("aware", "agnostic", "turn2")), *near])
+        fidelity = [f"{f['kl_mean']:.3f}", percent(f["top1"]), f"{f['ppl'] / f['ppl_full'] - 1:+.1%}"]
+        rows.append([f"`{name}`", *size, *(percent(a[k]) for k in ("aware", "agnostic", "turn2")), *fidelity])
     head = ["plan", "cache", "less by", "aware", "agnostic", "turn 2", "KL", "same top", "perplexity"]
     return markdown(head, rows)
 
 
 def decode() -> str:
-    """Tokens per second beside the others."""
+    """Tokens per second of nanokv and the other programs."""
     found = _read("peers.json")["peers_speed"]
     lengths = sorted({r["length"] for r in found})
     rows = []
     for name in dict.fromkeys(r["name"] for r in found if "absent" not in r):
-        mine = {r["length"]: r for r in found if r["name"] == name}
+        by_length = {r["length"]: r for r in found if r["name"] == name}
         cells = []
         for n in lengths:
-            r = mine[n]
+            r = by_length[n]
             size = f"{r['bytes'] / 2**20:.1f} MiB" if "bytes" in r else "–"
             cells += [f"{n / r['prefill_s']:.0f}", f"{r['decode_tok_s']:.1f}", size]
         rows.append([name, *cells])
@@ -127,7 +130,7 @@ def decode() -> str:
 
 
 def kvpress() -> str:
-    """Scores at equal settings, where both programs have the method."""
+    """Scores of nanokv and kvpress at equal settings, for the methods that both have."""
     rows = []
     for r in _read("kvpress.json")["peers_quality"]:
         if "ours_aware" not in r:
@@ -139,7 +142,7 @@ def kvpress() -> str:
 
 
 def needles() -> str:
-    """Every policy on one length of needles; a plan that was run again counts as it came out then."""
+    """Every policy on needles of one length. A plan that was run twice counts with its second result."""
     plans = {}
     for file in ("needles-2000.json", "keyformer-2000.json"):
         plans |= _read(file)["quality"][0]["plans"]
@@ -152,7 +155,7 @@ def needles() -> str:
 
 
 def middle() -> str:
-    """Needles half way through, of the texts that full solves: what a query finds when all is kept and little is read."""
+    """Needles in the middle, of the texts that full solves, for plans that keep all tokens and read few of them."""
     rows = []
     for name, plan in _read("middle-4000.json")["quality"][0]["plans"].items():
         a, b = plan["aware"], plan["agnostic"]
@@ -163,7 +166,7 @@ def middle() -> str:
 
 
 def ranks() -> str:
-    """What the rank of shadow's keys costs where every chunk is read, so that nothing else does."""
+    """The loss from the rank of shadow's keys alone: every chunk is read, so nothing else is lost."""
     found, rows = _read("ranks.json"), []
     for name, plan in found["quality"][0]["plans"].items():
         if name == "full" or name.startswith("shadow"):
@@ -176,14 +179,14 @@ def ranks() -> str:
 
 
 def placed() -> str:
-    """On the device, by the formula that tests hold the receipt to: MiB after so many tokens of prompt, and how much less than dense."""
+    """MiB on the device by prompt length, and the ratio to dense. Tests check the formula against the receipt."""
     rows = []
     for model in ("smollm2-135m", "llama3-8b"):
         config = PRESETS[model]
         for text in ("shadow", "shadow:chunk=4", "shadow:values=int4", "quest", "kcache", "offload"):
             cells = []
             for n in (4096, 32768, 65536):
-                size = config.num_hidden_layers * parse(text).held(config, torch.bfloat16, n, 0)
+                size = config.num_hidden_layers * parse(text).device_bytes(config, torch.bfloat16, n, 0)
                 full = config.num_hidden_layers * n * 2 * config.num_key_value_heads * config.head_dim * 2
                 cells.append(f"{size / 2**20:,.0f} ({full / size:.1f}x)")
             rows.append([model, f"`{text}`", *cells])
@@ -191,7 +194,7 @@ def placed() -> str:
 
 
 def endless() -> str:
-    """Speed and bytes near the beginning and at the end of long runs."""
+    """Speed and bytes near the start and at the end of long runs."""
     rows = []
     for f in (f for file in ("endless.json", "endless-snapkv.json") for f in _read(file)["endless"]):
         early, late = f["early_tok_s"], f["late_tok_s"]
@@ -203,7 +206,7 @@ def endless() -> str:
 
 
 def prose() -> str:
-    """Perplexities of a text beyond the context, and of one within it under shared layers."""
+    """Perplexity of a text longer than the context, and of a shorter one under shared layers."""
     rows = []
     for name in ("prose.json", "share.json"):
         found = _read(name)["prose"]

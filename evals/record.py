@@ -1,4 +1,4 @@
-"""What a result needs beside its figures, and runs that can be broken off."""
+"""Facts that make a result reproducible, and a journal from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nanokv.llm import LLM
 
 
 def facts(llm: LLM, packages: Sequence[str]) -> dict[str, Any]:
-    """Commit, machine, versions, model: what somebody needs to do it again."""
+    """Return commit, machine, versions and model, so that others can repeat a run."""
     return {
         "commit": commit(),
         "machine": machine(llm.device),
@@ -30,12 +30,12 @@ def facts(llm: LLM, packages: Sequence[str]) -> dict[str, Any]:
 
 
 def command(argv: Sequence[str]) -> str:
-    """The command line, without the places where this machine keeps things."""
+    """Return the command line. Absolute paths are shortened to their last part."""
     return "python " + shlex.join(["bench.py", *(Path(a).name if Path(a).is_absolute() else a for a in argv)])
 
 
 def commit() -> str | None:
-    """The checkout's commit, with + if files differ from it."""
+    """Return the checkout's commit, with + if files differ from it, or None outside a checkout."""
     root = Path(__file__).parent.parent
 
     def git(*args: str) -> str:
@@ -49,6 +49,7 @@ def commit() -> str | None:
 
 
 def machine(device: torch.device) -> str:
+    """Name the GPU, or the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -61,6 +62,7 @@ def machine(device: torch.device) -> str:
 
 
 def installed(package: str) -> str | None:
+    """Return the version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -68,9 +70,10 @@ def installed(package: str) -> str | None:
 
 
 class Journal:
-    """Finished pieces of a long run, a JSON line each, so that the same command goes on where it stopped.
+    """The finished parts of a long run, one JSON line each. The same command resumes from them.
 
-    The first line holds the settings: a file of other settings is refused, not overwritten. A line that a kill cut short is dropped.
+    The first line holds the settings. ValueError if a file has other settings: it is not overwritten. An incomplete
+    line is dropped.
     """
 
     def __init__(self, file: Path, settings: dict[str, Any]):
@@ -78,21 +81,23 @@ class Journal:
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         if lines and _read(lines[0]) != settings:
             raise ValueError(
-                f"{file} holds a part of another run (other plans, code or machine); move it away, or go on with that one"
+                f"{file} is from another run (other plans, code or machine); move it away, or resume that run"
             )
         for line in lines[1:]:
             if (entry := _read(line)) is not None:
                 self.done[entry["key"]] = entry["value"]
-        whole = [{"key": k, "value": v} for k, v in self.done.items()]
-        file.write_text("".join(json.dumps(x) + "\n" for x in [settings, *whole]), encoding="utf-8")
+        entries = [{"key": k, "value": v} for k, v in self.done.items()]
+        file.write_text("".join(json.dumps(x) + "\n" for x in [settings, *entries]), encoding="utf-8")
 
     def keep(self, key: str, value: Any) -> None:
+        """Store the result of a finished part."""
         self.done[key] = value
         with self.file.open("a", encoding="utf-8") as f:
             f.write(json.dumps({"key": key, "value": value}) + "\n")
 
 
 def _read(line: str) -> Any:
+    """Parse a line, or return None if it is incomplete."""
     try:
         return json.loads(line)
     except ValueError:

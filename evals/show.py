@@ -1,4 +1,4 @@
-"""Results as tables for a terminal."""
+"""Format results as tables for a terminal. Each function formats the records of one part of bench.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nanokv.cache.report import mib
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need; the first to the left, figures to the right."""
+    """Format a table. The first column is aligned left, the others right."""
     lines = [head, *rows]
     width = [max(len(r[i]) for r in lines) for i in range(len(head))]
     cells = [[x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(r, width, strict=True))] for r in lines]
@@ -17,24 +17,25 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def quality(parts: Sequence[dict]) -> str:
-    """One table a length: a row per plan, a column per task with aware / agnostic / turn 2 in percent."""
+    """Format one table per length: a row per plan, a column per task with aware / agnostic / turn 2 in percent."""
     out = []
     for length in sorted({p["length"] for p in parts}):
-        mine = [p for p in parts if p["length"] == length]
-        good = [p for p in mine if "refused" not in p]
+        selected = [p for p in parts if p["length"] == length]
+        good = [p for p in selected if "refused" not in p]
         out.append(
-            f"{length} tokens, {mine[0]['texts']} texts a task: aware / agnostic / turn 2 (after aware), % solved"
+            f"{length} tokens, {selected[0]['texts']} texts a task: aware / agnostic / turn 2 (after aware), % solved"
         )
         rows = []
-        for name in mine[0]["plans"] if not good else good[0]["plans"]:
-            cells = [_cell(p["plans"].get(name)) for p in mine]
-            rows.append([name, *cells, *_size([p["plans"][name]["aware"] for p in mine if name in p["plans"]])])
-        out.append(table(["plan", *(p["task"] for p in mine), "cache", "less by"], rows))
-        out += [f"! {p['refused']}" for p in mine if "refused" in p] + [""]
+        for name in selected[0]["plans"] if not good else good[0]["plans"]:
+            cells = [_cell(p["plans"].get(name)) for p in selected]
+            rows.append([name, *cells, *_size([p["plans"][name]["aware"] for p in selected if name in p["plans"]])])
+        out.append(table(["plan", *(p["task"] for p in selected), "cache", "less by"], rows))
+        out += [f"! {p['refused']}" for p in selected if "refused" in p] + [""]
     return "\n".join(out)
 
 
 def _cell(plan: dict | None) -> str:
+    """Format the three scores of a plan on one task."""
     if plan is None or "refused" in plan["aware"]:
         return "-"
     return " ".join(
@@ -43,6 +44,7 @@ def _cell(plan: dict | None) -> str:
 
 
 def _size(found: Sequence[dict]) -> list[str]:
+    """Format the mean bytes and the ratio to the full cache."""
     found = [f for f in found if "bytes" in f]
     if not found:
         return ["-", "-"]
@@ -51,25 +53,33 @@ def _size(found: Sequence[dict]) -> list[str]:
 
 
 def averages(parts: Sequence[dict]) -> dict[str, dict[str, float]]:
-    """Every plan's means over the tasks that full can do, of the texts of one length: aware, agnostic, turn 2, bytes and how much less."""
+    """Return every plan's means over the tasks of one length where full reached its floor.
+
+    The keys are aware, agnostic, turn2, bytes and ratio (bytes of the full cache / bytes).
+    """
     good = [p["plans"] for p in parts if "refused" not in p]
     out = {}
     for name in good[0] if good else ():
-        mine = [p[name] for p in good]
-        if any("refused" in p["aware"] for p in mine):
+        selected = [p[name] for p in good]
+        if any("refused" in p["aware"] for p in selected):
             continue
-        size, full = (mean([p["aware"][k] for p in mine]) for k in ("bytes", "full_bytes"))
-        scores = {q: mean([p[q]["score"] for p in mine]) for q in PROTOCOLS}
-        out[name] = scores | {"turn2": mean([p["aware"]["turn2"] for p in mine]), "bytes": size, "ratio": full / size}
+        size, full = (mean([p["aware"][k] for p in selected]) for k in ("bytes", "full_bytes"))
+        scores = {q: mean([p[q]["score"] for p in selected]) for q in PROTOCOLS}
+        out[name] = scores | {
+            "turn2": mean([p["aware"]["turn2"] for p in selected]),
+            "bytes": size,
+            "ratio": full / size,
+        }
     return out
 
 
 def percent(x: float | None) -> str:
+    """Format a share as a percentage, None as -."""
     return "-" if x is None else f"{x:.0%}"
 
 
 def fidelity(found: Sequence[dict]) -> str:
-    """Of records as `quality.merged` makes them."""
+    """Format the rows that `quality.merged` returns."""
     rows = []
     for f in found:
         if "refused" in f:
@@ -192,7 +202,7 @@ def peers_quality(found: Sequence[dict]) -> str:
 
 
 def endless(found: Sequence[dict]) -> str:
-    """A row per plan: speed and bytes near the beginning and at the end."""
+    """Format one row per plan: speed and bytes near the start and at the end."""
     rows = [
         [
             f["plan"],
@@ -223,7 +233,7 @@ def codes(found: Sequence[dict]) -> str:
 
 
 def prose(found: Sequence[dict]) -> str:
-    """Perplexities of one text, against the first row's."""
+    """Format perplexities, and their change against the first row of the same length."""
     rows = [
         [
             f["plan"],

@@ -1,4 +1,4 @@
-"""Seconds and bytes: prefill, decode steps and their share of the memory bus, receipts, and peaks of processes of their own."""
+"""Measure prefill, decode steps, their share of the memory bandwidth, the receipt's bytes and the peak of memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-from evals.quality import able, text_of
+from evals.quality import servable, text_of
 from nanokv import load
 from nanokv.cache.plan import Plan
 from nanokv.cache.report import Report
@@ -21,12 +21,12 @@ from nanokv.engine import Session
 from nanokv.llm import LLM
 
 ROOT = Path(__file__).parent.parent
-# steps of every runner in turn, so that each warms its own caches; the first WARM of a round are not counted
+# every round takes STEPS steps of each runner; the first WARM of them warm up its caches and are not counted
 ROUNDS, STEPS, WARM = 3, 8, 2
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds until it is really done."""
+    """Return the seconds until the work is finished on the device."""
     t0 = time.perf_counter()
     work()
     if device.type != "cpu":
@@ -35,23 +35,23 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def ceiling(device: torch.device) -> float:
-    """Bytes per second that this process reads from the device's memory: sums of one GiB of fp32, the best of ten."""
+    """Return the bytes per second that this process reads from memory: the best of ten sums over 1 GiB of fp32."""
     data = torch.ones(2**28, device=device)
-    times = 1 if device.type == "cpu" else 16  # a launch must not count
+    times = 1 if device.type == "cpu" else 16  # repeat on a GPU, so that the launch does not count
     return times * data.nbytes / min(timed(lambda: [data.sum() for _ in range(times)], device) for _ in range(10))
 
 
-def in_turn(steps: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
-    """Median seconds of each one's step, all taking turns in rounds."""
+def alternate(steps: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Return the median seconds of each runner's step. The runners alternate in rounds."""
     times: list[list[float]] = [[] for _ in steps]
     for _ in range(ROUNDS):
-        for step, mine in zip(steps, times, strict=True):
-            mine += [timed(step, device) for _ in range(STEPS)][WARM:]
+        for step, seconds in zip(steps, times, strict=True):
+            seconds += [timed(step, device) for _ in range(STEPS)][WARM:]
     return [median(t) for t in times]
 
 
 def weight_bytes(llm: LLM) -> int:
-    """What a step must read of the weights: everything but an embedding that is not the head too."""
+    """Return the bytes of weights that a step must read: all except an embedding that is not also the head."""
     model = llm.models.decode
     tied = model.lm_head.weight is model.embed_tokens.weight
     skipped = 0 if tied else model.embed_tokens.weight.nbytes
@@ -59,12 +59,15 @@ def weight_bytes(llm: LLM) -> int:
 
 
 def speed(llm: LLM, plans: dict[str, Plan], length: int, batch: int, limit: float) -> list[dict]:
-    """Prefill and decode of every plan at one length and batch; the decode steps take turns. limit: bytes per second, see `ceiling`."""
+    """Time prefill and decode of every plan at one length and batch. The plans' decode steps alternate.
+
+    `limit` is the bandwidth that `ceiling` returns.
+    """
     room, prompts = ROUNDS * STEPS + 1, [text_of(llm, seed, length) for seed in range(batch)]
-    good, refused = able(llm, list(plans.values()), length, room, batch)
+    good, refused = servable(llm, list(plans.values()), length, room, batch)
     names, weights = list(plans), weight_bytes(llm)
-    records = [{"plan": names[i], "length": length, "batch": batch, "refused": why} for i, why in refused.items()]
-    llm.session(room).start(prompts[:1])  # the first products of a new shape are slow
+    records = [{"plan": names[i], "length": length, "batch": batch, "refused": reason} for i, reason in refused.items()]
+    llm.session(room).start(prompts[:1])  # the first matrix products of a new shape are slow
     ready, sessions, steps = [], [], []
     for i in good:
         session, out = llm.session(room, plan=plans[names[i]]), []
@@ -72,15 +75,15 @@ def speed(llm: LLM, plans: dict[str, Plan], length: int, batch: int, limit: floa
         sessions.append(session)
         steps.append(stepper(session, out[0]))
         ready.append({"plan": names[i], "length": length, "batch": batch, "prefill_s": seconds})
-    for r, session, seconds in zip(ready, sessions, in_turn(steps, llm.device), strict=True):
+    for r, session, seconds in zip(ready, sessions, alternate(steps, llm.device), strict=True):
         report = session.report()
-        share = (weights + report.live_bytes) / seconds / limit
-        r |= {"decode_tok_s": batch / seconds, "bus": share} | kinds(report, llm.config.head_dim)
+        share = (weights + report.used_bytes) / seconds / limit
+        r |= {"decode_tok_s": batch / seconds, "bus": share} | bytes_by_use(report, llm.config.head_dim)
     return ready + records
 
 
 def stepper(session: Session, logits: torch.Tensor) -> Callable[[], None]:
-    """One greedy step after another, from the logits (B,vocab) that stand."""
+    """Return a function that takes one greedy step per call, starting from the logits (B,vocab)."""
     state = [logits]
 
     def step() -> None:
@@ -89,18 +92,18 @@ def stepper(session: Session, logits: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def kinds(report: Report, dim: int) -> dict:
-    """The receipt's bytes by what they are for. Scales count to the K and V that they belong to."""
+def bytes_by_use(report: Report, dim: int) -> dict:
+    """Split the receipt's bytes by use. Scales count as part of their K or V."""
     own = [x for x in report.layers if x.bytes]
-    held = [sum(n for row in x.kept for n in row) * dim / 8 for x in own]
-    k = int(sum(n * x.k_bits for n, x in zip(held, own, strict=True)))
-    v = int(sum(n * x.v_bits for n, x in zip(held, own, strict=True)))
-    by_kind = {"K": k, "V": v, "positions": report.live_bytes - k - v, "reserved": report.bytes - report.live_bytes}
+    units = [sum(n for row in x.kept for n in row) * dim / 8 for x in own]  # bytes at one bit per element
+    k = int(sum(n * x.k_bits for n, x in zip(units, own, strict=True)))
+    v = int(sum(n * x.v_bits for n, x in zip(units, own, strict=True)))
+    by_kind = {"K": k, "V": v, "positions": report.used_bytes - k - v, "reserved": report.bytes - report.used_bytes}
     return {"bytes": report.bytes, "full_bytes": report.full_bytes, "host": report.host_bytes, "kinds": by_kind}
 
 
 def memory(plans: dict[str, Plan], length: int, batch: int, model: str, device: str, dtype: str) -> list[dict]:
-    """Receipt and peak of every plan, in a process of its own: a peak belongs to a process."""
+    """Measure the receipt and the peak of memory of every plan, each in its own process."""
     records = []
     for name, plan in plans.items():
         row = {"plan": name, "length": length, "batch": batch}
@@ -113,20 +116,20 @@ def memory(plans: dict[str, Plan], length: int, batch: int, model: str, device: 
     return records
 
 
-def one(plan: str, length: int, batch: int, model: str, device: str, dtype: str) -> dict:
-    """One plan in this process: prompts, eight steps, receipt and peak."""
+def measure(plan: str, length: int, batch: int, model: str, device: str, dtype: str) -> dict:
+    """Run one plan in this process (prompts and eight steps) and return its receipt and peak of memory."""
     llm = load(model, plan, device=device, dtype=dtype)
     session = llm.session(8)
     step = stepper(session, session.start([text_of(llm, seed, length) for seed in range(batch)]))
     for _ in range(8):
         step()
     report = session.report()
-    sizes = {k: getattr(report, k) for k in ("bytes", "live_bytes", "host_bytes", "full_bytes")}
+    sizes = {k: getattr(report, k) for k in ("bytes", "host_bytes", "full_bytes")} | {"live_bytes": report.used_bytes}
     return {**sizes, "peak_bytes": peak_bytes(llm.device)}
 
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(one(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])))
+        print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])))
     except ValueError as e:
         sys.exit(print(e, file=sys.stderr) or 2)

@@ -1,9 +1,10 @@
-"""Synthetic long-context tasks from prose that every CPython carries, with a fixed answer each: no download, no judge.
+"""Synthetic long-context tasks with fixed answers. Their prose is part of every CPython, so nothing is downloaded.
 
-After RULER (Hsieh et al. 2024, arXiv:2404.06654, §3), in forms that a model of 135M parameters can do: every question is a text that
-waits to be continued, so neither a chat template nor an instruction decides the score.
+The tasks follow RULER (Hsieh et al. 2024, arXiv:2404.06654, §3), simplified for a model of 135M parameters. Every
+question is the beginning of a text that the model continues, so the score depends on no chat template and no
+instruction.
 
-python -m evals.tasks --tokens 3000 --seed 1        prints one text that waits to be continued, as `make demo` uses it
+python -m evals.tasks --tokens 3000 --seed 1        prints one text for the model to continue; `make demo` uses it
 """
 
 from __future__ import annotations
@@ -16,34 +17,34 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A question as the beginning of its answer."""
+class Question:
+    """A question, written as a text that the answer continues."""
 
-    opening: str  # with what separates it from the text before
-    # as it must follow. It begins with a token that says nothing (a space before digits, a quote): the first token after a prompt comes
-    # from the prompt's own dense attention, whatever the cache keeps
+    opening: str  # starts with the separator from the text before
+    # The exact continuation. Its first token (a space before digits, a quote) does not give the answer away: the
+    # logits of the first token after a prompt come from dense attention and do not depend on the cache
     answer: str
 
 
 @dataclass(frozen=True)
 class Task:
-    """A text, and questions about it: the first turn's, and what is asked later about the same text."""
+    """A text and questions about it. Each turn has one or more questions."""
 
     context: str
-    turns: tuple[tuple[Ask, ...], ...]
+    turns: tuple[tuple[Question, ...], ...]
 
     @property
     def unfinished(self) -> str:
-        """The text with its first question, waiting to be continued."""
+        """The text with its first question, for the model to continue."""
         return self.context + self.turns[0][0].opening
 
     def solved(self, text: str) -> bool:
-        """Whether a continuation of `unfinished` names the answer."""
+        """Return whether a continuation of `unfinished` contains the answer."""
         return self.turns[0][0].answer.strip() in text
 
 
 def prose() -> list[str]:
-    """Sentences of the Python documentation's topics, in their order; headings, code and tables left out."""
+    """Return the sentences of Python's documentation topics in order, without headings, code and tables."""
     from pydoc_data.topics import topics
 
     sentences = []
@@ -62,82 +63,83 @@ def prose() -> list[str]:
 
 
 def needle(seed: int, tokens: int, count: Callable[[str], int], depth: float | None = None) -> Task:
-    """A seven-digit code for a city, hidden in about `tokens` tokens of varied prose (`count` measures a text).
+    """Hide a seven-digit code for a city in about `tokens` tokens of prose. `count` returns the tokens of a text.
 
-    depth 0 … 1 says where; None draws it. The second turn asks for something else that the text says elsewhere.
+    The code lies at `depth`, 0 … 1; None draws a depth. The second turn asks for a password that is hidden elsewhere.
     """
-    dice = random.Random(seed)
-    city, code = dice.choice(CITIES), _code(dice, 7)
-    depth = dice.random() if depth is None else depth
-    hay = _hay(dice, tokens, count)
-    name, word = dice.choice(NAMES), dice.choice(WORDS)
+    generator = random.Random(seed)
+    city, code = generator.choice(CITIES), _number(generator, 7)
+    depth = generator.random() if depth is None else depth
+    sentences = _sentences(generator, tokens, count)
+    name, word = generator.choice(NAMES), generator.choice(WORDS)
     facts = [f"The secret code for {city} is {code}.", f"The password of {name} is {word}."]
-    text = _hide(hay, facts, [depth, dice.random()])
+    text = _insert(sentences, facts, [depth, generator.random()])
     first, second = (
-        Ask(f"\n\nThe secret code for {city} is", f" {code}"),
-        Ask(f"\n\nThe password of {name} is", f" {word}"),
+        Question(f"\n\nThe secret code for {city} is", f" {code}"),
+        Question(f"\n\nThe password of {name} is", f" {word}"),
     )
     return Task(text, ((first,), (second,)))
 
 
 def multikey(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
-    """Codes for four cities, of which one is asked for, then another."""
-    text, asks = _codes(seed, tokens, count)
-    return Task(text, ((asks[0],), (asks[1],)))
+    """Hide codes for four cities. The first turn asks for one, the second for another."""
+    text, questions = _city_codes(seed, tokens, count)
+    return Task(text, ((questions[0],), (questions[1],)))
 
 
 def multiquery(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
-    """Codes for four cities, of which two are asked for, both named before the first answer; then the other two."""
-    text, asks = _codes(seed, tokens, count)
-    return Task(text, (_together(asks[:2]), _together(asks[2:])))
+    """Hide codes for four cities. Each turn asks for two and names both before the first answer."""
+    text, questions = _city_codes(seed, tokens, count)
+    return Task(text, (_joint_turn(questions[:2]), _joint_turn(questions[2:])))
 
 
 def variables(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
-    """Three chains X1 = 12345, X2 = X1 between sentences; one is walked back from its last name to the value, then another.
+    """Hide three chains X1 = 12345, X2 = X1 in prose. A turn follows one chain from its last variable to the value.
 
-    Each opening names the right variable, whatever was answered before. RULER's chains are longer; a second link back is beyond a
-    model of 135M parameters.
+    Every opening names the right variable, even if the answer before was wrong. RULER's chains are longer, but a model
+    of 135M parameters cannot follow a second link.
     """
-    dice = random.Random(seed)
-    names = [f"{letter}{dice.randrange(10)}" for letter in dice.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 6)]
+    generator = random.Random(seed)
+    names = [f"{letter}{generator.randrange(10)}" for letter in generator.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 6)]
     facts, depths, turns = [], [], []
     for a, b in zip(names[::2], names[1::2], strict=True):
-        value = _code(dice, 5)
+        value = _number(generator, 5)
         facts += [f"VAR {a} = {value}.", f"VAR {b} = VAR {a}."]
-        depths += sorted(dice.random() for _ in range(2))
-        turns.append((Ask(f"\n\nVAR {b} =", f" VAR {a}"), Ask(f".\n\nVAR {a} =", f" {value}")))
-    return Task(_hide(_hay(dice, tokens, count), facts, depths), tuple(turns[:2]))
+        depths += sorted(generator.random() for _ in range(2))
+        turns.append((Question(f"\n\nVAR {b} =", f" VAR {a}"), Question(f".\n\nVAR {a} =", f" {value}")))
+    return Task(_insert(_sentences(generator, tokens, count), facts, depths), tuple(turns[:2]))
 
 
 def common(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
-    """A list of word pairs of which half are the same one; the list goes on with another pair, and the common one is what comes next.
+    """List word pairs, half of which are the same pair. The question adds another pair; the answer is the common one.
 
-    RULER asks for the ten most common words; a model of 135M parameters cannot count, but it goes on.
+    RULER asks for the ten most common words. A model of 135M parameters cannot count, but it can continue a list.
     """
-    dice = random.Random(seed)
-    often, first, second, *rare = dict.fromkeys(" ".join(dice.sample(WORDS, 2)) for _ in range(40))
+    generator = random.Random(seed)
+    often, first, second, *rare = dict.fromkeys(" ".join(generator.sample(WORDS, 2)) for _ in range(40))
     listed, size = [], 0
     while size < tokens:
         listed += [often, rare[len(listed) // 2 % len(rare)]]
         size += count(f' "{often}", "{listed[-1]}",')
-    dice.shuffle(listed)
-    asks = [Ask(f' "{pair}",', f' "{often}') for pair in (first, second)]
+    generator.shuffle(listed)
+    questions = [Question(f' "{pair}",', f' "{often}') for pair in (first, second)]
     return Task(
-        ", ".join(f'"{pair}"' for pair in listed) + ",", ((asks[0],), (Ask('",' + asks[1].opening, asks[1].answer),))
+        ", ".join(f'"{pair}"' for pair in listed) + ",",
+        ((questions[0],), (Question('",' + questions[1].opening, questions[1].answer),)),
     )
 
 
 def keyvalue(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
-    """Nothing but lines of keys and values; one value is asked for, then another."""
-    dice = random.Random(seed)
+    """List lines of keys and values. The first turn asks for one value, the second for another."""
+    generator = random.Random(seed)
     keys = [f"{a} {b}" for a in WORDS for b in WORDS if a != b]
-    dice.shuffle(keys)
+    generator.shuffle(keys)
     rows, size = [], 0
     while size < tokens:
-        rows.append((keys.pop(), _code(dice, 4)))
+        rows.append((keys.pop(), _number(generator, 4)))
         size += count('"{}": "{}",\n'.format(*rows[-1]))
-    asks = [Ask(f'\n\n"{key}":', f' "{value}') for key, value in dice.sample(rows, 2)]
-    return Task("\n".join(f'"{k}": "{v}",' for k, v in rows), tuple((a,) for a in asks))
+    questions = [Question(f'\n\n"{key}":', f' "{value}') for key, value in generator.sample(rows, 2)]
+    return Task("\n".join(f'"{k}": "{v}",' for k, v in rows), tuple((a,) for a in questions))
 
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -150,42 +152,43 @@ TASKS: dict[str, Callable[..., Task]] = {
 }
 
 
-def _hay(dice: random.Random, tokens: int, count: Callable[[str], int]) -> list[str]:
-    """About `tokens` tokens of neighbouring sentences, so that they read as one text."""
+def _sentences(generator: random.Random, tokens: int, count: Callable[[str], int]) -> list[str]:
+    """Return about `tokens` tokens of consecutive sentences, so that they read as one text."""
     pool = prose()
-    start, hay, size = dice.randrange(len(pool)), [], 0
+    start, sentences, size = generator.randrange(len(pool)), [], 0
     while size < tokens:
-        hay.append(pool[(start + len(hay)) % len(pool)])
-        size += count(" " + hay[-1])
-    return hay
+        sentences.append(pool[(start + len(sentences)) % len(pool)])
+        size += count(" " + sentences[-1])
+    return sentences
 
 
-def _hide(hay: list[str], facts: list[str], depths: list[float]) -> str:
-    """The facts between the sentences, each at its depth 0 … 1."""
-    for depth, fact in sorted(zip(depths, facts, strict=True), reverse=True):  # from the end, so that depths stay true
-        hay.insert(round(depth * len(hay)), fact)
-    return " ".join(hay)
+def _insert(sentences: list[str], facts: list[str], depths: list[float]) -> str:
+    """Insert each fact between the sentences at its depth, 0 … 1, and return the text."""
+    for depth, fact in sorted(zip(depths, facts, strict=True), reverse=True):  # the last first: positions stay valid
+        sentences.insert(round(depth * len(sentences)), fact)
+    return " ".join(sentences)
 
 
-def _codes(seed: int, tokens: int, count: Callable[[str], int]) -> tuple[str, list[Ask]]:
-    """Four cities' codes in prose, and the questions for them."""
-    dice = random.Random(seed)
-    cities = dice.sample(CITIES, 4)
-    asks = [Ask(f"\n\nThe secret code for {city} is", f" {_code(dice, 5)}") for city in cities]
-    facts = [f"{a.opening.strip()}{a.answer}." for a in asks]
-    return _hide(_hay(dice, tokens, count), facts, [dice.random() for _ in facts]), asks
+def _city_codes(seed: int, tokens: int, count: Callable[[str], int]) -> tuple[str, list[Question]]:
+    """Hide the codes of four cities in prose. Returns the text and the questions."""
+    generator = random.Random(seed)
+    cities = generator.sample(CITIES, 4)
+    questions = [Question(f"\n\nThe secret code for {city} is", f" {_number(generator, 5)}") for city in cities]
+    facts = [f"{a.opening.strip()}{a.answer}." for a in questions]
+    return _insert(_sentences(generator, tokens, count), facts, [generator.random() for _ in facts]), questions
 
 
-def _together(asks: list[Ask]) -> tuple[Ask, ...]:
-    """Questions that are all known from the start, answered one after the other."""
-    first, *rest = asks
-    cities = " and ".join(a.opening.partition(" for ")[2].removesuffix(" is") for a in asks)
-    known = Ask(f"\n\nThe secret codes for {cities} are needed.{first.opening}", first.answer)
-    return (known, *(Ask("." + a.opening, a.answer) for a in rest))
+def _joint_turn(questions: list[Question]) -> tuple[Question, ...]:
+    """Combine questions into one turn: the first opening names all cities, and the answers follow one by one."""
+    first, *rest = questions
+    cities = " and ".join(a.opening.partition(" for ")[2].removesuffix(" is") for a in questions)
+    known = Question(f"\n\nThe secret codes for {cities} are needed.{first.opening}", first.answer)
+    return (known, *(Question("." + a.opening, a.answer) for a in rest))
 
 
-def _code(dice: random.Random, digits: int) -> str:
-    return str(dice.randrange(10 ** (digits - 1), 10**digits))
+def _number(generator: random.Random, digits: int) -> str:
+    """Draw a number with this many digits."""
+    return str(generator.randrange(10 ** (digits - 1), 10**digits))
 
 
 CITIES = ("Lisbon", "Oslo", "Nairobi", "Quito", "Hanoi", "Perth", "Turin", "Lima", "Riga", "Kyoto", "Bergen", "Dakar")

@@ -1,7 +1,8 @@
-"""nanokv's kernels: attention over compressed caches. Imports torch, triton and the standard library, nothing else.
+"""nanokv's kernels: attention over compressed caches in Triton. Imports torch, triton and the standard library,
+nothing else.
 
-Every public name here has a plain-torch twin of the same signature in `kernels/reference.py`; `nanokv/ops.py` is the only
-module of nanokv that imports this package. Triton is imported with the first kernel that is asked for, not before.
+Every public name here has a plain-torch twin of the same signature in `kernels/reference.py`, which is its oracle. Of
+nanokv only `nanokv/backends/` imports this package. Triton is imported when the first kernel is asked for.
 """
 
 from importlib import import_module
@@ -9,25 +10,30 @@ from typing import Any
 
 __version__ = "0.0.0"  # transformers probes a PyPI package of this name by its version; without one it fails to import
 HOMES = {
-    "add_norm": "rows",
-    "append": "writes",
-    "compact": "writes",
-    "decode": "attention",
-    "decode_quant": "codes",
-    "decode_ragged": "attention",
-    "fetch": "chunks",
-    "landmarks": "chunks",
-    "linear": "rows",
-    "mass": "votes",
-    "norm": "rows",
-    "quantize": "writes",
-    "rebuild": "chunks",
-    "swiglu": "rows",
+    "add_rms_norm": "norm",
+    "append": "kv_write",
+    "attention_scores": "scores",
+    "compact": "kv_write",
+    "decode": "decode",
+    "decode_quant": "decode_quant",
+    "decode_ragged": "decode",
+    "fetch_chunks": "shadowkv",
+    "landmark_scores": "shadowkv",
+    "linear": "gemv",
+    "quantize": "kv_write",
+    "rebuild_keys": "shadowkv",
+    "rms_norm": "norm",
+    "swiglu": "norm",
 }
 __all__ = list(HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    """Import the module of a kernel, and bind the kernels of that module here: `decode` the function replaces
+    `decode` the module.
+    """
     if name not in HOMES:
         raise AttributeError(name)
-    return getattr(import_module(f"kernels.{HOMES[name]}"), name)
+    module = import_module(f"kernels.{HOMES[name]}")
+    globals().update({kernel: getattr(module, kernel) for kernel, home in HOMES.items() if home == HOMES[name]})
+    return globals()[name]

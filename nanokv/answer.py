@@ -1,4 +1,4 @@
-"""One answer in the making: decode steps, stop strings, timings."""
+"""One answer while it is generated: decode steps, stop strings, timings."""
 
 from __future__ import annotations
 
@@ -12,34 +12,33 @@ from nanokv.device import wait_for
 from nanokv.engine import Session, generate
 from nanokv.text import tokenizer
 from nanokv.text.sampler import Sampling, sample
-from nanokv.text.stream import Stopper
-
+from nanokv.text.stream import Stopper, Stream
 
 TURN_CHUNK = 512  # tokens of a turn that are fed at once
 
 
 @dataclass
-class Turn:
-    """One answer in the making: iterate for (row, piece of text); afterwards the fields tell what happened."""
+class Answer:
+    """An answer while it is generated. Iterate for (row, piece of text); afterwards the fields say what happened."""
 
     session: Session
     tokenizer: tokenizer.Tokenizer
     limit: int
     sampling: Sampling
-    dice: torch.Generator
+    generator: torch.Generator
     stop: tuple[str, ...]
     ignore_eos: bool
     prompt_tokens: int = 0
-    lengths: list[int] = field(default_factory=list)  # of the prompts that started the session
+    lengths: list[int] = field(default_factory=list)  # tokens of each prompt that started the session
     ids: list[list[int]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     reasons: list[str | None] = field(default_factory=list)
     prefill_s: float = 0.0
     compile_s: float = 0.0
-    decode_s: float = 0.0  # of the steps after the first, which is the warm-up, but those that compiled
-    counted: int = 0  # tokens that came in decode_s, of rows that had not ended
-    unfed: int | None = None  # row 0's last token, where the next turn must feed it first
-    interrupted: bool = False  # set from outside, at any time; the answer ends after the step in progress
+    decode_s: float = 0.0  # without the first step, which warms up, and without steps that compiled
+    counted: int = 0  # tokens of unfinished rows that came in decode_s
+    unfed: int | None = None  # row 0's last token, if the next turn must feed it first
+    interrupted: bool = False  # may be set from outside at any time; the answer then ends after the step in progress
     logits: torch.Tensor | None = None
     streams: list[Stopper] = field(default_factory=list)
 
@@ -48,18 +47,18 @@ class Turn:
         prompts: Sequence[Sequence[int]],
         then: Sequence[int],
         copies: int,
-        tick: Callable[[int], None] | None,
-        compressed: Callable[[], None] | None,
+        progress: Callable[[int], None] | None,
+        on_compressed: Callable[[], None] | None,
     ) -> None:
         t0, session = time.perf_counter(), self.session
         if prompts:
-            self.logits = session.start(prompts, copies, tick)
-        if compressed:
-            compressed()
+            self.logits = session.start(prompts, copies, progress)
+        if on_compressed:
+            on_compressed()
         if then:
             session.reserve(len(then) + self.limit)
             rows = torch.tensor([list(then)], device=session.pos.device).expand(len(session.seen), -1)
-            step = session.chunk or TURN_CHUNK  # pieces bound the scores; each enters the cache before the next one reads it
+            step = session.chunk or TURN_CHUNK  # pieces bound the memory; each is stored before the next one attends
             for a in range(0, len(then), step):
                 self.logits = session.feed(rows[:, a : a + step])
         wait_for(session.pos.device)
@@ -69,14 +68,14 @@ class Turn:
         n = len(session.seen)
         self.ids, self.texts, self.reasons = [[] for _ in range(n)], [""] * n, [None] * n
         before = [list(then)] * n if then else [list(p) for p in prompts for _ in range(copies)]
-        self.streams = [Stopper(tokenizer.Stream(self.tokenizer, ids), self.stop) for ids in before]
+        self.streams = [Stopper(Stream(self.tokenizer, ids), self.stop) for ids in before]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         clock, column, runner = 0.0, None, self.session.models.runner
         before = compiled = runner.compile_s
-        for i, column in enumerate(generate(self.session, self.logits, self.limit, self._pick)):
+        for i, column in enumerate(generate(self.session, self.logits, self.limit, self._sample)):
             tokens = column.tolist()
-            if i > 1 and runner.compile_s == compiled:  # a step that compiled is no common one
+            if i > 1 and runner.compile_s == compiled:  # a step that compiled is not counted
                 self.decode_s += time.perf_counter() - clock
                 self.counted += self.reasons.count(None)
             self.unfed = tokens[0] if self.ignore_eos or tokens[0] not in self.tokenizer.eos else None
@@ -91,17 +90,17 @@ class Turn:
                 break
             compiled, clock = runner.compile_s, time.perf_counter()
         self.compile_s += runner.compile_s - before
-        if self.session.open:  # a policy that waits has seen no token yet: give it the one it needs to decide
+        if self.session.undecided:  # a policy that waits has seen no token yet: give it the one it needs to decide
             self.session.feed(column[:, None])
             self.unfed = None
 
-    def _pick(self, logits: torch.Tensor) -> torch.Tensor:
+    def _sample(self, logits: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            return sample(logits, self.sampling, self.dice)
+            return sample(logits, self.sampling, self.generator)
 
     def _take(self, row: int, token: int, last: bool) -> Iterator[tuple[int, str]]:
         if self.reasons[row]:
-            return  # an ended row decodes into its own slots until all have ended
+            return  # a finished row goes on decoding into its own slots until all are finished
         if token in self.tokenizer.eos and not self.ignore_eos:
             self.reasons[row] = "eos"
             yield from self._emit(row, self.streams[row].end())

@@ -1,4 +1,4 @@
-"""Devices, types and memory: which device, which type for prompts and for single tokens, how much is free."""
+"""Which device a model runs on, in which types prompts and single tokens are computed, and how much memory is free."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def choose_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Precision:
-    """Which type prompts and single tokens are computed in, by which linear, and why."""
+    """The types in which prompts and single tokens are computed, the function for matrix products, and the reason."""
 
     prefill: torch.dtype
     decode: torch.dtype
@@ -45,7 +45,7 @@ class Precision:
 
 
 def choose_precision(config: ModelConfig, device: torch.device, asked: str) -> Precision:
-    """A table, not a probe: the same command on the same machine must write the same text."""
+    """The types for this device. They come from a table, not from timings: the same command must write the same text again."""
     if asked != "auto":
         names = [ALIASES.get(n, n) for n in asked.split("/")]
         if len(names) > 2 or any(n not in DTYPES for n in names):
@@ -66,7 +66,7 @@ def choose_precision(config: ModelConfig, device: torch.device, asked: str) -> P
         why = "this CPU multiplies bf16 tiles"
     elif torch.cpu._is_avx512_bf16_supported():
         # 2 cores of a Zen 5: prompts 312 GFLOP/s in bf16, 75 in fp32, 22 in fp16; one row streams 42 GB/s of fp16,
-        # 25 of bf16, 15 of fp32. Two copies of the weights, if there is room for a second
+        # 25 of bf16, 15 of fp32. So there are two copies of the weights, if the second one fits
         first, second = torch.bfloat16, torch.float16
         why = "this CPU multiplies bf16 best and streams fp16 best"
         size = config.parameters() * 2
@@ -83,7 +83,7 @@ def choose_precision(config: ModelConfig, device: torch.device, asked: str) -> P
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on the device; a container's limit counts."""
+    """Bytes that can still be allocated on the device, within the limit of a container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -92,11 +92,13 @@ def free_bytes(device: torch.device) -> int:
         group = Path("/sys/fs/cgroup")
         if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # file cache gives way
+            used = int((group / "memory.current").read_text()) - int(
+                stat["inactive_file"]
+            )  # of files, which gives way
             free = min(free, int(limit) - used)
         return free
     except (OSError, KeyError, ValueError):
-        return sys.maxsize  # no way to tell on this system
+        return sys.maxsize  # this system does not say
 
 
 def check_weights(name: str, config: ModelConfig, device: torch.device, use: Precision) -> None:
@@ -112,7 +114,7 @@ def check_weights(name: str, config: ModelConfig, device: torch.device, use: Pre
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has held on the device: of the CPU, resident."""
+    """The largest memory that this process has had on the device; on a CPU, resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,5 +1,5 @@
-"""The two loops: prefill a prompt through a `PromptCache`, then decode on a `KVCache`. Deals in token ids only; knows no text,
-no method and no file.
+"""The two loops: prefill a prompt through a `PromptCache`, then decode on a `KVCache`. Deals in token ids only; knows
+no text, no method and no file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from nanokv.runner import Runner
 
 @dataclass(frozen=True)
 class Models:
-    """One set of weights in the type that suits prompts and in the one that suits single tokens; often the same object."""
+    """One set of weights in the type that suits prompts and in the one that suits single tokens; often the same
+    object.
+    """
 
     prefill: Llama
     decode: Llama
@@ -32,119 +34,156 @@ class Models:
 
     @property
     def context(self) -> Context:
-        weight = self.decode.embed_tokens.weight
-        return Context(self.decode.config, self.ops, weight.device, weight.dtype, self.decode.inv_freq)
+        model, weight = self.decode, self.decode.embed_tokens.weight
+        return Context(model.config, self.ops, weight.device, weight.dtype, model.inv_freq, model.output_weights())
 
 
 def prefill(
-    model: Llama, cache: PromptCache, chunk: int | None = None, tick: Callable[[int], None] | None = None
+    model: Llama, cache: PromptCache, chunk: int | None = None, progress: Callable[[int], None] | None = None
 ) -> Tensor:
-    """The prompt that `cache` was made for, whole or in chunks → logits of its last token (1,vocab).
+    """Feed the prompt of `cache`, whole or in chunks, and the policy's scoring passes → logits of the prompt's last
+    token (1,vocab).
 
-    Afterwards the cache's `kept` holds what stays; under a policy that waits, only after that many more tokens went through it.
-    `tick(n)` is told of every n tokens done.
+    Afterwards `cache.kept` holds what stays; under a policy with `decide_after`, only after that many more tokens
+    went through it. `progress(n)` is called after every n tokens.
     """
-    ids = cache.ids
+    ids, keep = cache.ids, cache.plan.keep
     step = chunk or len(ids)
     for a in range(0, len(ids), step):
-        tokens = ids[None, a : a + step]
-        pos = torch.arange(a, a + tokens.shape[1], device=ids.device)[None]
-        hidden = model.hidden(tokens, pos, cache)
-        if tick:
-            tick(tokens.shape[1])
+        hidden = _feed(model, cache, ids[a : a + step], a)
+        if progress:
+            progress(min(step, len(ids) - a))
+    for i in range(keep.passes):
+        replay = keep.replay(ids, i)
+        cache.begin_pass(len(replay))
+        for a in range(0, len(replay), step):
+            _feed(model, cache, replay[a : a + step], len(ids) + a)
     return model.logits(hidden[:, -1])
+
+
+def _feed(model: Llama, cache: PromptCache, tokens: Tensor, start: int) -> Tensor:
+    """tokens (n,) of one row at positions start … → hidden states (1,n,C)."""
+    pos = torch.arange(start, start + len(tokens), device=tokens.device)[None]
+    return model.hidden(tokens[None], pos, cache)
 
 
 class Session:
     """Texts in progress, one per row, on one compressed cache that later turns continue."""
 
     def __init__(self, models: Models, plan: Plan, room: int, chunk: int | None = None):
+        """room: tokens that will follow the prompt. chunk: prompt tokens per forward pass; None: the whole prompt at
+        once.
+        """
         self.models, self.plan, self.room, self.chunk = models, plan, room, chunk
         self.context = models.context
-        self.open: list[PromptCache] = []  # prompts whose policy still waits
+        self.undecided: list[PromptCache] = []  # prompts whose policy has not decided yet (`decide_after`)
         self.cache: KVCache | None = None
-        self.pos: Tensor | None = None  # (B,1): where the next token of each row goes
+        self.pos: Tensor | None = None  # (B,1): the position of each row's next token
         self.seen: list[int] = []  # the same on the host
         self.plans: list[Plan] = []  # the plan as fitted to each row's prompt
-        self.whole = True  # False: an exception left a step half done, and the cache with it
+        self.tokens: (
+            list[Tensor] | None
+        ) = []  # each row's token ids so far, kept for policies that rescore; None: not known
+        self.intact = True  # False: an exception left a step half done, and the cache with it
+
+    def fitted_plan(self, prompt_len: int, rows: int = 1) -> Plan:
+        """The plan as it will be for a prompt of this length; or as it is, once there is one."""
+        if self.plans:
+            return self.plans[0]
+        return self.plan.fit(self.models.prefill.config, self.context.dtype, prompt_len, self.room, rows)
 
     @torch.inference_mode()
     def start(
-        self, prompts: Sequence[Sequence[int]], copies: int = 1, tick: Callable[[int], None] | None = None
+        self, prompts: Sequence[Sequence[int]], copies: int = 1, progress: Callable[[int], None] | None = None
     ) -> Tensor:
         """Prefill one prompt after the other → logits (B,vocab), B = prompts × copies. Copies share one prefill."""
         config, device = self.models.prefill.config, self.context.device
         n = len(prompts) * copies
         logits, caches = [], []
-        for ids in prompts:
-            plan = self.plan.fit(config, self.context.dtype, len(ids), self.room, n)
-            again = copies if plan.keep.wait else 1  # a waiting prompt goes on differently for each copy
-            for _ in range(again):
-                cache = PromptCache(plan, config, torch.tensor(ids, device=device), self.models.ops, self.context)
-                out = prefill(self.models.prefill, cache, self.chunk, tick)
-                logits += [out] * (copies // again)
-                caches += [cache] * (copies // again)
+        for prompt in prompts:
+            plan = self.plan.fit(config, self.context.dtype, len(prompt), self.room, n)
+            ids = torch.tensor(prompt, device=device)
+            repeats = copies if plan.keep.decide_after else 1  # an undecided prompt goes on differently for each copy
+            for _ in range(repeats):
+                cache = PromptCache(plan, config, ids, self.models.ops, self.context)
+                out = prefill(self.models.prefill, cache, self.chunk, progress)
+                logits += [out] * (copies // repeats)
+                caches += [cache] * (copies // repeats)
             self.plans += [plan] * copies
-            self.seen += [len(ids)] * copies
+            self.seen += [len(prompt)] * copies
+            self.tokens += [ids] * copies
         self.pos = torch.tensor(self.seen, device=device)[:, None]
-        if self.plans[0].keep.wait:
-            self.open = caches
+        if self.plans[0].keep.decide_after:
+            self.undecided = caches
         else:
             self._pack(caches)
         return torch.cat(logits)
 
-    def restore(self, plan: Plan, kept: dict[int, Kept], seen: int) -> None:
-        """Go on from survivors of one row that were kept somewhere, instead of `start`."""
-        self.plans, self.seen = [plan], [seen]
+    def restore(self, plan: Plan, kept: dict[int, Kept], seen: int, tokens: Tensor | None = None) -> None:
+        """Go on from what one row has kept (layer → Kept), instead of `start`. tokens (seen,): the text's ids, where
+        they are known.
+        """
+        self.plans, self.seen, self.tokens = [plan], [seen], None if tokens is None else [tokens]
         self.pos = torch.tensor([[seen]], device=self.context.device)
         self.cache = KVCache.pack([plan], [kept], self.room, self.context)
 
     def _pack(self, caches: list[PromptCache]) -> None:
         rows = [dict(c.kept) for c in caches]
         for c in caches:
-            c.kept = {}  # the rows own the survivors now, and pack takes them out of there
+            c.kept = {}  # the rows own what is kept now, and `pack` takes it out of them
         self.cache = KVCache.pack(self.plans, rows, self.room, self.context)
 
     @torch.inference_mode()
-    def feed(self, tokens: Tensor, each: bool = False) -> Tensor:
+    def feed(self, tokens: Tensor, every_logit: bool = False) -> Tensor:
         """(B,T) new tokens → logits after the last of them (B,vocab), or after every one (B,T,vocab)."""
-        if not self.open:
-            self.cache.expect(tokens.shape[1])
-        self.whole = False
-        parts = self._feed_open(tokens) if self.open else []
+        if not self.undecided:
+            self.cache.check_room(tokens.shape[1])
+        self.intact = False
+        self._remember(tokens)
+        parts = self._feed_undecided(tokens) if self.undecided else []
         tokens = tokens[:, len(parts) :]
         if parts and tokens.shape[1]:
-            self.cache.expect(tokens.shape[1])
+            self.cache.check_room(tokens.shape[1])
         while tokens.shape[1]:
-            T = self.cache.piece(tokens.shape[1])
+            T = self.cache.next_piece(tokens.shape[1])
             self.cache.room -= T
             pos = self.pos if T == 1 else self.pos + torch.arange(T, device=self.pos.device)
             if T == 1:
                 out = self.models.runner.step(tokens[:, :1], pos, self.cache)[:, None]
             else:
                 hidden = self.models.prefill.hidden(tokens[:, :T], pos, self.cache)
-                out = self.models.prefill.logits(hidden if each else hidden[:, -1:])
+                out = self.models.prefill.logits(hidden if every_logit else hidden[:, -1:])
             tokens = tokens[:, T:]
-            if each or not tokens.shape[1]:
+            if every_logit or not tokens.shape[1]:
                 parts.append(out)
             self._advance(T)
-            self.cache.maintain(T, self.seen)
-        self.whole = True
-        return torch.cat(parts, 1) if each else parts[-1][:, -1]
+            self.cache.maintain(T, self.seen, self._tokens_seen())
+        self.intact = True
+        return torch.cat(parts, 1) if every_logit else parts[-1][:, -1]
 
-    def _feed_open(self, tokens: Tensor) -> list[Tensor]:
-        """The first tokens, as far as a waiting policy still counts them to the prompt → the logits after each (B,1,vocab)."""
-        parts, n = [], min(self.plans[0].keep.wait, tokens.shape[1])
+    def _remember(self, tokens: Tensor) -> None:
+        """Keep the token ids of each row, if the policy may ask for them at a rescore."""
+        if self.tokens is not None and self.plan.keep.rescore_every:
+            self.tokens = [torch.cat((old, new)) for old, new in zip(self.tokens, tokens, strict=True)]
+
+    def _tokens_seen(self) -> list[Tensor] | None:
+        if self.tokens is None:
+            return None
+        return [ids[:n] for ids, n in zip(self.tokens, self.seen, strict=True)]
+
+    def _feed_undecided(self, tokens: Tensor) -> list[Tensor]:
+        """The first tokens, as far as the policy counts them to the prompt → the logits after each (B,1,vocab)."""
+        parts, n = [], min(self.plans[0].keep.decide_after, tokens.shape[1])
         for i in range(n):
             pos, column = self.pos.clone(), tokens[:, i : i + 1]
             out = []
-            for b, cache in enumerate(self.open):
+            for b, cache in enumerate(self.undecided):
                 cache.ids = torch.cat((cache.ids, column[b]))
                 out.append(self.models.prefill(column[b : b + 1], pos[b : b + 1], cache))
             parts.append(torch.cat(out)[:, None])
             self._advance(1)
-        if all(c.length == c_seen for c, c_seen in zip(self.open, self.seen, strict=True)):
-            caches, self.open = self.open, []
+        if all(c.length == seen for c, seen in zip(self.undecided, self.seen, strict=True)):
+            caches, self.undecided = self.undecided, []
             self._pack(caches)
             self.cache.room -= n
         return parts
@@ -161,13 +200,14 @@ class Session:
             self.cache.reserve(room)
 
     def report(self) -> Report | None:
-        """The receipt; None while a policy still waits for its first token."""
+        """The receipt; None while a policy has not decided yet."""
         return None if self.cache is None else self.cache.report(self.seen)
 
 
 def generate(session: Session, logits: Tensor, n: int, sampler: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-    """Up to n columns (B,) of tokens, sampled from `logits` and then from what follows. The caller stops when it has enough;
-    the last column is not fed to the cache until a later turn does.
+    """Up to n columns (B,) of tokens: the first sampled from `logits`, each other from the logits that follow.
+
+    The caller stops when it has enough. The last column is not fed to the cache; a later turn does that.
     """
     for i in range(n):
         tokens = sampler(logits)

@@ -1,6 +1,7 @@
 """Text in, text out: a model with its tokenizer, plan and devices, and one answer at a time with its timings.
 
-`load` finds and reads a model; `LLM.stream` is the short way, `LLM.turn` the one with rows, questions and continuations.
+`load` finds and reads a model; `LLM.stream` is the short way, `LLM.turn` the one with rows, questions and
+continuations.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanokv.answer import Turn
+from nanokv.answer import Answer
 from nanokv.backends import BACKENDS
 from nanokv.backends.triton import triton_for
 from nanokv.cache.plan import Plan, nearest, parse
@@ -27,10 +28,13 @@ from nanokv.model import loader
 from nanokv.model.config import ModelConfig
 from nanokv.model.presets import PRESETS
 from nanokv.runner import RUNNERS, make
-from nanokv.sharing.kvsharer import KVSharer
+from nanokv.sharing import search
+from nanokv.sharing.base import Sharing
 from nanokv.text import tokenizer
 from nanokv.text.sampler import Sampling
-
+from weights.fetch import locate
+from weights.from_gguf import GGUF
+from weights.registry import MODELS, settings
 
 
 def load(
@@ -44,13 +48,11 @@ def load(
     random_weights: bool = False,
     bar: bool = False,
 ) -> LLM:
-    """A model by directory, .gguf file, name or hub id. dtype: auto, one type, or prefill/decode as in bfloat16/float16.
+    """A model by directory, .gguf file, name or hub id. dtype: auto, one type, or prefill/decode as in
+    bfloat16/float16.
 
     Raises ValueError for whatever the user can mend: unknown names, damaged files, too little memory.
     """
-    from weights.fetch import locate
-    from weights.registry import MODELS
-
     t0 = time.perf_counter()
     plan = parse(plan) if isinstance(plan, str) else plan
     if backend not in ("auto", "triton", *BACKENDS):
@@ -67,18 +69,18 @@ def load(
             raise ValueError(
                 f"no known shape {model!r}{nearest(model, MODELS)}; --random-weights builds one of {', '.join(MODELS)}"
             )
-        config, words, read = PRESETS[shape], tokenizer.byte_level(), lambda m, bar: loader.randomise(m)
+        config, vocabulary, fill = PRESETS[shape], tokenizer.byte_level(), lambda m, bar: loader.randomise(m)
     else:
-        config, words, read = _source(locate(model, bar))
+        config, vocabulary, fill = _source(locate(model, bar))
     use = choose_precision(config, where, dtype)
     check_weights(model, config, where, use)
     ops = ops if backend == "triton" else replace(ops, linear=use.linear)
     main = loader.empty(config, ops, where, use.prefill)
-    read(main, bar)
+    fill(main, bar)
     decode = loader.copy(main, ops, use.decode) if use.decode != use.prefill else main
     models = Models(main, decode, ops, make(runner, decode))
     name = f"{model} (random weights)" if random_weights else model
-    llm = LLM(name, models, words, plan, use.why, time.perf_counter() - t0)
+    llm = LLM(name, models, vocabulary, plan, use.why, time.perf_counter() - t0)
     llm.plan = llm.ready(plan)
     return llm
 
@@ -92,21 +94,19 @@ def _source(path: Path) -> tuple[ModelConfig, tokenizer.Tokenizer, Callable]:
             tokenizer.from_dir(path, config),
             lambda m, bar: loader.fill(m, loader.read(files), str(path), bar),
         )
-    from weights.from_gguf import GGUF
-
     file = GGUF(path)
     with tempfile.TemporaryDirectory() as tmp:
         file.write_texts(Path(tmp))
         config = ModelConfig.from_dir(Path(tmp))
-        words = tokenizer.from_dir(Path(tmp), config)
-    return config, words, lambda m, bar: loader.fill(m, file.tensors(), str(path), bar)
+        vocabulary = tokenizer.from_dir(Path(tmp), config)
+    return config, vocabulary, lambda m, bar: loader.fill(m, file.tensors(), str(path), bar)
 
 
 class LLM:
     def __init__(
-        self, name: str, models: Models, words: tokenizer.Tokenizer, plan: Plan, why_dtype: str, load_s: float
+        self, name: str, models: Models, vocabulary: tokenizer.Tokenizer, plan: Plan, why_dtype: str, load_s: float
     ):
-        self.name, self.models, self.tokenizer, self.plan = name, models, words, plan
+        self.name, self.models, self.tokenizer, self.plan = name, models, vocabulary, plan
         self.config, self.why_dtype, self.load_s = models.decode.config, why_dtype, load_s
         self.device = models.context.device
         self.last: Session | None = None
@@ -126,19 +126,19 @@ class LLM:
         stop: Sequence[str] = (),
         chunk: int | None = None,
     ) -> Iterator[str]:
-        """The continuation of a prompt, piece by piece, under this model's plan."""
+        """Yield the continuation of a prompt, piece by piece, under this model's plan."""
         session = self.session(max_new_tokens, chunk)
         ids = self.tokenizer.encode(prompt)
-        for _, piece in self.turn(session, [ids], limit=max_new_tokens, sampling=sampling, seed=seed, stop=stop):
+        for _, piece in self.answer(session, [ids], limit=max_new_tokens, sampling=sampling, seed=seed, stop=stop):
             yield piece
 
     def session(self, room: int, chunk: int | None = None, plan: Plan | None = None) -> Session:
-        """A new text; room: tokens that will follow its prompt."""
+        """A new session. room: tokens that will follow its prompt."""
         self.last = Session(self.models, self.ready(plan or self.plan), room, chunk)
         return self.last
 
     def fingerprint(self) -> str:
-        """Of the shape, and of signs of weights all over the model: these are the same in every precision."""
+        """A hash of the shape and of the signs of some weights in each matrix, which are the same in every precision."""
         found = hashlib.sha256(repr(self.config).encode())
         for weight in self.models.prefill.parameters():
             flat = weight.detach().flatten()
@@ -146,43 +146,42 @@ class LLM:
         return found.hexdigest()[:32]
 
     def ready(self, plan: Plan) -> Plan:
-        """The plan with its map of shared layers: that of its file, of an earlier search, or of one made now and kept."""
+        """The plan with its map of shared layers: from the plan's file, from an earlier search, or from a search made
+        and kept now.
+        """
         if plan.ready:
             return plan
-        from nanokv.sharing import search as share
-        from weights.registry import settings
-
-        want, found = plan.sharer, share.place(settings().weights, self.fingerprint(), plan.sharer)
-        if want.map or found.is_file():
-            layers = share.stored(
-                Path(want.map) if want.map else found, self.fingerprint(), self.config.num_hidden_layers
-            )
+        want, n_layers = plan.sharer, self.config.num_hidden_layers
+        file = Path(want.map) if want.map else search.map_file(settings().weights, self.fingerprint(), want)
+        if want.map or file.is_file():
+            layers = search.read_map(file, self.fingerprint(), n_layers)
         else:
-            layers = self.search(want, found)
+            layers = self.search(want, file)
         return replace(plan, share=layers, sharer=replace(want, layers=len(layers)), ready=True)
 
-    def search(self, want: KVSharer, file: Path, say: Callable[[object], None] | None = None) -> dict[int, int]:
-        """Search for the layers that can share and write the map. say(pair) is told of those that are accepted."""
-        from nanokv.sharing import search as share
-
-        texts = share.calibration(self.tokenizer).to(self.device)
+    def search(self, want: Sharing, file: Path, accepted: Callable[[object], None] | None = None) -> dict[int, int]:
+        """Search for the layers that can share and write the map to `file`. accepted(pair) is called for each
+        accepted pair.
+        """
+        texts = search.calibration(self.tokenizer).to(self.device)
         with tqdm(total=want.layers, desc="shared layers", unit="", disable=not sys.stderr.isatty()) as bar:
 
-            def tick(pair: share.Pair, good: bool) -> None:
+            def tried(pair: search.Pair, good: bool) -> None:
                 bar.set_postfix_str(f"{pair.reader} ← {pair.owner} {pair.similarity:.3f}")
                 if good:
                     bar.update()
-                    (say or (lambda _: None))(pair)
+                    if accepted:
+                        accepted(pair)
 
-            layers, pairs = share.search(self.models.prefill, self.models.ops, texts, want, tick)
-        share.write(file, self.name, self.fingerprint(), want, layers, pairs)
+            layers, pairs = want.search(self.models.prefill, self.models.ops, texts, tried)
+        search.write_map(file, self.name, self.fingerprint(), want, layers, pairs)
         return layers
 
     def report(self) -> Report | None:
         """The receipt of the last text."""
         return None if self.last is None else self.last.report()
 
-    def turn(
+    def answer(
         self,
         session: Session,
         prompts: Sequence[Sequence[int]],
@@ -195,48 +194,65 @@ class LLM:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         overflow: bool = False,
-        tick: Callable[[int], None] | None = None,
-        compressed: Callable[[], None] | None = None,
-    ) -> Turn:
-        """Start a session with `prompts` (none: it goes on) and answer; `then` follows on the compressed cache.
+        progress: Callable[[int], None] | None = None,
+        on_compressed: Callable[[], None] | None = None,
+    ) -> Answer:
+        """Start a session with `prompts`, or continue it if there are none, and answer. Iterate over the result for
+        pieces of text.
 
-        tick(n) is told of every n prompt tokens done, compressed() when all are and before anything follows.
+        prompts        token ids, one prompt per row.
+        then           token ids that every row is fed on the compressed cache, after the prompt.
+        copies         how many rows share each prompt (samples).
+        limit          new tokens per row, at most.
+        sampling, seed how tokens are chosen; the default is greedy.
+        stop           strings that end a row's text; they are not part of it.
+        ignore_eos     go on after an end-of-sequence token.
+        overflow       go on beyond the model's context.
+        progress       progress(n) is called after every n prompt tokens.
+        on_compressed  called when all prompts are compressed, before anything follows.
+
+        ValueError if the arguments contradict each other, or the cache would not fit into the free memory.
         """
         if (not prompts and not then) or (prompts and session.seen):
             raise ValueError("a new session begins with prompts, a later turn goes on with `then`")
         longest = max([len(p) for p in prompts] or session.seen) + len(then)
-        top = self.config.max_position_embeddings
+        context = self.config.max_position_embeddings
         if prompts and not all(prompts):
             raise ValueError("the prompt is empty; give a text with -p, --prompt-file or on standard input (-p -)")
         if limit < 1:
             raise ValueError(f"max-new-tokens is {limit}; give at least 1")
-        if longest + limit > top and not overflow:
+        if longest + limit > context and not overflow:
             raise ValueError(
-                f"{longest} tokens of prompt and {limit} new ones are more than the {top} of this model's context; "
+                f"{longest} tokens of prompt and {limit} new ones are more than the {context} of this model's context; "
                 "shorten one of them, or go on regardless with --allow-overflow"
             )
         if prompts:
-            self._check_cache(session, prompts, len(then) + limit, copies)
+            self._check_memory(session, prompts, len(then) + limit, copies)
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed is {seed}; give a whole number from 0 to 2^63 − 1")
-        dice = torch.Generator(self.device).manual_seed(seed)
-        turn = Turn(session, self.tokenizer, limit, sampling or Sampling(), dice, tuple(filter(None, stop)), ignore_eos)
-        turn.begin(prompts, then, copies, tick, compressed)
-        return turn
+        generator = torch.Generator(self.device).manual_seed(seed)
+        stop = tuple(filter(None, stop))
+        answer = Answer(session, self.tokenizer, limit, sampling or Sampling(), generator, stop, ignore_eos)
+        answer.begin(prompts, then, copies, progress, on_compressed)
+        return answer
 
-    def _check_cache(self, session: Session, prompts: Sequence[Sequence[int]], room: int, copies: int) -> None:
-        """Raise before the work if the cache cannot fit: kept tokens of all layers and one layer's whole prompt."""
+    def _check_memory(self, session: Session, prompts: Sequence[Sequence[int]], room: int, copies: int) -> None:
+        """Raise ValueError if the cache cannot fit: what all layers keep, and the dense prompt of the layers that are
+        whole at a time.
+        """
         context, plan = self.models.context, session.plan
-        per_token, _ = plan.cost(self.config, context.dtype)
-        dense, _ = Plan().cost(self.config, self.models.prefill.embed_tokens.weight.dtype)
-        layers, need, n = self.config.num_hidden_layers - len(plan.share), 0.0, len(prompts) * copies
+        config, dtype, on_cpu = self.config, context.dtype, self.device.type == "cpu"
+        per_token, _ = plan.cost(config, dtype)
+        dense, _ = Plan().cost(config, self.models.prefill.embed_tokens.weight.dtype)
+        layers, need, n = config.num_hidden_layers - len(plan.share), 0.0, len(prompts) * copies
         for p in prompts:
-            fitted = plan.fit(self.config, context.dtype, len(p), room, n)
-            whole = layers if session.chunk or fitted.keep.wait else 1
-            sizes = [f(self.config, context.dtype, len(p), room) for f in (fitted.held, fitted.hosted)]
-            # on a CPU the host's memory is the same; elsewhere two layers of it are on their way
-            here = sizes[0] + sizes[1] * (1 if self.device.type == "cpu" else min(1, 2 / layers))
-            need += copies * layers * here + whole * len(p) * dense
+            fitted = plan.fit(config, dtype, len(p), room, n)
+            keep = fitted.keep
+            all_dense = session.chunk or keep.decide_after or keep.cross_layer or keep.passes
+            here, on_host = (f(config, dtype, len(p), room) for f in (fitted.device_bytes, fitted.host_bytes))
+            # on a CPU the host's memory is the same one; elsewhere two layers of it are in the staging buffer
+            here += on_host * (1 if on_cpu else min(1, 2 / layers))
+            need += copies * layers * here + (layers if all_dense else 1) * len(p) * dense
         free = free_bytes(self.device)
         if need > free:
             fits = max(0, int(free / (layers * per_token * n)) - room)

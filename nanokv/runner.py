@@ -1,7 +1,7 @@
-"""Who runs a decode step: plain calls, compiled blocks, or one captured CUDA graph. All give the same tokens.
+"""How a decode step is run: by plain calls, by compiled blocks, or as one captured CUDA graph. All give the same tokens.
 
-A step is static shapes and in place (`cache.freeze`), so the two fast ones need no help from the model: a compiled block stands in
-for a block's call, and a graph replays the step whole.
+A frozen cache has static shapes and is written in place, so the fast runners need no help from the model: a compiled
+block replaces the call of a block, and a graph replays the whole step.
 """
 
 from __future__ import annotations
@@ -42,53 +42,57 @@ class Eager:
 
 
 class Compiled:
-    """torch.compile of a block and of what follows the last one: at most two graphs of each kind of block, whatever the lengths.
+    """Compiles one block, and the head behind the last block, with torch.compile.
 
-    Before each block torch checks that its graph still fits. Of what it would check, the weights and the program never change while
-    this object lives, so only the cache's layer and the inputs are looked at (1 ms of 18 per step on 2 cores of an Emerald Rapids).
+    A plan gets at most two graphs per kind of block, whatever the lengths. Layers are of one kind if they agree in
+    what decides a step's operations: whether they store, and which parts their store has. Before each call torch
+    checks its guards. The weights and the program never change while this object lives, so only guards on the cache's
+    layer and the inputs are kept; that saves 1 ms of 18 per step on 2 cores of an Emerald Rapids.
     """
 
     name = "compile"
 
     def __init__(self, model: Llama, backend: str | Callable = "inductor"):
-        options = {"guard_filter_fn": lambda guards: [_varies(guard) for guard in guards]}
+        options = {"guard_filter_fn": lambda guards: [_keep_guard(guard) for guard in guards]}
         if backend == "inductor" and model.embed_tokens.weight.device.type == "cpu":
             options |= {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
         self.model, self.compile_s = model, 0.0
         self.block, self.head = (
-            torch.compile(_apart(f), backend=backend, fullgraph=True, options=dict(options))
+            torch.compile(_own_code_object(f), backend=backend, fullgraph=True, options=dict(options))
             for f in (Block.forward, Llama.logits)
         )
 
     def step(self, tokens: Tensor, pos: Tensor, cache: KVCache) -> Tensor:
         cache.freeze()
-        t0, before = time.perf_counter(), _graphs()
+        t0, before = time.perf_counter(), _n_compiled()
         with torch._dynamo.config.patch(recompile_limit=256):  # a process may see many plans
             out = self.head(self.model, self.model.hidden(tokens, pos, cache, self.block)[:, -1])
-        if _graphs() > before:
+        if _n_compiled() > before:
             self.compile_s += time.perf_counter() - t0
         return out
 
 
-def _varies(guard: Any) -> bool:
-    """Of torch's guards: those on what a step is given."""
+def _keep_guard(guard: Any) -> bool:
+    """Whether this guard is on something that a step is given, which may change."""
     return not guard.is_global and not guard.name.startswith(("self", "L['self']"))
 
 
-def _apart(function: Callable) -> Callable:
-    """The same function with code of its own: torch keeps graphs by code object, and what `_varies` leaves out differs between models."""
+def _own_code_object(function: Callable) -> Callable:
+    """A copy of the function with its own code object. torch keeps graphs by code object, and two models must not
+    share theirs, because `_keep_guard` drops the guards that tell them apart.
+    """
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
 
 
-def _graphs() -> int:
-    """Graphs that this process has compiled so far."""
+def _n_compiled() -> int:
+    """How many graphs this process has compiled so far."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 class Graphed:
-    """One CUDA graph around the whole step, recorded at a cache's second step.
+    """One CUDA graph of the whole step, captured at a cache's second step.
 
-    The usual throw-away steps before a recording would cost an evicting policy real slots: the first step, run for real, is the warm-up.
+    The first step, which is run for real, is the warm-up: throw-away steps would cost an evicting policy real slots.
     """
 
     name = "graph"
@@ -104,7 +108,7 @@ class Graphed:
         if self.graph is None:
             t0, graph = time.perf_counter(), torch.cuda.CUDAGraph()
             self.tokens, self.pos = tokens.clone(), pos.clone()
-            with torch.cuda.graph(graph):  # records; nothing runs, so no state needs restoring
+            with torch.cuda.graph(graph):  # captures; nothing runs, so no state needs restoring
                 self.logits = self.model(self.tokens, self.pos, cache)
             self.graph = graph
             self.compile_s += time.perf_counter() - t0

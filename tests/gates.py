@@ -1,6 +1,6 @@
-"""Every kernel compiled for a GPU that is not here, as the wrappers launch it; prints what the machine code looks like as JSON.
+"""Compile every kernel for a GPU that is not here, as the wrappers launch it, and print what the machine code looks like as JSON.
 
-A process of its own: `python tests/gates.py 90`, without TRITON_INTERPRET. The launch is taken down from the wrapper's own call.
+Run it as a process of its own, `python tests/gates.py 90`, without TRITON_INTERPRET. It records the launches of the wrappers' own calls.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +19,18 @@ import torch
 import triton.language as tl
 from triton.runtime import JITFunction
 
-from kernels import attention, chunks, codes, reference, rows, votes, writes
+from kernels import reference
+
+NAMES = (
+    "decode",
+    "decode_quant",
+    "gemv",
+    "kv_write",
+    "norm",
+    "scores",
+    "shadowkv",
+)  # in kernels, `decode` is the function
+decode, decode_quant, gemv, kv_write, norm, scores, shadowkv = (import_module(f"kernels.{name}") for name in NAMES)
 
 TYPES = {
     torch.float16: "fp16",
@@ -36,7 +48,7 @@ B, HKV, G, D, S = 1, 2, 4, 128, 512
 
 
 class Recorder:
-    """Stands in for a kernel and keeps what it was launched with."""
+    """Stands in for a kernel and keeps the arguments of its launch."""
 
     def __getitem__(self, grid: tuple) -> Callable:
         return self.note
@@ -46,7 +58,7 @@ class Recorder:
 
 
 def launched(module: ModuleType, call: Callable[[], object]) -> dict[str, tuple[JITFunction, Recorder]]:
-    """The kernels that a call launches, and with what."""
+    """Return the kernels of a module by name, each with a recorder that holds the arguments of its launch."""
     real = {name: x for name, x in vars(module).items() if isinstance(x, JITFunction)}
     found = {name: (fn, Recorder()) for name, fn in real.items()}
     for name, (_, recorder) in found.items():
@@ -78,59 +90,67 @@ def machine(fn: JITFunction, call: Recorder, arch: int, more: dict) -> aot.Machi
 
 
 def kernels(kind: torch.dtype, fp8: bool) -> dict[str, tuple[JITFunction, Recorder, dict]]:
-    """name → kernel, its launch, and what that would be on a GPU besides."""
+    """Return name → (kernel, its launch, arguments that would differ on a GPU)."""
     q = torch.randn(B, HKV * G, 1, D).to(kind)
-    k, kpos, now = torch.randn(B, HKV, S, D).to(kind), torch.zeros(B, HKV, S, dtype=torch.int32), torch.full((B, 1), S)
-    n, held = torch.full((B, HKV), S, dtype=torch.int32), torch.ones(B, HKV, S, dtype=torch.bool)
+    k, key_pos, query_pos = (
+        torch.randn(B, HKV, S, D).to(kind),
+        torch.zeros(B, HKV, S, dtype=torch.int32),
+        torch.full((B, 1), S),
+    )
+    length, mask = torch.full((B, HKV), S, dtype=torch.int32), torch.ones(B, HKV, S, dtype=torch.bool)
     found = {}
 
     def add(name: str, module: ModuleType, parts: str, call: Callable[[], object], more: dict | None = None):
         all_launched = launched(module, call)
         for part in parts.split():
-            found[f"{name} {part}".strip("_")] = *all_launched[part], (more or {}) if part == "_split" else {}
+            found[f"{name} {part}"] = *all_launched[part], (more or {}) if part == "_decode_quant_split" else {}
 
-    add("decode", attention, "_split _merge", lambda: attention.decode(q, k, k, n, kpos, now, None))
-    add("masked", attention, "_split", lambda: attention.decode(q, k, k, held, kpos, now, 100))
-    add("watched", attention, "_split _votes", lambda: attention.decode(q, k, k, n, kpos, now, None, "mean"))
+    pos = key_pos, query_pos
+    add("decode", decode, "_decode_split _merge_splits", lambda: decode.decode(q, k, k, length, *pos, None))
+    add("masked", decode, "_decode_split", lambda: decode.decode(q, k, k, mask, *pos, 100))
+    add("scored", decode, "_decode_split _decode_scores", lambda: decode.decode(q, k, k, length, *pos, None, "mean"))
     spans, first = [(h * S, S) for h in range(HKV)], torch.arange(0, HKV * S, S).view(B, HKV, 1)
-    ask = q, k.view(-1, D), k.view(-1, D), spans, first, n, kpos.view(-1), now, None
-    add("ragged", attention, "_split", lambda ask=ask: attention.decode_ragged(*ask))
+    ask = q, k.view(-1, D), k.view(-1, D), spans, first, length, key_pos.view(-1), query_pos, None
+    add("ragged", decode, "_decode_split", lambda ask=ask: decode.decode_ragged(*ask))
     for name, other in (("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)):
         if fp8 or other == torch.float8_e5m2:
             half, few = q.half(), k.half().to(other)
-            add(name, attention, "_split", lambda h=half, f=few: attention.decode(h, f, f, n, kpos, now, None))
-    near = k[:, :, :128].contiguous(), k[:, :, :128].contiguous(), None, kpos[:, :, :128]
+            add(name, decode, "_decode_split", lambda h=half, f=few: decode.decode(h, f, f, length, *pos, None))
+    exact = k[:, :, :128].contiguous(), k[:, :, :128].contiguous(), None, key_pos[:, :, :128]
     for bits, runs in ((4, 1), (4, 4), (2, 4), (8, 1)):
         codes_k, codes_v = reference.quantize(k, bits, 128, 1), reference.quantize(k, bits, 1, D // runs)
-        ask = q, codes_k, codes_v, None, kpos, now, None, (bits, bits), near
-        compute, fast = codes.unpacking((bits, bits), kind, fast=True)
-        fast["COMPUTE"] = getattr(tl, str(compute).removeprefix("torch."))
-        add(f"int{bits} runs {runs}", codes, "_split", lambda ask=ask: codes.decode_quant(*ask), fast)
-        if (bits, runs) == (4, 1):  # as a frozen store asks: masks for both
-            masked = *ask[:3], held, *ask[4:8], (*near[:2], held[:, :, :128], near[3])
-            add("int4 masked", codes, "_split", lambda ask=masked: codes.decode_quant(*ask), fast)
+        ask = q, codes_k, codes_v, None, *pos, None, (bits, bits), exact
+        compute, fast = decode_quant.unpack_ptx((bits, bits), kind, fast=True)
+        fast["COMPUTE_DTYPE"] = getattr(tl, str(compute).removeprefix("torch."))
+        split = "_decode_quant_split"
+        add(f"int{bits} runs {runs}", decode_quant, split, lambda ask=ask: decode_quant.decode_quant(*ask), fast)
+        if (bits, runs) == (4, 1):  # masks for both, as a frozen store asks
+            masked = *ask[:3], mask, *ask[4:8], (*exact[:2], mask[:, :, :128], exact[3])
+            add("int4 masked", decode_quant, split, lambda ask=masked: decode_quant.decode_quant(*ask), fast)
     w = torch.randn(B, HKV * G, 32, D).to(kind)
-    add("mass", votes, "_lse _columns", lambda: votes.mass(w, k, S - 32, None, "mean"))
+    add("scores", scores, "_window_lse _window_scores", lambda: scores.attention_scores(w, k, S - 32, None, "mean"))
     a, b, first = (
         torch.randn(B, S // 8, 8, 160).to(kind),
         torch.randn(B, HKV, 160, D).to(kind),
         torch.zeros(B, dtype=torch.int32),
     )
     ids, freq = torch.zeros(B, HKV, 32, dtype=torch.int32), torch.ones(D // 2)
-    fresh, into, far = ids == 0, k.new_empty(B, HKV, 32, 8 * D), k.reshape(B, HKV, -1, 8 * D)
-    add("landmarks", chunks, "_scores _greatest", lambda: chunks.landmarks(q, k, held))
-    add("rebuild", chunks, "_rebuild", lambda: chunks.rebuild(a, b, freq, first, ids, fresh, into))
-    add("fetch", chunks, "_fetch", lambda: chunks.fetch(far, ids, fresh, into))
-    at = torch.zeros(B, HKV, 128, dtype=torch.int64)
-    add("compact", writes, "_compact", lambda: writes.compact(k, k, kpos, at))
-    add("append", writes, "_append", lambda: writes.append(k[:, :, :1], k[:, :, :1], at[0, :, 0].clone(), k, k))
-    add("quantize k", writes, "_quantize", lambda: writes.quantize(k, 4, 128, 1))
-    add("quantize v", writes, "_quantize", lambda: writes.quantize(k, 4, 1, 64))
-    add("norm", rows, "_norm", lambda: rows.norm(torch.randn(1, 4096), torch.ones(4096), 1e-5))
-    x = torch.randn(1, 4096)
-    add("add_norm", rows, "_norm", lambda: rows.add_norm(x, x, torch.ones(4096), 1e-5))
-    add("swiglu", rows, "_swiglu", lambda: rows.swiglu(torch.randn(1, 8192).to(kind)))
-    add("linear", rows, "_linear", lambda: rows.linear(torch.randn(1, 4096), torch.randn(1024, 4096).to(kind), None))
+    is_new, into, far = ids == 0, k.new_empty(B, HKV, 32, 8 * D), k.reshape(B, HKV, -1, 8 * D)
+    both = "_landmark_logits _landmark_scores"
+    add("landmarks", shadowkv, both, lambda: shadowkv.landmark_scores(q, k, mask))
+    add("rebuild", shadowkv, "_rebuild_keys", lambda: shadowkv.rebuild_keys(a, b, freq, first, ids, is_new, into))
+    add("fetch", shadowkv, "_fetch_chunks", lambda: shadowkv.fetch_chunks(far, ids, is_new, into))
+    index = torch.zeros(B, HKV, 128, dtype=torch.int64)
+    add("compact", kv_write, "_compact", lambda: kv_write.compact(k, k, key_pos, index))
+    slot = index[0, :, 0].clone()
+    add("append", kv_write, "_append", lambda: kv_write.append(k[:, :, :1], k[:, :, :1], slot, k, k))
+    add("quantize k", kv_write, "_quantize", lambda: kv_write.quantize(k, 4, 128, 1))
+    add("quantize v", kv_write, "_quantize", lambda: kv_write.quantize(k, 4, 1, 64))
+    x, ones = torch.randn(1, 4096), torch.ones(4096)
+    add("norm", norm, "_rms_norm", lambda: norm.rms_norm(x, ones, 1e-5))
+    add("add_norm", norm, "_rms_norm", lambda: norm.add_rms_norm(x, x, ones, 1e-5))
+    add("swiglu", norm, "_swiglu", lambda: norm.swiglu(torch.randn(1, 8192).to(kind)))
+    add("linear", gemv, "_linear", lambda: gemv.linear(x, torch.randn(1024, 4096).to(kind), None))
     return found
 
 
@@ -138,7 +158,7 @@ def main(arch: int) -> None:
     found = {}
     for name, (fn, recorder, more) in kernels(torch.bfloat16, fp8=arch >= 89).items():
         m = machine(fn, recorder, arch, more)
-        warps, tokens = recorder.options.get("num_warps", 4), recorder.options.get("N")
+        warps, tokens = recorder.options.get("num_warps", 4), recorder.options.get("BLOCK_N")
         facts = {
             k: getattr(m, k) for k in ("registers", "stack", "shared", "mma", "wide_loads", "narrow_loads", "loop")
         }

@@ -15,7 +15,7 @@ from test_identity import PLANS, run
 from nanokv import parse
 from nanokv.cache.kept import Kept, Prompt
 from nanokv.cache.plan import Plan
-from nanokv.cache.scores import Ask
+from nanokv.cache.scores import Scores
 from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
 
@@ -42,7 +42,7 @@ def storages(thing, seen: dict[int, int], stop: tuple) -> int:
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("model", ["g3", "mistral"])
 def test_the_receipt_equals_the_storages_the_cache_reaches(plan, model, llm_of):
-    from nanokv.cache.protocol import Context
+    from nanokv.cache.context import Context
 
     llm, prompts = llm_of(model), [text(60, seed=5), text(31, seed=7)]
     session = llm.session(9, None, parse(plan))
@@ -51,7 +51,7 @@ def test_the_receipt_equals_the_storages_the_cache_reaches(plan, model, llm_of):
         session.feed(torch.tensor([[1], [2]]))
     report = session.report()
     assert report.bytes == storages(session.cache, {}, (Context, type(llm.config)))
-    assert 0 < report.live_bytes <= report.bytes
+    assert 0 < report.used_bytes <= report.bytes
     assert report.full_bytes == (65 + 36) * 3 * 2 * llm.config.num_key_value_heads * llm.config.head_dim * 4
     assert [x.kept for x in report.layers] == [session.cache.stores[i].slots.length.tolist() for i in range(3)]
 
@@ -64,10 +64,10 @@ def test_live_bytes_are_those_of_a_cache_without_spare_room(plan, llm_of):
         session.start([prompt])
         session.feed(torch.tensor([[1, 2]]))
     if plan.endswith("+dense"):  # heads of different lengths, padded to the longest: it must not look free
-        assert tight.report().bytes > tight.report().live_bytes
+        assert tight.report().bytes > tight.report().used_bytes
     elif "variant=decode" not in plan:  # there the room is also that of a token which was spent before packing
-        assert tight.report().bytes == tight.report().live_bytes
-    assert roomy.report().live_bytes == tight.report().live_bytes
+        assert tight.report().bytes == tight.report().used_bytes
+    assert roomy.report().used_bytes == tight.report().used_bytes
 
 
 BUDGETED = [
@@ -119,7 +119,7 @@ def test_valid_slots_are_a_prefix_and_hold_what_the_rule_says(plan, model, llm_o
                     held = s.pos[row, head].tolist()
                     assert all(p >= 0 for p in held[:n]) and all(p == -1 for p in held[n:]) and n <= limit
                     looked = (
-                        session.cache.plan.keep.every and session.cache.fresh == 0
+                        session.cache.plan.keep.rescore_every and session.cache.since_rescore == 0
                     )  # nothing need be as new as that
                     assert len(set(held[:n])) == n and (looked or max(held[:n]) == session.seen[row] - 1)
         session.feed(torch.tensor([[step], [step]]))
@@ -248,22 +248,22 @@ class ToyHeavy(Policy):
 
     budget: int = 12
     recent: int = 4
-    ask = Ask(rows=None)
-    watches = Ask(group="mean")
+    scores = Scores(last_queries=None)
+    decode_scores = Scores(over_group="mean")
 
     def keep(self, p: Prompt) -> Kept:
-        votes = p.votes.sum(0, keepdim=True)
-        kept = Kept.top(p, votes.masked_fill(p.last(self.recent), torch.inf), self.budget, limit=self.budget)
-        return replace(kept, votes=votes.gather(2, kept.pos.clamp(min=0).long()))
+        votes = p.attention.sum(0, keepdim=True)
+        kept = Kept.top(p, votes.masked_fill(p.recent(self.recent), torch.inf), self.budget, limit=self.budget)
+        return replace(kept, attention=votes.gather(2, kept.pos.clamp(min=0).long()))
 
-    def slot(self, s: Slots, pos):
+    def next_slots(self, s: Slots, pos):
         free = s.cursor < s.limit
         old = s.pos <= pos[:, None] - self.recent
-        worst = s.votes.masked_fill(~old | (s.pos < 0), torch.inf).argmin(-1)
+        worst = s.attention.masked_fill(~old | (s.pos < 0), torch.inf).argmin(-1)
         return torch.where(free, s.cursor, worst)[..., None]
 
-    def watch(self, s: Slots, votes, pos):
-        return s.votes[:, :, : votes.shape[3]] + votes.sum(0)
+    def update_scores(self, s: Slots, votes, pos):
+        return s.attention[:, :, : votes.shape[3]] + votes.sum(0)
 
 
 @pytest.mark.parametrize("share", [{}, {2: 0}])
@@ -272,7 +272,7 @@ def test_a_watching_policy_sees_every_steps_votes(share, llm_of):
     plan = Plan(ToyHeavy(budget=12), parse("full").store, share)
     session = llm.session(30, None, plan)
     session.start([prompt])
-    before = [s.slots.votes.clone() for s in session.cache.stores.values()]
+    before = [s.slots.attention.clone() for s in session.cache.stores.values()]
     for t in range(30):
         session.feed(torch.tensor([[t]]))
         for layer, (store, old) in enumerate(zip(session.cache.stores.values(), before, strict=True)):
@@ -282,10 +282,10 @@ def test_a_watching_policy_sees_every_steps_votes(share, llm_of):
             )
             readers = 2 if share and layer == 0 else 1
             stayed = (
-                old.sum(-1) + readers - s.votes.sum(-1)
+                old.sum(-1) + readers - s.attention.sum(-1)
             )  # mass gained is one per reader, lost only with the evicted
             assert (stayed >= -1e-4).all() and (stayed <= old.amax(-1) + 1e-4).all()
-        before = [s.slots.votes.clone() for s in session.cache.stores.values()]
+        before = [s.slots.attention.clone() for s in session.cache.stores.values()]
 
 
 def test_nothing_of_a_session_outlives_it(llm_of):
@@ -312,7 +312,7 @@ def test_a_turn_longer_than_the_models_window_has_an_answer(plan, share, llm_of)
     llm, part = llm_of("mistral"), parse(plan)
     session = llm.session(80, None, Plan(part.keep, part.store, share, part.names))
     session.start([text(10, seed=5)])
-    assert session.feed(torch.tensor([text(60, seed=6)]), each=True).isfinite().all()
+    assert session.feed(torch.tensor([text(60, seed=6)]), every_logit=True).isfinite().all()
 
 
 def test_a_refused_turn_leaves_the_cache_whole(llm_of):
@@ -320,7 +320,7 @@ def test_a_refused_turn_leaves_the_cache_whole(llm_of):
     session.start([text(10)])
     with pytest.raises(ValueError, match="room for 3"):
         session.feed(torch.tensor([[1, 2, 3, 4]]))
-    assert session.whole and session.feed(torch.tensor([[1, 2, 3]])).isfinite().all()
+    assert session.intact and session.feed(torch.tensor([[1, 2, 3]])).isfinite().all()
 
 
 SAVED = ["h2o:budget=20", "corm:window=6,recent=8,every=4", "adakv:budget=20,window=4,every=8", "cascade:budget=20"]
@@ -337,7 +337,7 @@ def test_a_saved_cache_goes_on_as_the_one_that_was_saved(plan, llm_of, tmp_path)
     again = restore(llm, tmp_path / "c", 20)
     for t in text(17, seed=6):
         torch.testing.assert_close(*(s.feed(torch.tensor([[t]])) for s in (session, again)), atol=1e-5, rtol=1e-5)
-    if plan.keep.every:
+    if plan.keep.rescore_every:
         with pytest.raises(ValueError, match="save right after the prompt"):
             save(llm, session, tmp_path / "d")
     else:

@@ -22,7 +22,7 @@ from nanokv.cache.prefill import PromptCache
 from nanokv.engine import Session
 from nanokv.policies import POLICIES
 from nanokv.runner import Eager
-from nanokv.stores.host import PLACES
+from nanokv.stores import STORES
 from nanokv.stores.host.base import HostStore
 from nanokv.stores.sparse.chunks import ChunkStore
 from nanokv.stores.sparse.shadow import factors
@@ -53,7 +53,7 @@ def chosen(store: ChunkStore, q: torch.Tensor, now: int) -> list[set[int]]:
     """Per KV head, the positions that a step fetches."""
     ids = store.choose(q, torch.tensor([[now]]))
     c = store.spec.chunk
-    first = int(store.body["first"][0])
+    first = int(store.chunk_data["first_pos"][0])
     return [{first + j * c + i for j in head if j >= 0 for i in range(c)} for head in ids[0].tolist()]
 
 
@@ -70,7 +70,7 @@ def test_shadow_chooses_as_the_paper_does(n, heads):
         found = chosen(store, q, n)
         for h in range(heads):
             exact, fetched = oracle.shadow(row.k[0, h], q[0, 3 * h : 3 * h + 3, 0], 4, 1, 3, 16)
-            assert store.near.unpack()[0].pos[0, h].tolist() == exact and found[h] == set(fetched)
+            assert store.exact.unpack()[0].pos[0, h].tolist() == exact and found[h] == set(fetched)
 
 
 @pytest.mark.parametrize("n", [60, 62])
@@ -94,7 +94,7 @@ def test_every_token_is_in_exactly_one_place():
     for n in (60, 63, 200):
         row = kept(n)
         store = store_of(SPARSE, [row])
-        near, land = store.near.unpack()[0].pos[0], store.body["land"][0]
+        near, land = store.exact.unpack()[0].pos[0], store.chunk_data["chunk_ids"][0]
         for h in range(2):
             free = [4 * j + i for j in land[h].tolist() for i in range(4)]
             assert sorted(near[h].tolist() + free) == list(range(n))
@@ -135,9 +135,9 @@ def test_factors_are_the_best_of_their_rank(n, rank):
 def test_keys_of_full_rank_are_rebuilt_where_they_stood(first):
     row = kept(60, first=first)  # what a model's own window of 61 still shows, where it is not the beginning
     store = store_of(SPARSE.replace("rank=64", "rank=32"), [row], sliding_window=61 if first else None)
-    keys, values = store._whole(store.body["land"])
+    keys, values = store._gather_all(store.chunk_data["chunk_ids"])
     for h in range(2):
-        at = (store._pos(store.body["land"])[0, h] - first).long()
+        at = (store._positions(store.chunk_data["chunk_ids"])[0, h] - first).long()
         torch.testing.assert_close(keys[0, h], row.k[0, h, at], atol=1e-4, rtol=1e-4)
         assert torch.equal(values[0, h], row.v[0, h, at])  # from the host, to the bit
 
@@ -145,12 +145,12 @@ def test_keys_of_full_rank_are_rebuilt_where_they_stood(first):
 def test_values_in_four_bits_are_those_of_the_rounding():
     row = kept(60, dim=32)
     store = store_of(SPARSE + ",values=int4", [row])
-    _, values = store._whole(store.body["land"])
+    _, values = store._gather_all(store.chunk_data["chunk_ids"])
     right = reference.dequantize(*reference.quantize(row.v, 4, 1, 32), 4)
-    at = store._pos(store.body["land"]).long()
+    at = store._positions(store.chunk_data["chunk_ids"]).long()
     for h in range(2):
         torch.testing.assert_close(values[0, h], right[0, h, at[0, h]], atol=1e-6, rtol=0)
-    assert not store.hosted() and store_of(SPARSE, [row]).hosted()
+    assert not store.host_tensors() and store_of(SPARSE, [row]).host_tensors()
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_chunks_leave_with_the_models_own_window(plan, llm_of):
     full, _ = run(llm, "full", [prompt], [more])
     session = llm.session(STEPS, plan=parse(plan))
     session.start([prompt])
-    assert all(store.chunks for store in session.cache.stores.values())
+    assert all(store.n_candidates for store in session.cache.stores.values())
     mine, _ = run(llm, plan, [prompt], [more])
     torch.testing.assert_close(mine, full, atol=1e-4, rtol=1e-4)
 
@@ -191,7 +191,7 @@ class Choices:
     def noting(self, layer: int, store: ChunkStore, choose):
         def noted(q, pos):
             ids, c = choose(q, pos), store.spec.chunk
-            near = store.near.unpack()[0]
+            near = store.exact.unpack()[0]
             self.held.setdefault(int(pos[0, 0]), {})[layer] = [
                 {
                     *near.pos[0, h, : near.length[0, h]].tolist(),
@@ -214,7 +214,7 @@ def test_a_sparse_step_is_full_attention_with_a_mask(turn, plan, model, llm_of):
     logits = [session.start([prompt])[:, None]]
     choices = Choices(session)
     for t in range(0, STEPS + 1, turn):
-        logits.append(session.feed(torch.tensor([more[t : t + turn]]), each=True))
+        logits.append(session.feed(torch.tensor([more[t : t + turn]]), every_logit=True))
     held = choices.held
     cache = MaskedCache(llm.config, lambda layer, h, i, j: i not in held or j >= 60 or j in held[i][layer][h])
     model = llm.models.prefill
@@ -230,7 +230,7 @@ def test_a_sparse_step_is_full_attention_with_a_mask(turn, plan, model, llm_of):
 )
 def test_a_batch_of_unequal_rows_is_each_row_alone(plan, llm_of):
     """One row long enough for chunks, one less so, one that lies exact."""
-    plan = plan if "+" in plan or plan in PLACES else f"full+{plan}"
+    plan = plan if "+" in plan or plan in ("offload", "kcache") else f"full+{plan}"
     llm, prompts = llm_of("g3"), [text(60, seed=5), text(47, seed=7), text(9, seed=8)]
     more = [text(STEPS, seed=s) for s in (6, 9, 10)]
     together, _ = run(llm, plan, prompts, more)
@@ -242,17 +242,19 @@ def test_a_batch_of_unequal_rows_is_each_row_alone(plan, llm_of):
 def test_of_the_prompt_no_more_than_one_layer_is_whole_at_a_time(llm_of, monkeypatch):
     """What a finished layer leaves behind while the next ones are computed."""
     llm, left = llm_of("deep"), []
-    finish = PromptCache.finish
+    finish = PromptCache.attended
 
     def noted(self, owner):
         finish(self, owner)
         left.append({k.k.shape[2] for k in self.kept.values()})
 
-    monkeypatch.setattr(PromptCache, "finish", noted)
+    monkeypatch.setattr(PromptCache, "attended", noted)
     for plan in (f"full+{SPARSE}", "full", "simlayer:variant=light,sink=2,recent=16,window=4,full=8+" + SPARSE):
         llm.session(8, plan=parse(plan)).start([text(200, seed=5)])
     exact = 4 * (1 + 3)
-    assert left == [{exact}] * 8 + [{200}] * 8 + [{200}] * 8  # a policy that judges layers together waits for all
+    assert left == [{exact}] * 8 + [{200}] * 8 + [set()] * 7 + [
+        {exact}
+    ]  # a policy that chooses across layers waits for all
 
 
 def test_a_short_prompt_is_simply_exact(llm_of):
@@ -269,12 +271,14 @@ def test_what_is_there_already_is_not_fetched_again_and_nothing_else_changes(llm
     for reuse in (True, False):
         ops = llm.models.ops
 
-        def fetch(chunks, ids, fresh, out, reuse=reuse, real=ops.fetch):
+        def fetch(chunks, ids, fresh, out, reuse=reuse, real=ops.fetch_chunks):
             moved[reuse] += int(fresh.sum()) if fresh is not None else ids.numel()
             real(chunks, ids, fresh, out)
 
         session = Session(
-            replace(llm.models, ops=replace(ops, fetch=fetch)), parse(f"full+{SPARSE},reuse={str(reuse).lower()}"), 20
+            replace(llm.models, ops=replace(ops, fetch_chunks=fetch)),
+            parse(f"full+{SPARSE},reuse={str(reuse).lower()}"),
+            20,
         )
         out = [session.start([prompt])]
         out += [session.feed(torch.tensor([[t]])) for t in more]
@@ -286,10 +290,10 @@ def test_what_is_there_already_is_not_fetched_again_and_nothing_else_changes(llm
 def test_slots_keep_what_is_wanted_again():
     store = store_of(SPARSE, [kept(60)])
     wanted = torch.tensor([[[5, 2, 9, 7], [1, 2, 3, 4]]], dtype=torch.int32)
-    held, fresh = store.place(wanted)
+    held, fresh = store.assign_buffer(wanted)
     assert held.tolist() == wanted.tolist() and fresh.all()
-    store.held.copy_(held)
-    held, fresh = store.place(torch.tensor([[[7, 8, 5, 0], [4, 3, 2, 1]]], dtype=torch.int32))
+    store.buffered_ids.copy_(held)
+    held, fresh = store.assign_buffer(torch.tensor([[[7, 8, 5, 0], [4, 3, 2, 1]]], dtype=torch.int32))
     assert held.tolist() == [[[5, 8, 0, 7], [1, 2, 3, 4]]]
     assert fresh.tolist() == [[[False, True, True, False], [False] * 4]]
 
@@ -330,7 +334,7 @@ def test_what_is_generated_becomes_chunks_in_time(store, model, llm_of):
         sessions.append(session)
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
     for s in sessions[1].cache.stores.values():
-        assert s.free[0] >= (60 + 49 - 10) // 4 - 1 - 3
+        assert s.n_candidates_of[0] >= (60 + 49 - 10) // 4 - 1 - 3
         assert s.length.tolist() == [[60 + 49] * s.length.shape[1], [47 + 49] * s.length.shape[1]]
         for row, n in enumerate((109, 96)):
             assert all(p.tolist() == list(range(n)) for p in s.unpack()[row].pos[0, :, :n])
@@ -338,11 +342,14 @@ def test_what_is_generated_becomes_chunks_in_time(store, model, llm_of):
 
 def wide(store: ChunkStore) -> torch.Tensor:
     """All chunks, in a buffer that is made to hold them."""
-    ids = store.body["land"]
-    there = torch.arange(ids.shape[2]) < store.body["free"][:, None, None]
+    ids = store.chunk_data["chunk_ids"]
+    there = torch.arange(ids.shape[2]) < store.chunk_data["n_candidates"][:, None, None]
     ids = torch.where(there, ids, -1 - torch.arange(ids.shape[2], dtype=torch.int32))
-    if store.held.shape != ids.shape:
-        store.held, store.even = torch.full_like(ids, -99) - torch.arange(ids.shape[2], dtype=torch.int32), False
+    if store.buffered_ids.shape != ids.shape:
+        store.buffered_ids, store.uniform = (
+            torch.full_like(ids, -99) - torch.arange(ids.shape[2], dtype=torch.int32),
+            False,
+        )
         store.keys, store.values = (torch.zeros(*ids.shape, store.keys.shape[3]) for _ in range(2))
     return ids
 
@@ -380,7 +387,9 @@ def test_prompts_and_tokens_of_two_types(plan, dtype, tiny):
     session = llm.session(9, plan=parse(f"full+{plan}"))
     session.start([text(60, seed=5)])
     assert session.feed(torch.tensor([[3]])).isfinite().all()
-    wide = [x for s in session.cache.stores.values() for x in (*s.tensors(), *s.hosted()) if x.is_floating_point()]
+    wide = [
+        x for s in session.cache.stores.values() for x in (*s.tensors(), *s.host_tensors()) if x.is_floating_point()
+    ]
     assert {x.dtype for x in wide} <= {session.context.dtype, torch.float16}
 
 
@@ -400,7 +409,7 @@ def test_what_was_exact_stays_exact_in_new_memory(llm_of, tmp_path):
             save(llm, session, tmp_path / "c")
             session = restore(llm, tmp_path / "c", 30)
         logits.append(torch.cat([session.feed(torch.tensor([[t]])) for t in more[40:]]))
-        assert not any(s.chunks for s in session.cache.stores.values())
+        assert not any(s.n_candidates for s in session.cache.stores.values())
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
@@ -420,7 +429,7 @@ def test_a_lazy_layer_lies_in_the_exact_part(keep, store, llm_of):
     assert held == again
     session = llm.session(STEPS, plan=parse(f"{keep}+{store}"))
     session.start(prompts)
-    lazy = {bool(x) for s in session.cache.stores.values() for x in (s.free if s.chunks else [0])}
+    lazy = {bool(x) for s in session.cache.stores.values() for x in (s.n_candidates_of if s.n_candidates else [0])}
     assert lazy == {True, False}
 
 
@@ -446,17 +455,17 @@ def test_readers_of_a_shared_layer_choose_each_for_itself(llm_of):
 
 def test_what_cannot_be_is_refused_in_a_sentence():
     for plan, why in (
-        ("snapkv+shadow", "makes no chunks"),
-        ("streaming+quest", "makes no chunks"),
-        ("int4+offload", "use dense"),
-        ("shadow+kcache", "use dense"),
+        ("snapkv+shadow", "form no chunks"),
+        ("streaming+quest", "form no chunks"),
+        ("int4+offload", "choose one"),
+        ("shadow+kcache", "choose one"),
         ("offload+kcache", "both decide where it lies"),
         ("shadow:budget=0", "percent of the prompt"),
         ("shadow:budget=200%", "percent of the prompt"),
         ("shadow:values=disk", "host, device or int4"),
         ("shadow:chunk=0", "at least 1"),
         ("kcache:n=3", "more than sink"),
-        ("keyformer+kcache", "votes with noise"),
+        ("keyformer+kcache", "scores with noise"),
         ("streaming:positions=cache+kcache", "positions=absolute"),
         ("shadow:budget=²%", "percent of the prompt"),
     ):
@@ -474,7 +483,7 @@ def test_offloaded_slots_give_the_same_bits(plan, model, llm_of):
     plan = parse(plan)
     llm, prompt, more = llm_of(model), text(60, seed=5), text(STEPS, seed=6)
     here, held = run(llm, plan, [prompt], [more])
-    there, again = run(llm, replace(plan, place=PLACES["offload"]), [prompt], [more])
+    there, again = run(llm, replace(plan, store=STORES["offload"]), [prompt], [more])
     assert torch.equal(here, there) and held == again
 
 
@@ -491,9 +500,9 @@ def test_on_a_cpu_offloading_moves_nothing(llm_of):
     session = Session(replace(llm.models, ops=replace(ops, decode=decode)), parse("offload"), STEPS)
     session.start([text(60, seed=5)])
     session.feed(torch.tensor([[3]]))
-    assert reads == [tuple(x.data_ptr() for x in s.hosted()) for s in session.cache.stores.values()]
+    assert reads == [tuple(x.data_ptr() for x in s.host_tensors()) for s in session.cache.stores.values()]
     report = session.report()
-    assert report.host_bytes == sum(x.nbytes for s in session.cache.stores.values() for x in s.hosted())
+    assert report.host_bytes == sum(x.nbytes for s in session.cache.stores.values() for x in s.host_tensors())
     assert report.bytes < 0.2 * report.host_bytes and "host 0 B" not in str(report)
 
 
@@ -533,13 +542,13 @@ def test_layers_that_come_over_two_at_a_time_are_the_right_ones(share, plan, lay
     models = replace(llm.models, **dict.fromkeys(("prefill", "decode"), cut(llm.models.decode, layers)))
     models = replace(models, runner=Eager(models.decode))
     logits = []
-    for place in ("device", "offload"):
+    for place in ("dense", "offload"):
         if place == "offload":
-            monkeypatch.setattr(HostStore, "waits", property(lambda self: True))
+            monkeypatch.setattr(HostStore, "needs_host_sync", property(lambda self: True))
             monkeypatch.setattr(torch.cuda, "Stream", Stream)
             monkeypatch.setattr(torch.cuda, "current_stream", Stream)
             monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext())
-        session = Session(models, replace(plan, place=PLACES[place]), 40)
+        session = Session(models, replace(plan, store=STORES[place]), 40)
         out = [session.start([text(60, seed=5), text(47, seed=8)])]
         out += [
             session.feed(torch.tensor([text(n, seed=n), text(n, seed=n + 1)])) for n in (1, 1, 6, 1, 1, 1, 1, 1, 1, 1)
@@ -547,7 +556,7 @@ def test_layers_that_come_over_two_at_a_time_are_the_right_ones(share, plan, lay
         logits.append(torch.stack(out))
     assert torch.equal(*logits)
     stores = session.cache.stores.values()
-    staged = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for s in stores for x in s.there()}
+    staged = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for s in stores for x in s.staged()}
     largest = max(max(p.nbytes for (p,) in s.planes) for s in stores)
     assert len(staged) == (4 if len(stores) > 1 else 2) and set(staged.values()) == {largest}
 
@@ -572,8 +581,8 @@ def test_kcache_that_fetches_all_is_full_attention(model, llm_of):
 @pytest.mark.parametrize("norm", [True, False])
 def test_kcache_fetches_the_values_of_the_greatest_weights(norm):
     row, n = kept(60), 12
-    place = replace(PLACES["kcache"], n=n, sink=2, recent=4, norm=norm)
-    store = place.pack(parse("full").store, [row], POLICIES["full"], 8, context(16, 2))
+    place = replace(STORES["kcache"], n=n, sink=2, recent=4, norm=norm)
+    store = place.pack([row], POLICIES["full"], 8, context(16, 2))
     q = torch.randn(1, 6, 1, 16, generator=torch.Generator().manual_seed(2)) * 2
     out, lse, _ = store.read(q, torch.tensor([[59]]))
     for h in range(6):
@@ -604,8 +613,8 @@ def test_the_formula_is_what_the_receipt_counts(plan, n, llm_of):
     session = llm.session(room, plan=parse(f"full+{plan}"))
     session.start([text(n, seed=1)])
     report, fitted = session.report(), session.plans[0]
-    assert report.bytes == math.ceil(3 * fitted.held(llm.config, torch.float32, n, room))
-    assert report.host_bytes == 3 * fitted.hosted(llm.config, torch.float32, n, room)
+    assert report.bytes == math.ceil(3 * fitted.device_bytes(llm.config, torch.float32, n, room))
+    assert report.host_bytes == 3 * fitted.host_bytes(llm.config, torch.float32, n, room)
     if n > 20 or "dense" in plan:
         assert (report.host_bytes > 0) == ("values" not in plan and "quest" not in plan)
 
@@ -618,7 +627,7 @@ def test_the_formula_is_a_bound_where_chunks_grow(plan, llm_of):
     for t in text(300, seed=2):
         session.feed(torch.tensor([[t]]))
     report, fitted = session.report(), session.plans[0]
-    most = [3 * f(llm.config, torch.float32, 60, 320) for f in (fitted.held, fitted.hosted)]
+    most = [3 * f(llm.config, torch.float32, 60, 320) for f in (fitted.device_bytes, fitted.host_bytes)]
     assert 0.8 * most[0] < report.bytes <= most[0] and report.host_bytes <= most[1]
 
 
@@ -629,4 +638,4 @@ def test_device_bytes_of_llama_3_8b(n, least):
 
     config, plan = PRESETS["llama3-8b"], parse("shadow")
     full = n * 2 * config.num_key_value_heads * config.head_dim * 2
-    assert full / plan.held(config, torch.bfloat16, n, 0) >= least
+    assert full / plan.device_bytes(config, torch.bfloat16, n, 0) >= least

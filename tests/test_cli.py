@@ -15,7 +15,8 @@ from conftest import ROOT
 from test_loader import edit, reconfigure, shard
 
 import generate
-from nanokv import device, llm as llm_module
+from nanokv import device
+from nanokv import llm as llm_module
 
 TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
 TEMPLATE = TURN + "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -81,7 +82,7 @@ DAMAGE = [
         lambda p: edit(p, lambda t: t.update({"lm_head.weight": t["model.norm.weight"].clone()})),
         "lm_head.weight has shape (96,)",
     ),
-    (truncate, "is no whole safetensors file"),
+    (truncate, "is not a complete safetensors file"),
     (lose_shard, "lacks the shard b.safetensors"),
     (outside, "outside the model's directory"),
     (to_pickle, "only pickled weights"),
@@ -162,13 +163,13 @@ def test_a_model_without_a_template_cannot_chat(tiny, capsys):
 
 
 def test_too_little_memory_says_what_would_fit(model, capsys, monkeypatch):
-    monkeypatch.setattr(llm_module, "free_bytes", lambda device: 300 * 2**20)
+    monkeypatch.setattr(device, "free_bytes", lambda device: 300 * 2**20)
     status, _, err = call(capsys, "--model", "llama2-13b", "--random-weights", "--dtype", "float16", "-p", "x")
     assert (
         status == 2 and "llama2-13b needs 24.24 GiB in float16 and 300.0 MiB are free" in err and "smollm2-135m" in err
     )
-    free = iter((2**30, 2**18))  # enough for the weights, not for the cache
-    monkeypatch.setattr(llm_module, "free_bytes", lambda device: next(free))
+    monkeypatch.setattr(device, "free_bytes", lambda device: 2**30)  # enough for the weights, not for the cache
+    monkeypatch.setattr(llm_module, "free_bytes", lambda device: 2**18)
     status, _, err = call(capsys, "--model", model, "--quiet", "-p", "x" * 450, "-n", "9", "--dtype", "float32")
     assert status == 2 and "are free; about" in err and err.count("\n") == 1
 
@@ -326,16 +327,16 @@ def test_chunks_say_what_they_cost_and_change_nothing(model, capsys):
     assert parts == whole and "prefilled in chunks, so the whole prompt's cache was alive at once" in err
 
 
-def test_a_policy_with_nothing_to_drop_says_so(model, capsys):
+def test_a_policy_with_nothing_to_evict_says_so(model, capsys):
     _, _, err = call(capsys, "--model", model, "-p", "hello", "-n", "4", "--policy", "snapkv")
-    assert "snapkv had nothing to drop: every layer still holds all 8 tokens" in err
+    assert "snapkv had nothing to evict: every layer still holds all 8 tokens" in err
     _, _, err = call(capsys, "--model", model, "-p", "hello" * 9, "-n", "4", "--policy", "snapkv:window=4,budget=20")
-    assert "nothing to drop" not in err
+    assert "nothing to evict" not in err
 
 
 def test_a_store_that_finds_too_few_chunks_says_so(model, capsys):
     _, _, err = call(capsys, "--model", model, "-p", "hello", "-n", "4", "--policy", "shadow")
-    assert "shadow: 5 tokens are too few for chunks to choose from, so all lie exact" in err
+    assert "shadow: 5 tokens are too few for chunks to choose from, so all stay exact" in err
     fits = "shadow:chunk=2,local=1,outliers=1,budget=4"
     _, _, err = call(capsys, "--model", model, "-p", "hello" * 9, "-n", "4", "--policy", fits)
     assert "too few" not in err and "host 0 B" not in err
@@ -369,10 +370,10 @@ def test_a_question_follows_on_the_compressed_cache(model, capsys):
 @pytest.mark.parametrize("question", ["What is it?", "assistant"])  # the second stands in the template's tail, too
 def test_a_chat_question_is_cut_out_of_one_rendering(question, model):
     from nanokv import load
-    from nanokv.text.chat import cut
+    from nanokv.text.chat import split_at_question
 
     llm = load(str(model), dtype="float32")
-    before, after = cut(llm, [{"role": "user", "content": "Some text."}], question)
+    before, after = split_at_question(llm, [{"role": "user", "content": "Some text."}], question)
     assert llm.tokenizer.decode(before) == "<user>Some text.\n\n"
     assert llm.tokenizer.decode(after) == question + "</user>\n<assistant>"
 
@@ -382,11 +383,11 @@ def test_a_conversation_feeds_only_what_is_new(model):
     from nanokv.text.chat import Conversation
 
     llm = load(str(model), dtype="float32")
-    chat = Conversation(llm, "be brief", 6, lambda s, p, t: llm.turn(s, p, then=t, limit=6))
+    chat = Conversation(llm, "be brief", {"limit": 6})
     sessions = []
     for line in ("hi", "more?", "again?"):
-        answer = "".join(piece for _, piece in chat.say(line))
-        chat.heard()
+        answer = "".join(piece for _, piece in chat.ask(line))
+        chat.finish()
         sessions.append(chat.session)
         rendered = llm.tokenizer.encode(llm.tokenizer.chat(chat.messages[:-1]), special=False)
         assert (
@@ -395,7 +396,7 @@ def test_a_conversation_feeds_only_what_is_new(model):
     assert all(s is sessions[0] for s in sessions) and chat.messages[-1] == {"role": "assistant", "content": answer}
     whole = llm.session(6)
     ids = llm.tokenizer.encode(llm.tokenizer.chat(chat.messages[:-1]), special=False)
-    again = "".join(p for _, p in llm.turn(whole, [ids], limit=6))
+    again = "".join(p for _, p in llm.answer(whole, [ids], limit=6))
     assert again == answer  # under the full cache, turn by turn and all at once are the same
 
 
@@ -407,7 +408,7 @@ def test_the_repl_has_its_commands(model, capsys, monkeypatch):
     for part in (
         "kv: ",
         "full+dense",
-        "10 of ",
+        "kept 10/",
         "nothing is cached yet",
         "unknown command /what",
         "unknown policy 'nope'",
@@ -485,7 +486,7 @@ def test_a_policy_that_waits_decides_even_if_one_token_was_asked_for(model, caps
         "simlayer:variant=decode,threshold=0,sink=2,recent=9",
     ]
     status, out, err = call(capsys, *argv, "--json", model / "o.json", "--explain")
-    assert status == 0 and len(out) == 2 and "11 of 61 tokens on 3 of 3 layers" in err and "layer   2" in err
+    assert status == 0 and len(out) == 2 and "kept 11/61 tokens in 3/3 layers" in err and "layer   2" in err
     assert json.loads((model / "o.json").read_text())["cache"]["layers"][0]["kept"] == [11, 11]
 
 
@@ -495,15 +496,15 @@ def test_an_answer_that_is_interrupted_leaves_a_cache_that_goes_on(model):
 
     llm = load(str(model), dtype="float32")
     for broken in (False, True):
-        chat = Conversation(llm, None, 9, lambda s, p, t: llm.turn(s, p, then=t, limit=9))
-        turn = chat.say("hi")
+        chat = Conversation(llm, None, {"limit": 9})
+        turn = chat.ask("hi")
         for n, _ in enumerate(turn):
             turn.interrupted = turn.interrupted or (broken and n == 3)
-        chat.heard()
+        chat.finish()
         assert turn.reasons == (["interrupted"] if broken else ["length"]) and len(turn.ids[0]) == (4 if broken else 9)
-        told = "".join(p for _, p in chat.say("more?"))
-        ids = llm.tokenizer.encode(llm.tokenizer.chat(chat.asked), special=False)
-        anew = "".join(p for _, p in llm.turn(llm.session(9), [ids], limit=9))
+        told = "".join(p for _, p in chat.ask("more?"))
+        ids = llm.tokenizer.encode(llm.tokenizer.chat(chat.pending), special=False)
+        anew = "".join(p for _, p in llm.answer(llm.session(9), [ids], limit=9))
         assert told == anew
 
 
@@ -513,7 +514,7 @@ def test_a_step_that_dies_half_way_is_noticed(model, monkeypatch):
 
     llm = load(str(model), dtype="float32")
     session = llm.session(9)
-    turn = llm.turn(session, [[1, 2, 3]], limit=5)
+    turn = llm.answer(session, [[1, 2, 3]], limit=5)
     calls = iter(range(100))
     attend = Owner.attend
 
@@ -525,7 +526,7 @@ def test_a_step_that_dies_half_way_is_noticed(model, monkeypatch):
     monkeypatch.setattr(Owner, "attend", dies)
     with pytest.raises(KeyboardInterrupt):
         list(turn)
-    assert not session.whole
+    assert not session.intact
 
 
 def test_a_ring_takes_no_more_than_the_text_can_fill(model, capsys):
@@ -539,7 +540,7 @@ def test_a_turn_needs_something_to_go_on_with(model):
 
     llm = load(str(model), dtype="float32")
     with pytest.raises(ValueError, match="a new session begins with prompts"):
-        llm.turn(llm.session(3), [])
+        llm.answer(llm.session(3), [])
 
 
 def test_a_saved_cache_goes_on_like_the_prompt_it_was(model, capsys):
@@ -564,7 +565,7 @@ def test_a_saved_cache_that_does_not_fit_is_refused(model, tiny, capsys):
     for bad in (data[:-9], data[:50], b"", (model / "model.safetensors").read_bytes()):
         (model / "c").write_bytes(bad)
         status, _, err = call(capsys, "--model", model, "--load-cache", model / "c", "-p", "x", "--quiet")
-        assert status == 2 and "is no saved cache that is whole" in err and err.count("\n") == 1
+        assert status == 2 and "is no complete saved cache" in err and err.count("\n") == 1
     wait = ["--policy", "simlayer:variant=decode,threshold=0", "--save-cache", model / "d", "-p", "x" * 60]
     assert "nothing to save yet" in call(capsys, "--model", model, "--quiet", *wait)[2] and not (model / "d").exists()
 
@@ -602,7 +603,7 @@ def test_compare_says_how_far_the_answer_is_from_another_plans(model, capsys, tm
     base = ["--model", model, "--dtype", "float32", "-p", prompt, "-n", 12, "--ignore-eos", "--json", file]
     status, out, err = call(capsys, *base, "--compare", "full")
     same = json.loads(file.read_text())["compare"]
-    assert status == 0 and "against full" in err and "never another choice" in err
+    assert status == 0 and "against full" in err and "same greedy choice everywhere" in err
     assert (
         same["kl_mean"] == 0 and same["top1"] == 1 and same["first"] is None and same["tokens"] == 11
     )  # the first is the prompt's own
@@ -627,7 +628,7 @@ def test_layers_that_share_are_found_and_their_map_used_again(model, capsys, mon
     monkeypatch.setenv("NANOKV_WEIGHTS", str(tmp_path))
     argv = ["--model", model, "-p", "x" * 60, "-n", "3", "--dtype", "fp32", "--policy"]
     status, out, err = call(capsys, *argv, "snapkv:budget=20,window=4+kvsharer:layers=1,threshold=-1", "--explain")
-    assert status == 0 and "reads layer" in err and "+kvsharer:layers=1,threshold=-1" in err
+    assert status == 0 and "reads layer" in err and "+kvsharer:layers=1,map=none,threshold=-1" in err
     assert len(list((tmp_path / "maps").iterdir())) == 1
     assert call(capsys, *argv, "snapkv:budget=20,window=4+kvsharer:layers=1,threshold=-1", "--quiet") == (0, out, "")
     status, out, err = call(capsys, *argv, f"kvsharer:map={tmp_path / 'none.json'}")
@@ -652,4 +653,4 @@ def test_a_text_may_run_far_past_the_context(model, capsys):
     status, _, err = call(capsys, *argv, "--ignore-eos")
     assert status == 2 and "--allow-overflow" in err
     status, _, err = call(capsys, *argv, "--ignore-eos", "--allow-overflow")
-    assert status == 0 and "decode" in err and "64 of 7" in err
+    assert status == 0 and "decode" in err and "kept 64/7" in err

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from kernels import reference
 from nanokv.backends.torch_cpu import SDPA
 from nanokv.backends.torch_ops import EAGER
+from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept
-from nanokv.cache.protocol import Context
 from nanokv.stores import STORES
-from nanokv.stores.quant.codec import hadamard, rotate
+from nanokv.stores.quant.codec import hadamard, hadamard_rotate
 from nanokv.stores.quant.fp8 import FORMATS, Fp8
 from nanokv.stores.quant.turbo import LEVELS, Turbo
 
@@ -50,7 +50,7 @@ def loss(x: torch.Tensor, y: torch.Tensor) -> float:
 def rounded(spec, x: torch.Tensor) -> torch.Tensor:
     """x as a per-token store gives it back."""
     codec = spec.codecs([kept(x, x)], context(x.shape[-1]))[0]
-    return codec.back(codec.decode(codec.encode(x), torch.float32))
+    return codec.rotate_back(codec.decode(codec.encode(x), torch.float32))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -113,7 +113,7 @@ def test_fp8_takes_the_nearest_number_there_is(name):
     every = every[every.isfinite()].unique()
     x = gauss(64) * torch.logspace(-6, 2, 64)[:, None]
     spec = Fp8(format=name)
-    scale = spec.scale([kept(x, x)], "k").double()
+    scale = spec.scale([kept(x, x)], 0).double()
     assert torch.equal(scale.log2(), scale.log2().round())
     got = rounded(spec, x).double() / scale
     for a, b in zip((x.double() / scale).flatten()[::7].tolist(), got.flatten()[::7].tolist(), strict=True):
@@ -129,8 +129,10 @@ def test_fp8_takes_the_nearest_number_there_is(name):
 def test_the_rotation_is_its_own_inverse_and_keeps_products(dim):
     h, x, y = hadamard(dim), gauss(8, dim), gauss(8, dim, seed=1)
     assert h.shape[0] == dim & -dim and torch.equal(h, h.T)
-    torch.testing.assert_close(rotate(rotate(x, h), h), x, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close((rotate(x, h) * rotate(y, h)).sum(-1), (x * y).sum(-1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(hadamard_rotate(hadamard_rotate(x, h), h), x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        (hadamard_rotate(x, h) * hadamard_rotate(y, h)).sum(-1), (x * y).sum(-1), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_rot4_is_off_by_half_a_step_and_at_a_blocks_positive_extreme_by_one():
@@ -138,7 +140,7 @@ def test_rot4_is_off_by_half_a_step_and_at_a_blocks_positive_extreme_by_one():
     codec = spec.codecs([kept(x, x)], context(64))[0]
     words, scale = codec.encode(x)
     step = scale.double().repeat_interleave(32, -1)
-    y = rotate(x, codec.h).double()
+    y = hadamard_rotate(x, codec.h).double()
     off = (y - (reference.unpack(words, 4).double() - 8) * step).abs()
     assert (off <= step * 1.0001).all() and (off[y < 7.4 * step] <= step[y < 7.4 * step] * 0.5001).all()
     assert (off > step * 0.5001).any()  # the extreme is really clipped
@@ -150,14 +152,14 @@ def test_turbo_takes_the_nearest_level_and_keeps_the_length(bits):
     x = gauss(128) * torch.logspace(-3, 3, 128)[:, None]
     codec = Turbo(k=bits, v=bits).codecs([kept(x, x)], context(64))[0]
     words, length = codec.encode(x)
-    y = codec.turn(x)
+    y = codec.rotate(x)
     unit = y / y.norm(dim=-1, keepdim=True)
     code = reference.unpack(words, bits).long()
     levels = torch.tensor(LEVELS[bits])
     levels = torch.cat((-levels.flip(0), levels)) / 8
     best = (unit[..., None] - levels).abs().amin(-1)
     torch.testing.assert_close((unit - levels[code]).abs(), best, atol=1e-6, rtol=0)
-    back = codec.back(codec.decode((words, length), torch.float32))
+    back = codec.rotate_back(codec.decode((words, length), torch.float32))
     torch.testing.assert_close(back.norm(dim=-1), x.norm(dim=-1), atol=0, rtol=2e-3)
     assert rounded(Turbo(), torch.zeros(1, 2, 4, 64)).abs().max() == 0
     scaled = rounded(Turbo(k=bits, v=bits), x * 4) / 4
@@ -212,10 +214,11 @@ def test_folding_scales_is_attention_over_what_the_codes_stand_for(bits, dim, ch
     vq = reference.quantize(v, bits[1], 1, dim // channels)
     kpos, now = torch.arange(S).expand(B, Hkv, S), torch.full((B, 1), S)
     some = torch.rand(B, Hkv, S, generator=draw) > 0.5
-    for length in (None, torch.tensor([[3, S], [0, 70]]), some):
+    few = torch.arange(S) < torch.tensor([[3, S], [0, 70]])[..., None]
+    for visible in (None, few, some):
         for window in (None, 40):
-            out, lse = EAGER.decode_quant(q, kq, vq, length, kpos, now, window, bits)
-            fast, fast_lse = SDPA.decode_quant(q, kq, vq, length, kpos, now, window, bits)
+            out, lse = EAGER.decode_quant(q, kq, vq, visible, kpos, now, window, bits)
+            fast, fast_lse = SDPA.decode_quant(q, kq, vq, visible, kpos, now, window, bits)
             torch.testing.assert_close(fast, out, atol=2e-5, rtol=1e-4)
             torch.testing.assert_close(fast_lse, lse, atol=2e-5, rtol=1e-4)
     wrong = kq[0], kq[1].roll(1, 2), kq[2]  # a neighbour group's scales

@@ -14,7 +14,7 @@ from conftest import ROOT, text
 
 from evals import quality, record, show
 from evals.dense import begin
-from evals.quality import Item, Turn, judge, script, solved
+from evals.quality import Answer, Item, judge, prompt_and_turns, solved
 from evals.tasks import TASKS
 from nanokv import parse
 from nanokv.cache.plan import Plan
@@ -69,11 +69,11 @@ def test_one_run_gives_every_plan_what_its_own_run_gives(model, llm_of):
     seen = []
     for i, start in begin(llm, plans, ids, 9):
         alone = Session(llm.models, plans[i], 9)
-        expected = [alone.start([ids]), alone.feed(torch.tensor([then]), each=True)]
+        expected = [alone.start([ids]), alone.feed(torch.tensor([then]), every_logit=True)]
         for _ in range(2):  # a plan may be begun again
             session, before = start()
             assert torch.equal(before, expected[0])
-            assert torch.equal(session.feed(torch.tensor([then]), each=True), expected[1])
+            assert torch.equal(session.feed(torch.tensor([then]), every_logit=True), expected[1])
             assert session.report() == alone.report()
         seen.append(i)
     assert sorted(seen) == list(range(len(plans)))
@@ -85,7 +85,7 @@ def test_feeding_many_tokens_tells_the_logits_after_each(llm_of):
         sessions = [Session(llm.models, parse(plan), 8) for _ in range(2)]
         for s in sessions:
             s.start([ids])
-        every = sessions[0].feed(torch.tensor([then]), each=True)
+        every = sessions[0].feed(torch.tensor([then]), every_logit=True)
         single = torch.stack([sessions[1].feed(torch.tensor([[t]])) for t in then], 1)
         torch.testing.assert_close(every, single, atol=1e-4, rtol=1e-4)
         last = Session(llm.models, parse(plan), 8)
@@ -101,7 +101,7 @@ def test_solved_is_what_greedy_would_write(llm_of):
     def score(ids: list[int], answers: list[tuple[int, int]]) -> float:
         other = llm.session(16)
         before = other.start([text(40, 5)])
-        return solved(before, other.feed(torch.tensor([ids]), each=True)[0], Turn(ids, answers))
+        return solved(before, other.feed(torch.tensor([ids]), every_logit=True)[0], Answer(ids, answers))
 
     assert score(made, [(0, 12)]) == score(made, [(3, 9)]) == 1
     wrong = [*made[:5], (made[5] + 1) % 96, *made[6:]]
@@ -111,7 +111,7 @@ def test_solved_is_what_greedy_would_write(llm_of):
 def test_the_protocols_differ_in_where_the_first_opening_stands(llm_of):
     words = llm_of("llama31").tokenizer
     task = TASKS["multiquery"](0, 60, lambda t: len(t) // 4)
-    aware, agnostic = script(task, words, "aware"), script(task, words, "agnostic")
+    aware, agnostic = (prompt_and_turns(task, words, protocol) for protocol in ("aware", "agnostic"))
     assert words.decode(aware[0]) == task.context + task.turns[0][0].opening
     assert words.decode(agnostic[0]) == task.context
     for prompt, turns in (aware, agnostic):
@@ -172,11 +172,11 @@ def test_answers_are_fed_token_by_token_and_questions_at_once(llm_of):
     class Session:
         pos = torch.zeros(1, 1)
 
-        def feed(self, tokens, each):
+        def feed(self, tokens, every_logit):
             fed.append(tokens.tolist()[0])
             return torch.zeros(1, tokens.shape[1], 3)
 
-    out = quality.hear(Session(), quality.Turn([1, 2, 3, 4, 5, 6, 7], [(0, 2), (4, 7)]))
+    out = quality.feed_turn(Session(), quality.Answer([1, 2, 3, 4, 5, 6, 7], [(0, 2), (4, 7)]))
     assert fed == [[1], [2], [3, 4], [5], [6], [7]] and out.shape == (7, 3)
 
 
@@ -235,14 +235,16 @@ def test_fidelity_is_the_formulas_as_loops():
     assert f.kl_p99 == pytest.approx(low + 0.61 * (high - low))  # linear between the two largest: 0.99 · 39 = 38.61
     assert [f.ppl_reference, f.ppl] == pytest.approx([math.exp(n / 40) for n in nll]) and f.first == same.index(False)
     again = fidelity.compare(a, a, words)
-    assert again.kl_mean == 0 and again.top1 == 1 and again.first is None and "never another choice" in str(again)
+    assert (
+        again.kl_mean == 0 and again.top1 == 1 and again.first is None and "same greedy choice everywhere" in str(again)
+    )
 
 
 def test_following_greedily_is_what_an_answer_is(llm_of):
     llm, ids = llm_of("g3"), text(30, 9)
     session = llm.session(20)
     tokens, rows = fidelity.follow(session, session.start([ids]), 20, fidelity.greedy)
-    turn = llm.turn(llm.session(20), [ids], limit=20, ignore_eos=True)
+    turn = llm.answer(llm.session(20), [ids], limit=20, ignore_eos=True)
     list(turn)
     assert tokens == turn.ids[0] and rows.argmax(-1).tolist() == tokens
     session = llm.session(20)
@@ -460,7 +462,9 @@ def test_transformers_stands_beside_us_on_the_same_weights(tiny, llm_of):
     session = llm.session(6)
     torch.testing.assert_close(net.logits, session.start([ids]), atol=1e-4, rtol=1e-4)
     assert net.bytes() == 2 * 3 * 40 * 2 * 16 * 4  # K and V, layers, tokens, KV heads, dims, fp32
-    torch.testing.assert_close(net.feed(then), session.feed(torch.tensor([then]), each=True)[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        net.feed(then), session.feed(torch.tensor([then]), every_logit=True)[0], atol=1e-4, rtol=1e-4
+    )
     net.start(ids)
     first = int(net.logits.argmax())
     net.step()

@@ -410,7 +410,7 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path):
 
 def test_a_file_that_is_something_else_is_refused(tmp_path):
     (tmp_path / "tiny.gguf").write_text("version https://git-lfs.github.com/spec/v1\n" * 20)
-    assert "no whole GGUF" in refusal(str(tmp_path / "tiny.gguf"))
+    assert "not a complete GGUF" in refusal(str(tmp_path / "tiny.gguf"))
 
 
 def test_config_json_of_a_file_is_one_that_nanokv_reads(tmp_path):

@@ -10,7 +10,7 @@ from oracle import MaskedCache
 from nanokv import parse
 from nanokv.cache.plan import Plan
 from nanokv.policies import POLICIES
-from nanokv.policies.scorer import Evicting, Scorer
+from nanokv.policies.scorer import EvictingScorer, Scorer
 
 # each registered policy, small enough to drop something of 60 tokens
 SMALL = {
@@ -66,10 +66,10 @@ def note(session, held: list[dict], t: int) -> None:
     cache = session.cache
     upkeep = type(cache).maintain.__get__(cache)
 
-    def maintain(written: int, seen: list[int]) -> None:
+    def maintain(written: int, seen: list[int], tokens=None) -> None:
         for row, n in enumerate(seen):
             held[row][n - 1] = positions(cache, row)
-        upkeep(written, seen)
+        upkeep(written, seen, tokens)
 
     cache.maintain = maintain
 
@@ -158,7 +158,7 @@ def test_a_budget_as_large_as_the_prompt_changes_nothing(name, llm_of):
     llm, prompt, more = llm_of("g3"), text(60, seed=5), text(STEPS, seed=6)
     full, _ = run(llm, "full", [prompt], [more])
     same, _ = run(llm, enough, [prompt], [more])
-    apart = POLICIES[name].watches or POLICIES[name].store != "dense"  # another order of sums
+    apart = POLICIES[name].decode_scores or POLICIES[name].default_store != "dense"  # another order of sums
     torch.testing.assert_close(full, same, atol=2e-5 if apart else 0, rtol=0)
 
 
@@ -199,7 +199,7 @@ SPLITS = ["heads=ada", "layers=pyramid", "layers=pyramid,heads=ada", "select=chu
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("name", SCORERS)
 def test_every_scorer_takes_every_split_of_its_budget(name, split, llm_of):
-    never = isinstance(POLICIES[name], Evicting) or name == "expected"  # or not as often as that
+    never = isinstance(POLICIES[name], EvictingScorer) or name == "expected"  # or not as often as that
     if (name == "tova" and "ada" in split) or (never and "every" in split):
         with pytest.raises(ValueError, match=r"leave it out|use heads=flat|too often"):
             parse(f"{name}:budget=24,{split}")
@@ -210,9 +210,9 @@ def test_every_scorer_takes_every_split_of_its_budget(name, split, llm_of):
     plan = parse(f"{name}:budget=24,{split},{extra}")
     logits, held = run(llm, plan, [prompt], [more])
     torch.testing.assert_close(logits[0], masked(llm, prompt + more, 60, held[0]), atol=1e-4, rtol=1e-4)
-    left = plan.keep.every if name == "scissorhands" else 0  # it keeps fewer, to have room
+    left = plan.keep.rescore_every if name == "scissorhands" else 0  # it keeps fewer, to have room
     counts = [[len(p) - 1 for p in layer] for layer in held[0][60].values()]  # the first step's own token left out
-    if not isinstance(plan.keep, Evicting):
+    if not isinstance(plan.keep, EvictingScorer):
         assert sum(map(sum, counts)) == 3 * 2 * (24 - left)
     assert (len({tuple(c) for c in counts}) > 1) == ("pyramid" in split or "ada" in split)
 

@@ -1,10 +1,11 @@
-"""Every kernel against its twin, on shapes that fit nothing: in Triton's interpreter, or on a GPU where there is one.
+"""Compare every kernel with its twin, on shapes that fit no tile: in Triton's interpreter, or on a GPU where there is one.
 
-The interpreter gets bf16 wrong (it computes with its bits), so here it is fp16 and fp32; tests/gpu has the rest.
+The interpreter computes bf16 wrongly (with its bits), so these tests use fp16 and fp32; tests/gpu has the rest.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
@@ -34,18 +35,18 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
 
 
 def cache(dtype: torch.dtype, heads: int = HKV, dim: int = D) -> tuple[torch.Tensor, ...]:
-    """q, and k and v as the first S slots of larger memory; positions; the present."""
+    """Return q, k and v (the first S slots of a larger tensor), key_pos and query_pos."""
     q, k, v = (
         normal(B, H, 1, dim, dtype=dtype),
         normal(B, heads, S + 9, dim, dtype=dtype, seed=1),
         normal(B, heads, S + 9, dim, dtype=dtype, seed=2),
     )
-    kpos = torch.stack([torch.randperm(S, generator=torch.Generator().manual_seed(i)) for i in range(B * heads)])
+    key_pos = torch.stack([torch.randperm(S, generator=torch.Generator().manual_seed(i)) for i in range(B * heads)])
     return (
         q * 3,
         k[:, :, :S],
         v[:, :, :S],
-        kpos.view(B, heads, S).int().to(DEVICE),
+        key_pos.view(B, heads, S).int().to(DEVICE),
         torch.full((B, 1), S, device=DEVICE),
     )
 
@@ -71,81 +72,83 @@ def same(found, expected, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", LENGTHS)
 @pytest.mark.parametrize("window", [None, 37])
 def test_decode(name, window, dtype):
-    q, k, v, kpos, now = cache(dtype)
-    ask = q, k, v, lengths(name), kpos, now, window
+    q, k, v, key_pos, query_pos = cache(dtype)
+    ask = q, k, v, lengths(name), key_pos, query_pos, window
     same(kernels.decode(*ask), reference.decode(*ask), dtype)
 
 
-@pytest.mark.parametrize("group", ["mean", "max", "each"])
+@pytest.mark.parametrize("over_group", ["mean", "max", "each"])
 @pytest.mark.parametrize("name", ["whole", "ragged"])
-def test_decode_with_votes(name, group):
-    q, k, v, kpos, now = cache(torch.float32)
-    ask = q, k, v, lengths(name), kpos, now, 61, group
+def test_decode_with_scores(name, over_group):
+    q, k, v, key_pos, query_pos = cache(torch.float32)
+    ask = q, k, v, lengths(name), key_pos, query_pos, 61, over_group
     same(kernels.decode(*ask), reference.decode(*ask), torch.float32)
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(6, 96), (1, 64), (3, 16), (2, 128)])
 def test_decode_of_other_groups_and_widths(heads, dim):
-    q, k, v, kpos, now = cache(torch.float32, heads, dim)
-    seen = normal(B, heads, S, seed=3) > 0
-    for length in (lengths("ragged", heads), seen, seen & False):
-        ask = q, k, v, length, kpos, now, None
+    q, k, v, key_pos, query_pos = cache(torch.float32, heads, dim)
+    mask = normal(B, heads, S, seed=3) > 0
+    for length in (lengths("ragged", heads), mask, mask & False):
+        ask = q, k, v, length, key_pos, query_pos, None
         same(kernels.decode(*ask), reference.decode(*ask), torch.float32)
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_decode_over_eight_bit_floats(kind):
-    q, k, v, kpos, now = cache(torch.float16)
-    ask = q, k.to(kind), v.to(kind), lengths("ragged"), kpos, now, None
+    q, k, v, key_pos, query_pos = cache(torch.float16)
+    ask = q, k.to(kind), v.to(kind), lengths("ragged"), key_pos, query_pos, None
     same(kernels.decode(*ask), reference.decode(*ask), torch.float16)
 
 
-@pytest.mark.parametrize("breakage", ["length", "group", "window", "votes"])
+@pytest.mark.parametrize("breakage", ["length", "group", "window", "scores"])
 def test_decode_can_fail(breakage):
     """The same comparison, with one thing a little wrong."""
-    q, k, v, kpos, now = cache(torch.float32)
+    q, k, v, key_pos, query_pos = cache(torch.float32)
     n, window = lengths("ragged"), 61
-    right = reference.decode(q, k, v, n, kpos, now, window, "mean")
+    right = reference.decode(q, k, v, n, key_pos, query_pos, window, "mean")
     if breakage == "length":
         n = (n - 1).clamp(min=0)
     if breakage == "group":
         q = q.roll(1, 1)
     if breakage == "window":
         window += 3
-    found = list(kernels.decode(q, k, v, n, kpos, now, window, "mean"))
-    if breakage == "votes":
+    found = list(kernels.decode(q, k, v, n, key_pos, query_pos, window, "mean"))
+    if breakage == "scores":
         found[2] = found[2].roll(1, 2)
     with pytest.raises(AssertionError):
         same(found, right, torch.float32)
 
 
 def ragged(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """The same numbers as `cache`, one head's slots behind the other's; as many of each as the name says, with slots to spare."""
-    q, k, v, kpos, now = cache(dtype)
+    """Return the numbers of `cache` as `decode_ragged` takes them, with up to three spare slots per head."""
+    q, k, v, key_pos, query_pos = cache(dtype)
     n = torch.tensor(LENGTHS["ragged"], dtype=torch.int32, device=DEVICE)
     room = (n + 3).clamp(max=S)
     first = (room.flatten().cumsum(0) - room.flatten()).view_as(room)[..., None]
-    flat = [torch.cat([x[b, h, : room[b, h]] for b in range(B) for h in range(HKV)]) for x in (k, v, kpos)]
+    flat = [torch.cat([x[b, h, : room[b, h]] for b in range(B) for h in range(HKV)]) for x in (k, v, key_pos)]
     spans = list(zip(first.flatten().tolist(), room.flatten().tolist(), strict=True))
-    return (q, *flat[:2], spans, first, n, flat[2], now)
+    return (q, *flat[:2], spans, first, n, flat[2], query_pos)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("window", "group"), [(None, None), (37, None), (None, "mean"), (61, "max"), (None, "each")])
-def test_decode_ragged(window, group, dtype):
-    ask = (*ragged(dtype), window, group)
+@pytest.mark.parametrize(
+    ("window", "over_group"), [(None, None), (37, None), (None, "mean"), (61, "max"), (None, "each")]
+)
+def test_decode_ragged(window, over_group, dtype):
+    ask = (*ragged(dtype), window, over_group)
     found = kernels.decode_ragged(*ask)
     same(found, reference.decode_ragged(*ask), dtype)
     dense = reference.decode(
-        *cache(dtype)[:3], ask[5], *cache(dtype)[3:], window, group
+        *cache(dtype)[:3], ask[5], *cache(dtype)[3:], window, over_group
     )  # and of the same numbers, padded
     same([found[0], found[1]], dense[:2], dtype)
 
 
-def test_decode_ragged_of_what_the_host_knows():
-    q, k, v, spans, first, n, kpos, now = ragged(torch.float32)
+def test_decode_ragged_without_lengths_takes_the_spans():
+    q, k, v, spans, first, n, key_pos, query_pos = ragged(torch.float32)
     exact = [(a, m) for (a, _), m in zip(spans, n.flatten().tolist(), strict=True)]
-    ask = q, k, v, exact, first, None, kpos, now, None
+    ask = q, k, v, exact, first, None, key_pos, query_pos, None
     same(kernels.decode_ragged(*ask), reference.decode_ragged(*ask), torch.float32)
     same(kernels.decode_ragged(*ask), reference.decode_ragged(*ask[:3], spans, first, n, *ask[6:]), torch.float32)
 
@@ -165,18 +168,18 @@ def test_decode_ragged_can_fail(breakage):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("n", "dim"), [(0, 64), (1, 64), (37, 96), (S, 16)])
 def test_compact(n, dim, dtype):
-    _, k, v, kpos, _ = cache(dtype, dim=dim)
-    at = torch.randint(-1, S, (B, HKV, n), generator=torch.Generator().manual_seed(4)).to(DEVICE)
-    found, right = kernels.compact(k, v, kpos, at), reference.compact(k, v, kpos, at)
+    _, k, v, key_pos, _ = cache(dtype, dim=dim)
+    index = torch.randint(-1, S, (B, HKV, n), generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    found, right = kernels.compact(k, v, key_pos, index), reference.compact(k, v, key_pos, index)
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
-    b, h, i = torch.where(at >= 0)
-    assert torch.equal(found[0][b, h, i], k[b, h, at[b, h, i]]) and (found[2][at < 0] == -1).all()
+    b, h, i = torch.where(index >= 0)
+    assert torch.equal(found[0][b, h, i], k[b, h, index[b, h, i]]) and (found[2][index < 0] == -1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("T", [1, 5])
 def test_append(T, dtype):
-    """Of tokens as the projections leave them: heads side by side."""
+    """The tokens come as the projections leave them, with heads side by side."""
     k, v = (normal(B, T, 2, HKV, 96, dtype=dtype, seed=i)[:, :, 1].transpose(1, 2) for i in (1, 2))
     row = torch.randperm(B * HKV * 7, generator=torch.Generator().manual_seed(3))[: B * HKV * T].to(DEVICE)
     slots = [[normal(B, HKV, 7, 96, dtype=dtype, seed=9).clone() for _ in range(2)] for _ in range(2)]
@@ -187,10 +190,10 @@ def test_append(T, dtype):
     assert torch.equal(slots[0][0].view(-1, 96)[row.view(B, HKV, T)[b, h, t]], k[b, h, t])
 
 
-def test_moves_can_fail():
-    _, k, v, kpos, _ = cache(torch.float32)
-    at = torch.arange(9, device=DEVICE).expand(B, HKV, 9)
-    assert not torch.equal(kernels.compact(k, v, kpos, at + 1)[0], reference.compact(k, v, kpos, at)[0])
+def test_compact_and_append_can_fail():
+    _, k, v, key_pos, _ = cache(torch.float32)
+    index = torch.arange(9, device=DEVICE).expand(B, HKV, 9)
+    assert not torch.equal(kernels.compact(k, v, key_pos, index + 1)[0], reference.compact(k, v, key_pos, index)[0])
     slots = [torch.zeros(B, HKV, 3, D, device=DEVICE) for _ in range(4)]
     kernels.append(k[:, :, :1], v[:, :, :1], torch.arange(6, device=DEVICE), *slots[:2])
     reference.append(k[:, :, :1], v[:, :, :1], torch.arange(1, 7, device=DEVICE), *slots[2:])
@@ -218,10 +221,10 @@ def test_quantize_can_fail(breakage):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("L", "heads", "dim"), [(1, 2, 64), (100, 2, 64), (333, 6, 96), (64, 1, 16)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_landmarks(L, heads, dim, masked, dtype):
-    q, marks = normal(B, H, 1, dim, dtype=dtype) * 3, normal(B, heads, L, dim, dtype=dtype, seed=1)
-    seen = (normal(B, heads, L, seed=2) > 0) | (torch.arange(L, device=DEVICE) == 0) if masked else None
-    same([kernels.landmarks(q, marks, seen)], [reference.landmarks(q, marks, seen)], dtype)
+def test_landmark_scores(L, heads, dim, masked, dtype):
+    q, landmarks = normal(B, H, 1, dim, dtype=dtype) * 3, normal(B, heads, L, dim, dtype=dtype, seed=1)
+    visible = (normal(B, heads, L, seed=2) > 0) | (torch.arange(L, device=DEVICE) == 0) if masked else None
+    same([kernels.landmark_scores(q, landmarks, visible)], [reference.landmark_scores(q, landmarks, visible)], dtype)
 
 
 FACTORS = [(8, 40, 64), (3, 33, 96), (16, 7, 16), (1, 64, 32)]
@@ -231,49 +234,49 @@ def factors(c: int, rank: int, dim: int, dtype: torch.dtype) -> tuple:
     a, b = normal(B, 20, c, rank, dtype=dtype), normal(B, HKV, rank, dim, dtype=dtype, seed=1) * rank**-0.5
     inv_freq = 10000.0 ** -(torch.arange(0, dim, 2, device=DEVICE) / dim)
     first = torch.tensor([0, 100_000, 7], dtype=torch.int32, device=DEVICE)
-    ids = torch.randint(-2, 20, (B, HKV, 9), generator=torch.Generator().manual_seed(3)).to(DEVICE, torch.int32)
-    return a, b, inv_freq, first, ids
+    chunk_ids = torch.randint(-2, 20, (B, HKV, 9), generator=torch.Generator().manual_seed(3)).to(DEVICE, torch.int32)
+    return a, b, inv_freq, first, chunk_ids
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("c", "rank", "dim"), FACTORS)
 @pytest.mark.parametrize("some", [False, True])
-def test_rebuild(c, rank, dim, some, dtype):
-    """What is not new stays; of chunks that are not there, nothing is asked."""
+def test_rebuild_keys(c, rank, dim, some, dtype):
+    """Slots that are not new keep their keys. Negative ids may give any key."""
     ask = factors(c, rank, dim, dtype)
-    fresh = normal(B, HKV, 9, seed=4) > 0 if some else None
+    is_new = normal(B, HKV, 9, seed=4) > 0 if some else None
     found, right = (torch.full((B, HKV, 9, c * dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2))
-    kernels.rebuild(*ask, fresh, found)
-    reference.rebuild(*ask, fresh, right)
+    kernels.rebuild_keys(*ask, is_new, found)
+    reference.rebuild_keys(*ask, is_new, right)
     same([found], [right], dtype)
     if some:
-        assert (found[~fresh] == 7).all() and (found[fresh] != 7).any()
+        assert (found[~is_new] == 7).all() and (found[is_new] != 7).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int16, torch.uint8])
 @pytest.mark.parametrize("width", [512, 96, 1])
 @pytest.mark.parametrize("some", [False, True])
-def test_fetch(some, width, dtype):
+def test_fetch_chunks(some, width, dtype):
     chunks = (normal(B, HKV, 20, width) * 50).to(dtype)
-    ids, fresh = factors(8, 8, 16, torch.float32)[4], normal(B, HKV, 9, seed=4) > 0 if some else None
+    chunk_ids, is_new = factors(8, 8, 16, torch.float32)[4], normal(B, HKV, 9, seed=4) > 0 if some else None
     found, right = (torch.full((B, HKV, 9, width), 7, dtype=dtype, device=DEVICE) for _ in range(2))
-    kernels.fetch(chunks, ids, fresh, found)
-    reference.fetch(chunks, ids, fresh, right)
+    kernels.fetch_chunks(chunks, chunk_ids, is_new, found)
+    reference.fetch_chunks(chunks, chunk_ids, is_new, right)
     assert torch.equal(found, right) and not torch.equal(found, torch.full_like(found, 7))
 
 
-@pytest.mark.parametrize("breakage", ["first", "rank", "ids", "fresh", "seen"])
-def test_chunks_can_fail(breakage):
-    a, b, inv_freq, first, ids = factors(8, 40, 64, torch.float32)
-    q, marks, seen = normal(B, H, 1, 64) * 3, normal(B, HKV, 20, 64, seed=1), normal(B, HKV, 20, seed=2) > 0
+@pytest.mark.parametrize("breakage", ["first", "rank", "chunk_ids", "is_new", "visible"])
+def test_shadowkv_can_fail(breakage):
+    a, b, inv_freq, first, chunk_ids = factors(8, 40, 64, torch.float32)
+    q, landmarks, visible = normal(B, H, 1, 64) * 3, normal(B, HKV, 20, 64, seed=1), normal(B, HKV, 20, seed=2) > 0
     found, right = (torch.zeros(B, HKV, 9, 8 * 64, device=DEVICE) for _ in range(2))
-    reference.rebuild(a, b, inv_freq, first, ids, None, right)
-    wrong = {"first": first + 1, "rank": b.flip(2), "ids": ids.flip(2), "fresh": ids % 2 == 0}
-    if breakage == "seen":
-        found, right = kernels.landmarks(q, marks, seen), reference.landmarks(q, marks, ~seen)
+    reference.rebuild_keys(a, b, inv_freq, first, chunk_ids, None, right)
+    wrong = {"first": first + 1, "rank": b.flip(2), "chunk_ids": chunk_ids.flip(2), "is_new": chunk_ids % 2 == 0}
+    if breakage == "visible":
+        found, right = kernels.landmark_scores(q, landmarks, visible), reference.landmark_scores(q, landmarks, ~visible)
     else:
-        of = {"first": first, "rank": b, "ids": ids, "fresh": None} | {breakage: wrong[breakage]}
-        kernels.rebuild(a, of["rank"], inv_freq, of["first"], of["ids"], of["fresh"], found)
+        ask = {"rank": b, "inv_freq": inv_freq, "first": first, "chunk_ids": chunk_ids, "is_new": None}
+        kernels.rebuild_keys(a, *(ask | {breakage: wrong[breakage]}).values(), found)
     with pytest.raises(AssertionError):
         same([found], [right], torch.float32)
 
@@ -286,68 +289,71 @@ def codes(bits: tuple[int, int], group: int, runs: int, dim: int = D, tokens: in
 QUANT = [((4, 4), 32, 2), ((2, 2), 16, 1), ((8, 8), 48, 1), ((8, 4), 16, 4), ((4, 2), 96, 4), ((2, 8), 32, 2)]
 
 
-def beside(dtype: torch.dtype, held: bool, n: int = 21) -> tuple:
+def exact_tokens(dtype: torch.dtype, has_mask: bool, n: int = 21) -> tuple:
     k, v = normal(B, HKV, n, D, dtype=dtype, seed=5), normal(B, HKV, n, D, dtype=dtype, seed=6)
     pos = torch.arange(80, 80 + n, dtype=torch.int32, device=DEVICE).expand(B, HKV, n).contiguous()
-    return k, v, normal(B, HKV, n, seed=7) > -0.5 if held else None, pos
+    return k, v, normal(B, HKV, n, seed=7) > -0.5 if has_mask else None, pos
 
 
 @pytest.mark.parametrize(("bits", "group", "runs"), QUANT)
-@pytest.mark.parametrize(("near", "dtype"), [(None, torch.float32), ("some", torch.float16), ("all", torch.float32)])
-def test_decode_quant(bits, group, runs, near, dtype):
-    q, _, _, kpos, now = cache(dtype)
+@pytest.mark.parametrize(("exact", "dtype"), [(None, torch.float32), ("some", torch.float16), ("all", torch.float32)])
+def test_decode_quant(bits, group, runs, exact, dtype):
+    q, _, _, key_pos, query_pos = cache(dtype)
     k, v = codes(bits, group, runs)
-    kpos, exact = kpos[:, :, :96], None if near is None else beside(dtype, near == "some")
-    for length, window in ((None, None), (kpos % 3 != 0, 50), (lengths("ragged").clamp(max=96), None)):
-        ask = q, k, v, length, kpos, now, window, bits, exact
+    key_pos, exact = key_pos[:, :, :96], None if exact is None else exact_tokens(dtype, exact == "some")
+    for visible, window in ((None, None), (None, 50), (key_pos % 3 != 0, 50), (key_pos < -1, None)):
+        ask = q, k, v, visible, key_pos, query_pos, window, bits, exact
         same(kernels.decode_quant(*ask), reference.decode_quant(*ask), dtype)
 
 
-@pytest.mark.parametrize("breakage", ["scale", "zero", "field", "near", "length"])
+@pytest.mark.parametrize("breakage", ["scale", "zero", "field", "exact", "visible"])
 def test_decode_quant_can_fail(breakage):
-    q, _, _, kpos, now = cache(torch.float32)
-    bits, kpos = (4, 4), kpos[:, :, :96]
+    q, _, _, key_pos, query_pos = cache(torch.float32)
+    bits, key_pos = (4, 4), key_pos[:, :, :96]
     k, v = codes(bits, 32, 2)
-    exact, n = beside(torch.float32, True), lengths("ragged").clamp(max=96)
-    right = reference.decode_quant(q, k, v, n, kpos, now, None, bits, exact)
+    exact, visible = exact_tokens(torch.float32, True), key_pos % 3 != 0
+    right = reference.decode_quant(q, k, v, visible, key_pos, query_pos, None, bits, exact)
     if breakage == "scale":
         k = k[0], k[1].roll(1, 2), k[2]
     if breakage == "zero":
         v = *v[:2], v[2].roll(1, 3)
     if breakage == "field":
         k = k[0].roll(4, 3), *k[1:]
-    if breakage == "near":
+    if breakage == "exact":
         exact = *exact[:2], None, exact[3]
-    if breakage == "length":
-        n = (n - 1).clamp(min=0)
+    if breakage == "visible":
+        visible = ~visible
     with pytest.raises(AssertionError):
-        same(kernels.decode_quant(q, k, v, n, kpos, now, None, bits, exact), right, torch.float32)
+        same(kernels.decode_quant(q, k, v, visible, key_pos, query_pos, None, bits, exact), right, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("w", "group", "window"), [(1, "mean", None), (16, "max", None), (21, "mean", 40), (32, "max", 9)]
+    ("w", "over_group", "window"), [(1, "mean", None), (16, "max", None), (21, "mean", 40), (32, "max", 9)]
 )
-def test_mass(w, group, window, dtype):
+def test_attention_scores(w, over_group, window, dtype):
     q, k = normal(B, H, w, D, dtype=dtype) * 3, normal(B, HKV, S, D, dtype=dtype, seed=1)
-    ask = q, k, S - w, window, group
-    same([kernels.mass(*ask)], [reference.mass(*ask)], dtype)
+    ask = q, k, S - w, window, over_group
+    same([kernels.attention_scores(*ask)], [reference.attention_scores(*ask)], dtype)
 
 
-def test_mass_can_fail():
+def test_attention_scores_can_fail():
     q, k = normal(B, H, 16, D) * 3, normal(B, HKV, S, D, seed=1)
     with pytest.raises(AssertionError):
-        same([kernels.mass(q, k, S - 17, None, "mean")], [reference.mass(q, k, S - 16, None, "mean")], torch.float32)
+        found, right = (
+            f(q, k, S - n, None, "mean") for f, n in ((kernels.attention_scores, 17), (reference.attention_scores, 16))
+        )
+        same([found], [right], torch.float32)
 
 
 ROWS = list(itertools.product([torch.float32, torch.float16], [(1, 1, 96), (3, 5, 576), (2, 1000)]))
 
 
 @pytest.mark.parametrize(("dtype", "shape"), ROWS)
-def test_rows(dtype, shape):
+def test_norms_and_swiglu(dtype, shape):
     x, weight = normal(*shape, dtype=dtype), normal(shape[-1], seed=1)
-    same([kernels.norm(x, weight, 1e-5)], [reference.norm(x, weight, 1e-5)], dtype)
-    same(kernels.add_norm(x, x.flip(-1), weight, 1e-5), reference.add_norm(x, x.flip(-1), weight, 1e-5), dtype)
+    same([kernels.rms_norm(x, weight, 1e-5)], [reference.rms_norm(x, weight, 1e-5)], dtype)
+    same(kernels.add_rms_norm(x, x.flip(-1), weight, 1e-5), reference.add_rms_norm(x, x.flip(-1), weight, 1e-5), dtype)
     same([kernels.swiglu(x)], [reference.swiglu(x)], dtype)
 
 
@@ -359,18 +365,22 @@ def test_linear(rows, width, bias, dtype):
     same([kernels.linear(x, weight, more)], [reference.linear(x, weight, more)], dtype)
 
 
-def test_rows_can_fail():
+def test_norms_swiglu_and_linear_can_fail():
     x, weight = normal(3, 576), normal(576, seed=1)
     wrong = [
-        (kernels.norm(x, weight, 1e-2), reference.norm(x, weight, 1e-5)),
-        (kernels.add_norm(x, x, weight, 1e-5)[1], reference.norm(x, weight, 1e-5) + 0.01),
-        (kernels.add_norm(x, x.flip(-1), weight, 1e-5)[0], reference.add_norm(x, x, weight, 1e-5)[0]),
+        (kernels.rms_norm(x, weight, 1e-2), reference.rms_norm(x, weight, 1e-5)),
+        (kernels.add_rms_norm(x, x, weight, 1e-5)[1], reference.rms_norm(x, weight, 1e-5) + 0.01),
+        (kernels.add_rms_norm(x, x.flip(-1), weight, 1e-5)[0], reference.add_rms_norm(x, x, weight, 1e-5)[0]),
         (kernels.swiglu(x), reference.swiglu(x.roll(288, 1))),
         (kernels.linear(x[:1], normal(70, 576), None), reference.linear(x[:1], normal(70, 576).roll(1, 0), None)),
     ]
     for found, expected in wrong:
         with pytest.raises(AssertionError):
             same([found], [expected], torch.float32)
+
+
+def test_every_name_is_a_function_though_some_modules_have_the_same_name():
+    assert all(inspect.isfunction(getattr(kernels, name)) for name in kernels.__all__)
 
 
 PLANS = [

@@ -71,7 +71,7 @@ def test_faults_of_tensors_are_named(model):
     edit(model, lambda t: t.update({name: torch.zeros(32, 96, dtype=torch.int32)}))
     refused(model, f"{name!r} is I32")
     edit(model, lambda t: t.update({name: torch.zeros(32, 96), "model.layers.9.mlp.up_proj.weight": torch.zeros(2)}))
-    refused(model, "holds 'model.layers.9.mlp.up_proj.weight', which this model has no place for")
+    refused(model, "holds 'model.layers.9.mlp.up_proj.weight', which is not a tensor of this model")
 
 
 def test_harmless_extras_are_passed_over(model):
@@ -83,7 +83,7 @@ def test_a_truncated_file_is_refused(model):
     data = (model / "model.safetensors").read_bytes()
     for n in (len(data) - 1, len(data) // 2, 100, 7, 0):
         (model / "model.safetensors").write_bytes(data[:n])
-        refused(model, "is no whole safetensors file")
+        refused(model, "is not a complete safetensors file")
 
 
 def test_faults_of_shards_are_named(model):

@@ -89,7 +89,7 @@ def test_smollm2_writes_the_same_64_tokens_as_transformers(chat, smollm):
             theirs = oracle.generate(
                 torch.tensor([ids]), max_new_tokens=64, do_sample=False, eos_token_id=-1, pad_token_id=0
             )
-        turn = smollm.turn(smollm.session(64), [ids], limit=64, ignore_eos=True)
+        turn = smollm.answer(smollm.session(64), [ids], limit=64, ignore_eos=True)
         list(turn)
         assert turn.ids[0] == theirs[0, len(ids) :].tolist()
 

@@ -26,7 +26,13 @@ def test_defaults_are_filled_in():
         str(fitted) == "simlayer:variant=prefill,threshold=0.65,sink=4,recent=1024,window=32,roll=true,full=50%+dense"
     )
     released = parse("simlayer:variant=decode").fit(PRESETS["llama3-8b"], torch.float16, 4000, 10).keep
-    assert (released.threshold, released.window, released.roll, released.wait, released.ask.rows) == (
+    assert (
+        released.threshold,
+        released.window,
+        released.roll,
+        released.decide_after,
+        released.scores.last_queries,
+    ) == (
         0.9,
         1,
         False,
@@ -74,9 +80,9 @@ def test_defaults_are_filled_in():
         ("snapkv:heads=all", "heads is flat or ada"),
         ("snapkv:select=word", "select is token or chunk"),
         ("snapkv:floor=2", "floor 0 … 1"),
-        ("snapkv:every=8", "every=8 is too often, as the last 32 tokens judge"),
+        ("snapkv:every=8", "every=8 is too often, as the last 32 tokens are scored"),
         ("snapkv:every=-1", "snapkv: every=-1; give a number of tokens, or 0 for never"),
-        ("h2o:every=5", "never looks again; leave it out"),
+        ("h2o:every=5", "never rescores; leave it out"),
         ("h2o:recent=2", "a share of the budget"),
         ("tova:heads=ada", "use heads=flat"),
         ("keyformer:tau=0", "tau > 0"),
@@ -118,7 +124,7 @@ def test_a_policy_whose_heads_differ_takes_the_store_that_frees_their_bytes():
     for text in ("adakv", "snapkv:heads=ada", "corm", "duo"):
         assert parse(text).names[1] == "ragged" and parse(text + "+dense").names[1] == "dense"
     assert parse("snapkv").names[1] == parse("kvsharer").names[1] == "dense"
-    assert str(parse("kvsharer:layers=3")) == "full+dense+kvsharer:layers=3,threshold=0.5,order=dissimilar,map=none"
+    assert str(parse("kvsharer:layers=3")) == "full+dense+kvsharer:layers=3,map=none,threshold=0.5,order=dissimilar"
 
 
 def test_simlayer_asks_for_a_threshold_where_the_family_is_unknown():

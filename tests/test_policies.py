@@ -29,13 +29,13 @@ def compress(plan: Plan | str, config: ModelConfig, T: int, seed: int = 0, chunk
     dice = torch.Generator().manual_seed(seed)
     cache = PromptCache(plan, config, torch.arange(T), EAGER)
     H, Hkv, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
-    q, k, v = (torch.randn(L, 1, n, T + plan.keep.wait, 16, generator=dice) * 1.5 for n in (H, Hkv, Hkv))
+    q, k, v = (torch.randn(L, 1, n, T + plan.keep.decide_after, 16, generator=dice) * 1.5 for n in (H, Hkv, Hkv))
     for a in range(0, T, chunk or T):
         b = min(a + (chunk or T), T)
         for i, layer in enumerate(cache.layers):
             kv = (k[i, :, :, a:b], v[i, :, :, a:b]) if layer.owns else (None, None)
             layer.attend(q[i, :, :, a:b], *kv, torch.arange(a, b)[None])
-    for t in range(T, T + plan.keep.wait):
+    for t in range(T, T + plan.keep.decide_after):
         for i, layer in enumerate(cache.layers):
             layer.attend(q[i, :, :, t : t + 1], k[i, :, :, t : t + 1], v[i, :, :, t : t + 1], torch.tensor([[t]]))
     return cache.kept, q[:, 0], k[:, 0]
@@ -171,10 +171,10 @@ def test_a_window_longer_than_the_last_chunk_is_gathered_over_chunks(chunk):
 
 def test_votes_of_all_queries_add_up_to_their_number():
     q, k = torch.randn(1, 6, 40, 16), torch.randn(1, 2, 40, 16)
-    votes = EAGER.mass(q, k, 0, None, "mean")
+    votes = EAGER.attention_scores(q, k, 0, None, "mean")
     torch.testing.assert_close(votes.sum(-1), torch.full((1, 2), 40.0))
     weight = oracle.attention(q[0], k[0]).unflatten(0, (2, 3))
     torch.testing.assert_close(votes[0].double(), weight.mean(1).sum(1), atol=1e-4, rtol=1e-4)
-    late = EAGER.mass(q[:, :, -7:], k, 33, 10, "max")
+    late = EAGER.attention_scores(q[:, :, -7:], k, 33, 10, "max")
     weight = oracle.attention(q[0, :, -7:], k[0], window=10).unflatten(0, (2, 3))
     torch.testing.assert_close(late[0].double(), weight.sum(2).amax(1), atol=1e-4, rtol=1e-4)

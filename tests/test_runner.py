@@ -42,14 +42,14 @@ def counted(llm: LLM, plan: Plan, steps: int = STEPS) -> tuple[list[int], int, f
 
 def kind(layer) -> tuple:
     """What decides the shape of a step besides sizes: whether the layer stores, its store's sets, whether groups are overwritten."""
-    store = getattr(layer, "store", None) or layer.of.store
-    sets = [bool(getattr(store, name, 0)) for name in ("groups", "pin", "chunks")]
+    store = getattr(layer, "store", None) or layer.owner.store
+    sets = [bool(getattr(store, name, 0)) for name in ("n_groups", "n_pinned", "n_candidates")]
     return layer.owns, *sets, getattr(store.slots, "wraps", None)
 
 
 def check(store: str, counts: list[int], kinds: int, worst: float, more: int = 0) -> None:
-    # in fp32; where a store rounds, scales make the order of a sum visible
-    assert worst < (1e-4 if store in ("dense", "ragged", "shadow", "quest") else 1e-3)
+    # in fp32; where a store rounds, another order of a sum may flip a code: up to 1.03e-3 was seen, int8 on an AMD EPYC
+    assert worst < (1e-4 if store in ("dense", "ragged", "shadow", "quest") else 2e-3)
     assert counts[2] == counts[1] <= 2 * kinds + more + 1  # and the head's
 
 
@@ -59,7 +59,7 @@ def small(keep: str, store: str) -> Plan:
     return replace(plan, store=replace(plan.store, budget=12)) if hasattr(plan.store, "chunk") else plan
 
 
-PAIRS = [pair for pair in pairs() if not STORES[pair[1]].refuses(POLICIES[pair[0]])]
+PAIRS = [pair for pair in pairs() if not STORES[pair[1]].incompatible_policy(POLICIES[pair[0]])]
 ALONE = [(keep, store) for keep, store in PAIRS if keep == "full" or store == "dense"] + [("mikv", "mixed")]
 
 

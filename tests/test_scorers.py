@@ -10,10 +10,10 @@ from test_policies import compress, positions, shape
 from kernels.reference import _noisy
 from nanokv import parse
 from nanokv.backends.torch_ops import EAGER
+from nanokv.cache.context import Context
 from nanokv.cache.decode import KVCache
 from nanokv.cache.plan import Plan
 from nanokv.cache.prefill import PromptCache
-from nanokv.cache.protocol import Context
 from nanokv.model.rope import inverse_frequencies, unrotated
 
 STEPS = 200

@@ -16,8 +16,9 @@ from test_identity import STEPS, masked, run
 from nanokv import parse
 from nanokv.cache.plan import Plan
 from nanokv.sharing import search as share
+from nanokv.sharing.__main__ import main
 from nanokv.sharing.kvsharer import KVSharer
-from nanokv.sharing.search import Pair, joined, search
+from nanokv.sharing.search import Pair, with_pair
 
 
 @pytest.fixture
@@ -34,16 +35,16 @@ def texts(n: int = 5, length: int = 24) -> torch.Tensor:
 def found(llm, **options):
     tried = []
     want = KVSharer(**options)
-    result = search(llm.models.prefill, llm.models.ops, texts(), want, lambda pair, good: tried.append((pair, good)))
+    result = want.search(llm.models.prefill, llm.models.ops, texts(), lambda pair, good: tried.append((pair, good)))
     return *result, tried
 
 
 def test_pairs_are_ranked_by_the_distance_of_mean_keys_and_values(deep):
-    cache = share.Texts(8, {}, deep.models.ops, None)
+    cache = share.SearchCache(8, {}, deep.models.ops, None)
     ids = texts()
     with torch.inference_mode():
         deep.models.prefill.hidden(ids, torch.arange(24).expand(5, 24), cache)
-    pairs = share.ranked(cache, 8, "dissimilar")
+    pairs = share.ranked_pairs(cache, 8, "dissimilar")
     assert len(pairs) == 28 and all(p.reader > p.owner for p in pairs)
     for p in pairs[:5]:
         distance = 0.0
@@ -54,8 +55,8 @@ def test_pairs_are_ranked_by_the_distance_of_mean_keys_and_values(deep):
                     distance += (a - b).norm().item() / (2 * 2 * 24)
         assert p.distance == pytest.approx(distance, rel=1e-4)
     assert [p.distance for p in pairs] == sorted((p.distance for p in pairs), reverse=True)
-    assert pairs[::-1] == share.ranked(cache, 8, "similar")
-    assert sorted(map(str, share.ranked(cache, 8, "random"))) == sorted(map(str, pairs))
+    assert pairs[::-1] == share.ranked_pairs(cache, 8, "similar")
+    assert sorted(map(str, share.ranked_pairs(cache, 8, "random"))) == sorted(map(str, pairs))
 
 
 def test_the_search_takes_the_first_pairs_that_leave_the_output_similar(deep):
@@ -68,10 +69,10 @@ def test_the_search_takes_the_first_pairs_that_leave_the_output_similar(deep):
     for n, pair in enumerate(pairs):  # the similarity is that of the output under the map so far
         so_far: dict[int, int] = {}
         for p in pairs[: n + 1]:
-            so_far = joined(so_far, p)
+            so_far = with_pair(so_far, p)
         outs = []
         for m in ({}, so_far):
-            cache = share.Texts(8, m, deep.models.ops, None)
+            cache = share.SearchCache(8, m, deep.models.ops, None)
             with torch.inference_mode():
                 outs.append(
                     deep.models.prefill.hidden(texts(), torch.arange(24).expand(5, 24), cache).double().flatten(1)
@@ -89,7 +90,7 @@ def test_maps_are_closed_and_layer_0_owns(raw):
     layers: dict[int, int] = {}
     for reader, owner in raw:
         if owner < reader and reader not in layers:
-            layers = joined(layers, Pair(reader, owner, math.nan))
+            layers = with_pair(layers, Pair(reader, owner, math.nan))
     assert all(o < i and o not in layers for i, o in layers.items()) and 0 not in layers
 
 
@@ -153,7 +154,7 @@ def test_a_plan_finds_the_map_that_an_earlier_search_left(deep, tmp_path, monkey
     facts = json.loads(file.read_text())
     assert {int(i): o for i, o in facts["map"].items()} == ready.share and len(facts["pairs"]) == 2
     assert facts["fingerprint"] == deep.fingerprint() and str(ready) == str(plan)
-    monkeypatch.setattr(share, "search", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(KVSharer, "search", lambda *_: pytest.fail("searched again"))
     assert deep.ready(plan).share == ready.share
     assert deep.ready(parse(f"kvsharer:map={file}")).share == ready.share
     for broken in (
@@ -189,11 +190,11 @@ def test_sizes_are_told_before_there_is_a_map(deep):
 def test_the_program_prints_pairs_and_writes_the_map(tiny, tmp_path, capsys):
     file = tmp_path / "m.json"
     argv = ["search", "--model", str(tiny("deep")[0]), "--layers", "2", "--threshold", "-1", "--dtype", "fp32"]
-    assert share.main([*argv, "--out", str(file)]) == 0
+    assert main([*argv, "--out", str(file)]) == 0
     out, err = capsys.readouterr()
     assert out.count("output's cosine") == 2 and "2 of 8 layers own no cache" in out and "Traceback" not in err
     assert len(json.loads(file.read_text())["map"]) == 2
-    assert share.main([*argv, "--order", "best"]) == 2
+    assert main([*argv, "--order", "best"]) == 2
     assert "orders are dissimilar, similar and random" in capsys.readouterr().err
 
 
@@ -212,5 +213,5 @@ def test_fewer_layers_than_asked_are_told(deep):
     assert ready.sharer.layers == len(ready.share) < 5
     session = deep.session(3, plan=deep.ready(parse("kvsharer:layers=2,threshold=-1")))
     session.start([text(20)])
-    assert str(session.report()).split(" · ")[-2] == "2 read another's"
+    assert str(session.report()).split(" · ")[2] == "2 layers read another's"
     assert parse("kvsharer:layers=0").sketch(8).share == {}

@@ -13,14 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 from evals.tasks import needle
 from nanokv import parse
-from nanokv.cache.protocol import Context
+from nanokv.cache.context import Context
 
 pytestmark = pytest.mark.slow
 
 
 def answer(llm, plan: str, task, n: int = 9):  # a space and seven digits, and one more
     session = llm.session(n, None, parse(plan))
-    turn = llm.turn(session, [llm.tokenizer.encode(task.unfinished)], limit=n)
+    turn = llm.answer(session, [llm.tokenizer.encode(task.unfinished)], limit=n)
     return task.solved("".join(piece for _, piece in turn)), session
 
 
@@ -82,7 +82,7 @@ def test_lazy_layers_and_four_bits_take_a_fifth_of_the_memory(half):
     for _ in range(3):
         session.feed(torch.tensor([[1]]))
     report = session.report()
-    assert len(report.short) == 15 and report.live_bytes <= report.full_bytes / 4.8
+    assert len(report.short) == 15 and report.used_bytes <= report.full_bytes / 4.8
     assert report.bytes == storages(session.cache, {}, (Context, type(half.config)))
 
 
@@ -117,7 +117,7 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= self.least:
-                self.note(x.untyped_storage())
+                self.notice(x.untyped_storage())
         return out
 
     def note(self, storage) -> None:

@@ -12,11 +12,10 @@ from test_identity import ROUND, SMALL, STEPS
 from kernels import reference
 from nanokv import parse
 from nanokv.backends.torch_ops import EAGER
+from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept
 from nanokv.cache.plan import Plan
-from nanokv.cache.protocol import Context
 from nanokv.policies import POLICIES
-from nanokv.policies.base import Policy
 from nanokv.stores import STORES
 
 # each registered store, small enough that groups fill and rings turn within 14 steps
@@ -46,12 +45,13 @@ ERROR = {
 
 
 def pairs() -> list[tuple[str, str]]:
-    return [(keep, store) for keep in POLICIES for store in STORES]
+    """Every policy with every store but those on the host, which hold dense slots: tests/test_chunked.py compares their bits."""
+    return [(keep, store) for keep in POLICIES for store in STORES if store in TINY]
 
 
 def of(keep: str, store: str, share: dict | None = None) -> Plan:
     how = TINY[store]
-    if type(POLICIES[keep]).slot is not Policy.slot:  # it may let the first tokens go: see the refusals below
+    if POLICIES[keep].eviction == "score":  # it may let the first tokens go: see the refusals below
         how = how.replace("fp8:pin=2", "fp8").replace(",pin=3", "")
     part = parse(f"{ALL[keep].partition('+')[0]}+{how}")
     return Plan(part.keep, part.store, share or {}, part.names)
@@ -72,9 +72,9 @@ def watch(session, held: dict) -> None:
     cache = session.cache
     upkeep = type(cache).maintain.__get__(cache)
 
-    def maintain(written: int, seen: list[int]) -> None:
+    def maintain(written: int, seen: list[int], tokens=None) -> None:
         held[seen[0] - 1] = {i: values(store) for i, store in cache.stores.items()}
-        upkeep(written, seen)
+        upkeep(written, seen, tokens)
 
     cache.maintain = maintain
 
@@ -91,7 +91,7 @@ def values(store, row: int = 0) -> list[tuple]:
 
 
 # whose choice while decoding hangs on values that a store may have rounded
-LATE = [n for n, part in POLICIES.items() if part.watches or part.every or part.once]
+LATE = [n for n, part in POLICIES.items() if part.decode_scores or part.rescore_every or part.scores_once]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def dense_of(llm_of):
 def test_every_pair_runs_or_refuses_and_only_rounding_differs(keep, store, share, llm_of, dense_of):
     """Against attention over what the store unpacks, so that folding scales, turning queries, rings and merging are exact; what it unpacks
     against the keys and values that the model made."""
-    if why := STORES[store].refuses(POLICIES[keep]):
+    if why := STORES[store].incompatible_policy(POLICIES[keep]):
         with pytest.raises(ValueError, match="use one of"):
             of(keep, store)
         assert "\n" not in why
@@ -199,13 +199,15 @@ def test_however_tokens_come_the_same_groups_have_the_same_codes(how):
     }
     right = ways.pop("at once")
     s, n = right.slots, first + more
-    assert right.moved == [(n - s.pin - s.residual) // group] * 2  # by the rule, counted
+    assert right.n_flushed == [(n - s.n_pinned - s.residual) // group] * 2  # by the rule, counted
     for name, store in ways.items():
-        m = right.moved[0]
-        assert store.moved == right.moved and store.filled == right.filled, name
-        for mine, theirs in zip((*store.body[0], *store.body[1]), (*right.body[0], *right.body[1]), strict=True):
+        m = right.n_flushed[0]
+        assert store.n_flushed == right.n_flushed and store.reach == right.reach, name
+        for mine, theirs in zip(
+            (*store.groups[0], *store.groups[1]), (*right.groups[0], *right.groups[1]), strict=True
+        ):
             assert torch.equal(mine[:, :, :m], theirs[:, :, :m]), name
-        near = right.filled
+        near = right.reach
         assert torch.equal(store.k[:, :, :near], right.k[:, :, :near]) and torch.equal(
             store.v[:, :, :near], right.v[:, :, :near]
         )
@@ -213,22 +215,22 @@ def test_however_tokens_come_the_same_groups_have_the_same_codes(how):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)), name
     for (pos, *both), h in zip(values(right), range(2), strict=True):
         assert pos.tolist() == list(range(n))
-        exact = [*range(s.pin), *range(s.pin + m * group, n)]  # pinned tokens and the window, to the bit
-        assert len(exact) - s.pin in range(s.residual, s.residual + group)
+        exact = [*range(s.n_pinned), *range(s.n_pinned + m * group, n)]  # pinned tokens and the window, to the bit
+        assert len(exact) - s.n_pinned in range(s.residual, s.residual + group)
         for x, true in zip(both, (k, v), strict=True):
             assert torch.equal(x[exact], true[0, h, exact]) and not torch.equal(
-                x[s.pin : s.pin + group], true[0, h, s.pin : s.pin + group]
+                x[s.n_pinned : s.n_pinned + group], true[0, h, s.n_pinned : s.n_pinned + group]
             )
 
 
 def test_the_codes_of_a_group_are_those_of_its_tokens_and_no_others():
     k, v = noise(1)
     store = fed(group_store(k, v, [20], 60), k, v, [20], [1] * 60)
-    for g in range(store.moved[0]):
+    for g in range(store.n_flushed[0]):
         tokens = slice(2 + 8 * g, 10 + 8 * g)
         for h in range(2):
             x = k[0, h, tokens]
-            scale, zero = (store.body[0][i][0, h, g, 0].double() for i in (1, 2))
+            scale, zero = (store.groups[0][i][0, h, g, 0].double() for i in (1, 2))
             assert ((x.amax(0) - x.amin(0)).double() <= 15.5 * scale).all() and (
                 scale <= (x.amax(0) - x.amin(0)) / 15 * 1.002
             ).all()
@@ -241,7 +243,7 @@ def test_rows_of_different_lengths_flush_each_at_its_own_time():
     together = fed(group_store(k, v, start, 40), k, v, start, [1] * 29 + [5] + [1] * 6)
     for b, n in enumerate(start):
         alone = fed(group_store(k[b : b + 1], v[b : b + 1], [n], 40), k[b : b + 1], v[b : b + 1], [n], [1] * 40)
-        assert together.moved[2 * b : 2 * b + 2] == alone.moved and len(set(together.moved)) == 3
+        assert together.n_flushed[2 * b : 2 * b + 2] == alone.n_flushed and len(set(together.n_flushed)) == 3
         for a, c in zip(values(together, b), values(alone), strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, c, strict=True))
 
@@ -264,7 +266,7 @@ def test_a_ring_of_groups_shows_exactly_what_a_ring_of_tokens_holds(sink, recent
             score = keys.double().sum(-1) / 4
             torch.testing.assert_close(lse[0, h, 0].double(), score.logsumexp(0), atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(out[0, h, 0].double(), score.softmax(0) @ vals.double(), atol=1e-4, rtol=1e-4)
-    body = store.groups * 8
+    body = store.n_groups * 8
     assert body <= max(8, recent) + 7 + 8  # a ring takes no more groups than it needs
 
 
@@ -272,10 +274,10 @@ def test_a_ring_of_groups_shows_exactly_what_a_ring_of_tokens_holds(sink, recent
 
 RUNS = [
     f"{keep}+{TINY[s]}"
-    for s in STORES
+    for s in TINY
     if s not in ("dense", "ragged", "mixed")
     for keep in ("full", "streaming:sink=2,recent=14")
-    if not STORES[s].refuses(parse(keep).keep)
+    if not STORES[s].incompatible_policy(parse(keep).keep)
 ]
 RUNS += [
     "snapkv:budget=20,window=4,every=5+turbo:pin=2",
@@ -300,7 +302,7 @@ def test_more_room_saving_and_batches_change_nothing(plan, llm_of, tmp_path):
     batch.start(prompts), single.start(prompts[:1]), tight.start(prompts[:1]), other.start(prompts[1:])
     save(llm, single, tmp_path / "c")
     alone = restore(llm, tmp_path / "c", 30)
-    assert (tmp_path / "c").stat().st_size < 2.2 * alone.report().live_bytes + 20_000  # codes, not what they stand for
+    assert (tmp_path / "c").stat().st_size < 2.2 * alone.report().used_bytes + 20_000  # codes, not what they stand for
     for t in range(STEPS):
         if t == 5:
             tight.reserve(20)
@@ -315,7 +317,7 @@ def test_more_room_saving_and_batches_change_nothing(plan, llm_of, tmp_path):
         both = batch.feed(torch.tensor([[m[t]] for m in more]))
         second = other.feed(torch.tensor([[more[1][t]]]))
         torch.testing.assert_close(both, torch.cat((right, second)), atol=5e-2, rtol=5e-2)
-    if plan.keep.every == 0:
+    if plan.keep.rescore_every == 0:
         save(llm, alone, tmp_path / "d")
         later = restore(llm, tmp_path / "d", 3)
         torch.testing.assert_close(*(s.feed(torch.tensor([[3]])) for s in (alone, later)), atol=1e-5, rtol=1e-5)
@@ -345,13 +347,13 @@ def test_under_a_sliding_window_only_rounding_differs(plan, llm_of):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("plan", [p for p in RUNS if not (parse(p).keep.every or parse(p).keep.watches)])
+@pytest.mark.parametrize("plan", [p for p in RUNS if not (parse(p).keep.rescore_every or parse(p).keep.decode_scores)])
 def test_a_turn_sees_what_was_stored_and_itself(plan, llm_of):
     llm, prompt, more = llm_of("g3"), text(60, seed=5), text(25, seed=6)
     session = llm.session(30, None, parse(plan))
     session.start([prompt])
     held = {i: values(store) for i, store in session.cache.stores.items()}
-    out = session.feed(torch.tensor([more]), each=True)[0]
+    out = session.feed(torch.tensor([more]), every_logit=True)[0]
     cache = HeldCache(llm.config, held, 60, turn=True)
     with torch.no_grad():
         model, ids = llm.models.prefill, torch.tensor([prompt + more])
@@ -370,7 +372,7 @@ def test_the_receipt_of_a_rounding_store_equals_the_storages_it_reaches(plan, ll
         session.feed(torch.tensor([[1], [2]]))
     report = session.report()
     assert report.bytes + report.host_bytes == storages(session.cache, {}, (Context, type(llm.config)))
-    assert 0 < report.live_bytes <= report.bytes
+    assert 0 < report.used_bytes <= report.bytes
     assert [x.kept for x in report.layers] == [s.length.tolist() for s in session.cache.stores.values()]
     assert all(0 < x.k_bits < 70 and 0 < x.v_bits < 70 for x in report.layers)
 
@@ -401,7 +403,7 @@ def test_bytes_at_4096_tokens(how, share):
     room = 64
     store = parse(f"full+{how}").store.pack([kept(x, x)], POLICIES["full"], room, ctx)
     dense = 2 * x.nbytes
-    live, allocated = sum(store.live()), sum(t.nbytes for t in store.tensors())
+    live, allocated = sum(store.used_bytes()), sum(t.nbytes for t in store.tensors())
     assert live <= share * dense
     assert live <= allocated <= 1.03 * (live + room * dense / 4096)  # a new token is exact at first
 
@@ -462,12 +464,12 @@ def test_zipcache_and_mikv_hold_every_token_at_the_bits_they_say(llm_of):
     for t in range(23):
         session.feed(torch.tensor([[t]]))
     store = session.cache.stores[0]
-    assert [s.length.tolist() for s in store.sets] == [[[3, 3]], [[36 + 12] * 2], [[24 + 8] * 2]]  # new, high, low
+    assert [s.length.tolist() for s in store.tiers] == [[[3, 3]], [[36 + 12] * 2], [[24 + 8] * 2]]  # new, high, low
     session = llm.session(40, None, parse("mikv:budget=20,recent=0.5"))
     session.start([prompt])
     for t in range(23):
         session.feed(torch.tensor([[t]]))
-    near, low = session.cache.stores[0].sets
+    near, low = session.cache.stores[0].tiers
     assert near.length.tolist() == [[20, 20]] and low.length.tolist() == [[63, 63]]
     every = sorted(near.unpack()[0].pos[0, 1].tolist() + low.unpack()[0].pos[0, 1].tolist())
     assert every == list(range(83))
@@ -482,7 +484,7 @@ def test_zipcache_divides_by_how_many_queries_could_see_a_token():
     found = parse("zipcache:salient=0.5").keep.keep(p)
     fair = sorted(range(6), key=lambda j: -votes[0, 0, j].item() / (6 - j))[:3]
     assert found.pos[0, 0].tolist() == sorted(fair) == [0, 4, 5] and votes[0, 0].topk(3).indices.tolist() == [0, 1, 2]
-    assert sorted(found.pos[0, 0].tolist() + found.rest.pos[0, 0].tolist()) == list(range(6))
+    assert sorted(found.pos[0, 0].tolist() + found.demoted.pos[0, 0].tolist()) == list(range(6))
 
 
 MIKV_REFUSED = [
@@ -514,8 +516,10 @@ def test_what_cannot_work_says_so_in_one_sentence(plan):
 
 def test_a_model_whose_heads_cannot_be_packed_is_told_what_can():
     for name in ("int4", "rot4", "turbo"):
-        assert "use fp8" in STORES[name].misfit(Shape(70)) and not STORES[name].misfit(Shape(80))
-        assert not STORES[name].misfit(Shape(96))
+        assert "use fp8" in STORES[name].incompatible_model(Shape(70)) and not STORES[name].incompatible_model(
+            Shape(80)
+        )
+        assert not STORES[name].incompatible_model(Shape(96))
 
 
 @pytest.mark.parametrize("store", ["int4:group=8,residual=8", "fp8:pin=2", "rot4", "turbo:pin=3"])

@@ -1,1 +1,1 @@
-"""Where models come from: names, downloads, GGUF. Each fetched model lies in a directory of its own beside these files."""
+"""Find, download and convert models. Each downloaded model has its own directory next to these files."""

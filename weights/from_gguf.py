@@ -1,5 +1,7 @@
-"""GGUF files of llama architecture → hub names, hub layout: weights dequantised, llama.cpp's Q/K permutation undone, the
-tokenizer rebuilt from the metadata. Reads with the `gguf` library; knows nothing of nanokv.
+"""Convert GGUF files of the llama architecture to the Hugging Face format.
+
+Weights are dequantised, llama.cpp's permutation of the Q and K rows is undone, and the tokenizer is rebuilt from the
+metadata. The `gguf` library reads the file. This module does not import nanokv.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # hub name, shape, how to read it
+Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # Hugging Face name, shape, reader of the values
 
-NAMES = {
+LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -25,13 +27,14 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-ENDS = {
+OTHER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
 
-# llama.cpp's names of pre-tokenizers → how text is cut before byte-level BPE; the patterns are facts of the tokenizers
+# llama.cpp's pre-tokenizer name → the pattern that splits text before byte-level BPE. "digits" makes each digit a
+# piece, None uses GPT-2's pattern. The patterns are those of the original tokenizers
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
@@ -42,11 +45,11 @@ PRE: dict[str, str | None] = {
     **dict.fromkeys(LLAMA3, _LLAMA3),
     "qwen2": _QWEN2,
 }
-NORMAL, UNKNOWN, CONTROL, USER, UNUSED = 1, 2, 3, 4, 5  # types of tokens; 6 is a byte
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED = 1, 2, 3, 4, 5  # GGUF token types; 6 is a byte token
 
 
 class GGUF:
-    """One file, opened and checked. ValueError if it cannot be read or is no llama."""
+    """An open GGUF file. ValueError if it cannot be read or is not of the llama architecture."""
 
     def __init__(self, file: Path):
         from gguf import GGUFReader
@@ -57,7 +60,7 @@ class GGUF:
             self.meta = {k: f.contents() for k, f in self.reader.fields.items()}
         except Exception as e:  # a damaged header fails in numpy, struct or the reader, each with its own type
             raise ValueError(
-                f"{file} is no whole GGUF file ({(str(e) or type(e).__name__).splitlines()[0]}); fetch it again"
+                f"{file} is not a complete GGUF file ({(str(e) or type(e).__name__).splitlines()[0]}); fetch it again"
             ) from None
         arch = self.meta.get("general.architecture")
         if arch != "llama":
@@ -68,19 +71,21 @@ class GGUF:
         self.tokens = self._get("tokenizer.ggml.tokens")
 
     def _get(self, key: str, default: Any = None) -> Any:
+        """Return a metadata value. ValueError if it is missing and has no default."""
         value = self.meta.get(key, default)
         if value is None:
             raise ValueError(f"{self.file}: the metadata lacks {key}; convert the model again with a current llama.cpp")
         return value
 
     def _number(self, key: str, default: float | None = None, kind: type = int) -> Any:
+        """Return a positive number from the metadata."""
         value = self._get(f"llama.{key}", default)
         if not isinstance(value, kind) or not 0 < value < math.inf:
             raise ValueError(f"{self.file}: llama.{key} is {value!r}; it must be a positive {kind.__name__}")
         return value
 
     def _token(self, name: str) -> int | None:
-        """The id of a special token, None if the file names none."""
+        """Return the id of a special token, or None if the file names none."""
         key = f"tokenizer.ggml.{name}_token_id"
         i = self.meta.get(key)
         if i is not None and i not in range(len(self.tokens)):
@@ -88,19 +93,20 @@ class GGUF:
         return i
 
     def _per_token(self, key: str) -> list:
-        """A list of the metadata that has an entry for each token."""
+        """Return a metadata list. ValueError unless it has one entry per token."""
         values, size = self._get(f"tokenizer.ggml.{key}"), len(self.tokens)
         if len(values) != size:
             raise ValueError(f"{self.file}: tokenizer.ggml.{key} has {len(values)} entries for {size} tokens")
         return values
 
     def config(self) -> dict[str, Any]:
-        """config.json of the model."""
+        """Return the contents of config.json."""
         heads, hidden = self._number("attention.head_count"), self._number("embedding_length")
         dim = self._number("attention.key_length", hidden // heads)
         if self._number("rope.dimension_count", dim) != dim:
             raise ValueError(
-                f"{self.file}: llama.rope.dimension_count is not the head's {dim}; the whole head must be rotated"
+                f"{self.file}: llama.rope.dimension_count is not the head dimension {dim}; "
+                "partial rotation is not supported"
             )
         eps = self._number("attention.layer_norm_rms_epsilon", kind=float)
         raw = {
@@ -119,19 +125,20 @@ class GGUF:
             "rope_theta": self._number("rope.freq_base", 10000.0, float),
             "tie_word_embeddings": "output.weight" not in self.tensors_by_name,
             "bos_token_id": self._token("bos"),
-            "eos_token_id": self._stops(),
+            "eos_token_id": self._eos_ids(),
         }
         raw["rope_scaling"] = self._scaling(raw)
         return raw
 
-    def _stops(self) -> list[int]:
-        """Every id that ends a text: of the metadata, and the markers that chat models end a turn with."""
+    def _eos_ids(self) -> list[int]:
+        """Return every id that ends a text: those of the metadata, and the markers that end a turn of a chat."""
         ids = [i for i in map(self._token, ("eos", "eot", "eom")) if i is not None]
         ends = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>")
         ids += [self.tokens.index(t) for t in ends if t in self.tokens]
         return list(dict.fromkeys(ids))
 
     def _scaling(self, raw: dict[str, Any]) -> dict[str, Any] | None:
+        """Return rope_scaling for config.json, or None. ValueError if the scaling is not supported."""
         kind, freqs = self.meta.get("llama.rope.scaling.type"), self.tensors_by_name.get("rope_freqs.weight")
         old = self.meta.get("llama.rope.scale_linear")
         factor = self.meta.get("llama.rope.scaling.factor", old)
@@ -146,10 +153,10 @@ class GGUF:
             )
         if freqs is None:
             return None
-        # Llama 3.1 and later: the scaling is stored as divisors per frequency; find its factor and make sure it is that rule
-        found = np.asarray(freqs.data, dtype=np.float32)
+        # Llama 3.1 and later store one divisor per frequency: recover the factor and check the llama3 rule
+        divisors = np.asarray(freqs.data, dtype=np.float32)
         rule = {
-            "factor": float(found.max()),
+            "factor": float(divisors.max()),
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
@@ -157,36 +164,38 @@ class GGUF:
         inv = raw["rope_theta"] ** (-np.arange(0, raw["head_dim"], 2) / raw["head_dim"])
         ramp = ((rule["original_max_position_embeddings"] * inv / (2 * math.pi) - 1.0) / 3.0).clip(0, 1)
         expected = 1 / ((1 - ramp) / rule["factor"] + ramp)
-        if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3):
+        if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
             raise ValueError(
-                f"{self.file}: its rope_freqs follow no rule that is supported (llama3); use the safetensors version"
+                f"{self.file}: its rope_freqs do not follow the llama3 rule, the only one supported; "
+                "use the safetensors version"
             )
         return {"rope_type": "llama3", **rule}
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every weight under its hub name, read when asked."""
+        """Yield (Hugging Face name, shape, reader) for every weight. Values are read when the reader is called."""
         heads = self._number("attention.head_count")
         permuted = {"attn_q": heads, "attn_k": self._number("attention.head_count_kv", heads)}
         for name, tensor in self.tensors_by_name.items():
             if name == "rope_freqs.weight":
                 continue
             shape = tuple(int(n) for n in reversed(tensor.shape))
-            if name in ENDS:
-                yield ENDS[name], shape, lambda t=tensor, s=shape: self._values(t, s)
+            if name in OTHER_NAMES:
+                yield OTHER_NAMES[name], shape, lambda t=tensor, s=shape: self._values(t, s)
                 continue
             blk, _, rest = name.partition(".")
             layer, _, rest = rest.partition(".")
             part, _, kind = rest.rpartition(".")
-            if blk != "blk" or part not in NAMES:
-                raise ValueError(f"{self.file} holds {name}, which a llama has no place for")
+            if blk != "blk" or part not in LAYER_NAMES:
+                raise ValueError(f"{self.file} has a tensor {name}, which the llama architecture does not have")
             n = permuted.get(part)
             yield (
-                f"model.layers.{layer}.{NAMES[part]}.{kind}",
+                f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}",
                 shape,
                 lambda t=tensor, s=shape, n=n: unpermute(self._values(t, s), n),
             )
 
     def _values(self, tensor: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the dequantised values of a tensor."""
         from gguf.quants import dequantize
 
         try:
@@ -196,10 +205,10 @@ class GGUF:
             raise ValueError(
                 f"{self.file}: {tensor.name} is {kind}, which cannot be read; use another quantisation of the model"
             ) from None
-        return np.require(value, requirements="W")  # fp32 is a view of the file, which torch warns of
+        return np.require(value, requirements="W")  # fp32 data is a read-only view, and torch warns about those
 
     def tokenizer_json(self) -> str:
-        """The tokenizer, in the format of the tokenizers library."""
+        """Return tokenizer.json, the format of the tokenizers library."""
         kind = self.meta.get("tokenizer.ggml.model")
         build = {"gpt2": self._byte_level, "llama": self._sentencepiece}.get(kind)
         if build is None:
@@ -207,14 +216,15 @@ class GGUF:
                 f"{self.file}: tokenizer {kind!r} is not supported; supported are gpt2 (byte-level BPE) and llama (sentencepiece)"
             )
         try:
-            return self._finish(build())
+            return self._add_tokens(build())
         except ValueError:
             raise
         except Exception as e:  # the library raises bare Exception
-            why = (str(e) or type(e).__name__).splitlines()[0]
-            raise ValueError(f"{self.file}: its tokenizer cannot be rebuilt ({why}); fetch it again") from None
+            reason = (str(e) or type(e).__name__).splitlines()[0]
+            raise ValueError(f"{self.file}: its tokenizer cannot be rebuilt ({reason}); fetch it again") from None
 
     def _byte_level(self) -> Any:
+        """Build a byte-level BPE tokenizer."""
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
         pre = self.meta.get("tokenizer.ggml.pre", "default")
@@ -228,24 +238,25 @@ class GGUF:
             first = [pre_tokenizers.Digits(individual_digits=True)]
         elif rule is not None:
             first = [pre_tokenizers.Split(Regex(rule), "isolated")]
-        gpt2 = rule in (None, "digits")
+        gpt2_pattern = rule in (None, "digits")
         tok.pre_tokenizer = pre_tokenizers.Sequence(
-            [*first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2)]
+            [*first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2_pattern)]
         )
         tok.decoder = decoders.ByteLevel()
         return tok
 
     def _sentencepiece(self) -> Any:
+        """Build a BPE tokenizer that gives the same ids as sentencepiece."""
         from tokenizers import Tokenizer, decoders, models, normalizers
 
         scores, types = self._per_token("scores"), self._per_token("token_type")
         vocab = {t: i for i, t in enumerate(self.tokens)}
-        letters = {t: i for t, i in vocab.items() if types[i] in (NORMAL, UNUSED)}
-        pairs = []  # sentencepiece joins the pair whose result scores best: as merges, in that order
-        for piece, i in letters.items():
+        joinable = {t: i for t, i in vocab.items() if types[i] in (NORMAL, UNUSED)}
+        pairs = []  # sentencepiece joins the pair with the best-scored result first: sort the merges in that order
+        for piece, i in joinable.items():
             for a, b in ((piece[:cut], piece[cut:]) for cut in range(1, len(piece))):
-                if a in letters and b in letters:
-                    pairs.append((-scores[i], letters[a], letters[b], a, b))
+                if a in joinable and b in joinable:
+                    pairs.append((-scores[i], joinable[a], joinable[b], a, b))
         merges = [(a, b) for *_, a, b in sorted(pairs)]
         unk = self.tokens[self._token("unknown") or 0]
         tok = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
@@ -255,8 +266,8 @@ class GGUF:
         tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
         return tok
 
-    def _finish(self, tok: Any) -> str:
-        """Control tokens are special: matched in the text as they stand, not shown when decoding."""
+    def _add_tokens(self, tok: Any) -> str:
+        """Add control tokens (found in the text, hidden when decoding) and user tokens. Returns tokenizer.json."""
         from tokenizers import AddedToken
 
         typed = list(zip(self.tokens, self._per_token("token_type"), strict=True))
@@ -267,32 +278,36 @@ class GGUF:
         return tok.to_str()
 
     def tokenizer_config(self) -> dict[str, Any]:
+        """Return the contents of tokenizer_config.json."""
         meta, named = self.meta, {k: self._token(k) for k in ("bos", "eos")}
         raw = {f"{k}_token": self.tokens[i] for k, i in named.items() if i is not None}
-        # as llama.cpp: where the file leaves it open, sentencepiece and Llama 3 begin with BOS
+        # like llama.cpp: if the file does not say, sentencepiece and Llama 3 texts begin with BOS
         default = meta.get("tokenizer.ggml.model") == "llama" or meta.get("tokenizer.ggml.pre") in LLAMA3
-        raw["tokenizer_class"] = "PreTrainedTokenizerFast"  # nobody's own reading of tokenizer.json
+        raw["tokenizer_class"] = "PreTrainedTokenizerFast"  # the class that reads tokenizer.json as it is
         raw["add_bos_token"] = bool(meta.get("tokenizer.ggml.add_bos_token", default))
         if "tokenizer.chat_template" in meta:
             raw["chat_template"] = meta["tokenizer.chat_template"]
         return raw
 
     def write_texts(self, path: Path) -> None:
-        """config.json, tokenizer.json and tokenizer_config.json."""
+        """Write config.json, tokenizer.json and tokenizer_config.json."""
         (path / "config.json").write_text(json.dumps(self.config(), indent=1), encoding="utf-8")
         (path / "tokenizer.json").write_text(self.tokenizer_json(), encoding="utf-8")
         (path / "tokenizer_config.json").write_text(json.dumps(self.tokenizer_config(), indent=1), encoding="utf-8")
 
 
 def unpermute(x: np.ndarray, heads: int | None) -> np.ndarray:
-    """Undo llama.cpp's reordering of the rows of q and k (pairs next to each other → two halves); None: x as it is."""
+    """Undo llama.cpp's order of Q or K rows: from adjacent rotary pairs to two halves. heads=None changes nothing."""
     if heads is None:
         return x
     return x.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
 def convert(file: Path, path: Path, bar: bool = False) -> None:
-    """Write the model in `file` as a directory: model.safetensors (matrices fp16, vectors fp32) and the texts."""
+    """Convert a .gguf file to a model directory: model.safetensors, two config files and tokenizer.json.
+
+    Matrices are stored in fp16 if their values fit, vectors in fp32.
+    """
     from safetensors.numpy import save_file
     from tqdm import tqdm
 
@@ -302,6 +317,6 @@ def convert(file: Path, path: Path, bar: bool = False) -> None:
     out = {}
     for name, shape, read in tqdm(list(model.tensors()), desc="unpack", unit="tensor", leave=False, disable=not bar):
         value = read()
-        fits = len(shape) > 1 and np.abs(value).max() < 65504
-        out[name] = np.ascontiguousarray(value, dtype=np.float16 if fits else np.float32)
+        use_fp16 = len(shape) > 1 and np.abs(value).max() < 65504
+        out[name] = np.ascontiguousarray(value, dtype=np.float16 if use_fp16 else np.float32)
     save_file(out, path / "model.safetensors", metadata={"format": "pt"})

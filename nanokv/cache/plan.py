@@ -1,5 +1,5 @@
-"""A plan is keep × store × share × place: `snapkv:budget=1024,window=32+dense+kvsharer:layers=4+offload`. Parsing, printing, fitting it to
-a prompt.
+"""A plan is keep × store × share, as in `snapkv:budget=1024,window=32+int4+kvsharer:layers=4`: parsing, printing,
+fitting to a prompt.
 """
 
 from __future__ import annotations
@@ -12,28 +12,26 @@ from typing import Any
 
 import torch
 
-from nanokv.cache.budget import Case
-from nanokv.cache.protocol import Place, StoreSpec
+from nanokv.cache.budget import Workload
+from nanokv.cache.protocol import StoreSpec
 from nanokv.model.config import ModelConfig
 from nanokv.policies import POLICIES
 from nanokv.policies.base import Policy
 from nanokv.sharing import SHARES
-from nanokv.sharing.kvsharer import KVSharer
+from nanokv.sharing.base import Sharing
 from nanokv.stores import STORES
-from nanokv.stores.host import PLACES
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which tokens stay, how they lie in memory, which layers own storage (reader → owner; a layer not named owns its own), and where."""
+    """Which tokens stay, how they lie in memory, and which layers own storage."""
 
     keep: Policy = POLICIES["full"]
     store: StoreSpec = STORES["dense"]
-    share: Mapping[int, int] = field(default_factory=dict)
-    names: tuple[str, str, str] = ("full", "dense", "device")
-    sharer: KVSharer | None = None  # whose map `share` is …
-    ready: bool = True  # … and whether it is there yet; `LLM.ready` sees to that
-    place: Place = PLACES["device"]
+    share: Mapping[int, int] = field(default_factory=dict)  # reader layer → owner layer; other layers own their storage
+    names: tuple[str, ...] = ("full", "dense")  # of the parts, in the order of the axes
+    sharer: Sharing | None = None  # the search that `share` is the result of
+    ready: bool = True  # whether `share` is known; `LLM.ready` sees to it
 
     def owner(self, layer: int) -> int:
         return self.share.get(layer, layer)
@@ -45,52 +43,59 @@ class Plan:
     def last_reader(self, owner: int) -> int:
         return max([owner, *(i for i, o in self.share.items() if o == owner)])
 
-    def ahead(self, room: int, fresh: int = 0) -> int:
-        """Slots for new tokens: for all that may come, or until the policy looks again, `fresh` tokens after it looked last."""
-        return min(room, self.keep.every - fresh) if self.keep.every else room
+    def store_of(self, layer: int, n_layers: int) -> StoreSpec:
+        """The store's options for one layer."""
+        return self.store.at(layer, n_layers)
+
+    def slots_ahead(self, room: int, since_rescore: int = 0) -> int:
+        """Slots for new tokens: for all that may come, or for those until the next rescore."""
+        every = self.keep.rescore_every
+        return min(room, every - since_rescore) if every else room
 
     def fit(self, config: ModelConfig, dtype: torch.dtype, prompt_len: int, room: int, rows: int = 1) -> Plan:
-        """This plan for one prompt: percents, bytes and thresholds as numbers."""
+        """This plan for one prompt: percentages, bytes and thresholds as numbers. ValueError if it does not fit the
+        model or the prompt.
+        """
         if not self.ready:
             raise ValueError(f"{self} has no map of layers yet; LLM.ready finds or makes the one of a loaded model")
-        if why := self.store.misfit(config):
-            raise ValueError(f"{self.names[1]}: {why}")
-        token_bytes, fixed = self.cost(config, dtype)
+        if reason := self.store.incompatible_model(config):
+            raise ValueError(f"{self.names[1]}: {reason}")
         owners = config.num_hidden_layers - len(self.share)
-        return replace(
-            self,
-            keep=self.keep.fit(
-                Case(config.family, owners, prompt_len, room, rows, token_bytes, fixed, self.store.pads)
-            ),
-        )
+        work = Workload(config.family, owners, prompt_len, room, rows, *self.cost(config, dtype), self.store.pads_heads)
+        return replace(self, keep=self.keep.fit(work))
 
     def cost(self, config: ModelConfig, dtype: torch.dtype) -> tuple[float, int]:
-        """Bytes per token and fixed bytes, of one row in one owning layer, with what the policy needs beside the store's."""
-        token_bytes, fixed = self.store.cost(config, dtype, self.keep.sink)
-        owners = config.num_hidden_layers - len(self.share)
-        fixed += math.ceil(self.store.shared(config) / owners)
-        if self.keep.watches:  # a vote beside each position
+        """(bytes_per_token, fixed_bytes) for one row of one layer that owns storage, with what the policy needs
+        besides.
+
+        Where layers have different options it is their mean.
+        """
+        n, keep = config.num_hidden_layers, self.keep
+        owners = [i for i in range(n) if self.owner(i) == i]
+        costs = [self.store_of(i, n).cost(config, dtype, keep.protected_sinks) for i in owners]
+        token_bytes = sum(token for token, _ in costs) / len(owners)
+        fixed = sum(fixed for _, fixed in costs) // len(owners) + math.ceil(
+            self.store.constant_bytes(config) / len(owners)
+        )
+        if keep.decode_scores:  # a score beside each position
             return token_bytes + 4 * config.num_key_value_heads, fixed + 4
-        if self.keep.every:  # the last queries of every layer
-            tail = self.keep.again.tail * config.num_attention_heads * config.head_dim * dtype.itemsize
-            fixed += math.ceil(tail * config.num_hidden_layers / owners)
+        if keep.rescore_every:  # the last queries of every layer
+            queries = keep.rescore_scores.buffered_queries * config.num_attention_heads * config.head_dim
+            fixed += math.ceil(queries * dtype.itemsize * n / len(owners))
         return token_bytes, fixed
 
-    def held(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> float:
-        """At most how many bytes one layer takes on the device after a prompt of n tokens, for one row, once fitted: for estimates."""
-        kept, ahead = self.keep.holds(n), self.ahead(room)
-        demoted = (n - kept + room) * self.store.coarse_bytes(config) if self.keep.demotes else 0
-        size = self.store.held(config, dtype, self.cost(config, dtype), kept, ahead) + demoted
-        return size - self.place.host_bytes(config, dtype, kept + ahead)
+    def device_bytes(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> float:
+        """An upper bound, once fitted, of one layer's bytes on the device for one row after a prompt of n tokens."""
+        kept, ahead = self.keep.max_kept(n), self.slots_ahead(room)
+        demoted = (n - kept + room) * self.store.demoted_token_bytes(config) if self.keep.demotes else 0
+        return self.store.device_bytes(config, dtype, self.cost(config, dtype), kept, ahead) + demoted
 
-    def hosted(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> int:
-        """… and how many in the host's memory."""
-        kept, ahead = self.keep.holds(n), self.ahead(room)
-        slots = self.place.host_bytes(config, dtype, kept + ahead)
-        return slots + self.store.host_bytes(config, dtype, kept, ahead)
+    def host_bytes(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> int:
+        """The same for the host's memory."""
+        return self.store.host_bytes(config, dtype, self.keep.max_kept(n), self.slots_ahead(room))
 
     def sketch(self, n_layers: int) -> Plan:
-        """For sizes before there is a map: as many layers share as asked, whichever they will be."""
+        """A plan for size estimates before the search has run: as many layers share as asked, whichever they will be."""
         if self.ready:
             return self
         readers = min(self.sharer.layers, n_layers - 1)
@@ -101,7 +106,9 @@ class Plan:
         return replace(self, keep=self.keep.with_budget(int(text) if text.lstrip("-").isdigit() else text))
 
     def with_store(self, name: str | None, given: Mapping[str, str], flags: Mapping[str, str]) -> Plan:
-        """This plan with this store, or its own, and keys of it set, as `flags` calls them to the user."""
+        """This plan with the named store, or its own if None, and these keys of it set. flags: key → the user's flag,
+        for messages.
+        """
         name = name or self.names[1]
         keys = {f.name for f in fields(STORES[name])}
         for key in given:
@@ -109,57 +116,68 @@ class Plan:
                 others = [n for n, part in STORES.items() if key in {f.name for f in fields(part)}]
                 raise ValueError(f"store {name} does not know {flags[key]}; use one of {', '.join(others)}")
         store = configure(name, STORES[name] if name != self.names[1] else self.store, given)
-        keep, _, place = self.names
-        check((keep, self.keep), (name, store), (place, self.place))
-        return replace(self, store=store, names=(keep, name, place))
+        check(self.names[0], self.keep, name, store)
+        return replace(self, store=store, names=(self.names[0], name, *self.names[2:]))
 
     def __str__(self) -> str:
-        own = zip(self.names, (self.keep, self.store, self.place), strict=True)
-        parts = [canonical(name, part) for name, part in own if name != "device"]
-        return "+".join(parts if self.sharer is None else [*parts, canonical("kvsharer", self.sharer)])
+        parts = [self.keep, self.store] if self.sharer is None else [self.keep, self.store, self.sharer]
+        return "+".join(canonical(name, part) for name, part in zip(self.names, parts, strict=True))
 
 
+STORE_AXIS = "decide how they are stored"
 AXES = {
     "decide which tokens stay": POLICIES,
-    "decide how they are stored": STORES,
+    STORE_AXIS: STORES,
     "decide which layers own storage": SHARES,
-    "decide where it lies": PLACES,
 }
+
+
+FORMER_NAMES = ("device",)  # older plans named the place: everything lies on the device unless the store says otherwise
 
 
 def parse(text: str) -> Plan:
     """`name:key=value,key=value+name`, at most one part per axis. ValueError says what is allowed."""
     chosen: dict[str, tuple[str, Any]] = {}
     for piece in text.split("+"):
-        name, _, rest = piece.strip().partition(":")
+        name, _, given = piece.strip().partition(":")
         axis = next((a for a, parts in AXES.items() if name in parts), None)
+        if name in FORMER_NAMES:
+            continue
         if axis is None:
             names = [n for parts in AXES.values() for n in parts]
-            kinds = zip(("policies", "stores", "share", "place"), AXES.values(), strict=True)
+            kinds = zip(("policies", "stores", "share"), AXES.values(), strict=True)
             lists = "; ".join(f"{kind}: {', '.join(parts)}" for kind, parts in kinds)
             raise ValueError(f"unknown policy {name!r}{nearest(name, names)}; {lists}")
+        part = configure(name, AXES[axis][name], _pairs(name, given))
         if axis in chosen:
-            raise ValueError(f"{chosen[axis][0]} and {name} both {axis}; choose one")
-        chosen[axis] = name, configure(name, AXES[axis][name], _pairs(name, rest))
-    keep_axis, store_axis, share_axis, place_axis = AXES
-    keep = chosen.get(keep_axis, ("full", POLICIES["full"]))
-    name, _, rest = keep[1].store.partition(":")
-    store = chosen.get(store_axis) or (name, configure(name, STORES[name], _pairs(name, rest)))
-    _, sharer = chosen.get(share_axis, ("", None))
-    place = chosen.get(place_axis, ("device", PLACES["device"]))
-    check(keep, store, place)
-    names = keep[0], store[0], place[0]
-    return Plan(keep[1], store[1], place=place[1], names=names, sharer=sharer, ready=sharer is None)
+            before, other = chosen[axis]
+            if axis == STORE_AXIS and name in other.implies:
+                continue
+            if axis != STORE_AXIS or before not in part.implies:
+                raise ValueError(f"{before} and {name} both {axis}; choose one")
+        chosen[axis] = name, part
+    keep, store, share = (chosen.get(axis) for axis in AXES)
+    keep = keep or ("full", POLICIES["full"])
+    if store is None:
+        name, _, given = keep[1].default_store.partition(":")
+        store = name, configure(name, STORES[name], _pairs(name, given))
+    check(*keep, *store)
+    parts = [part for part in (keep, store, share) if part]
+    return Plan(
+        keep[1],
+        store[1],
+        names=tuple(name for name, _ in parts),
+        sharer=share[1] if share else None,
+        ready=share is None,
+    )
 
 
-def check(keep: tuple[str, Policy], store: tuple[str, StoreSpec], place: tuple[str, Place]) -> None:
-    """ValueError if this store cannot hold what this policy keeps, or not in this place; of each its name and part."""
-    if why := store[1].refuses(keep[1]):
-        others = [name for name, part in STORES.items() if name != store[0] and not part.refuses(keep[1])]
+def check(keep_name: str, keep: Policy, store_name: str, store: StoreSpec) -> None:
+    """ValueError if this store cannot hold what this policy keeps."""
+    if reason := store.incompatible_policy(keep):
+        others = [name for name, part in STORES.items() if name != store_name and not part.incompatible_policy(keep)]
         instead = f"; use one of {', '.join(others)}" if others else ""
-        raise ValueError(f"{keep[0]}+{store[0]}: {keep[0]} {why}{instead}")
-    if why := place[1].refuses(keep[1], store[1]):
-        raise ValueError(f"{keep[0]}+{store[0]}+{place[0]}: {why}")
+        raise ValueError(f"{keep_name}+{store_name}: {keep_name} {reason}{instead}")
 
 
 def _pairs(name: str, text: str) -> dict[str, str]:
@@ -212,8 +230,8 @@ def _read(where: str, text: str, kinds: Sequence[str]) -> int | float | bool | s
             return value
     if "str" in kinds:
         return text
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "None": "none"}
-    raise ValueError(f"{where}={text} cannot be read; it takes {' or '.join(words[k] for k in kinds)}")
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "None": "none"}
+    raise ValueError(f"{where}={text} cannot be read; it takes {' or '.join(names[k] for k in kinds)}")
 
 
 def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:

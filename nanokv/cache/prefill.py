@@ -1,87 +1,121 @@
-"""The prefill side of a cache: one prompt, dense and growing; each layer is compressed as soon as its last reader has attended.
+"""The prefill side of a cache: one prompt, dense and growing; each layer is compressed as soon as its last reader has
+attended.
 
-It knows when a prompt is complete because it is told its length at the start; whole or in chunks is the same code. It knows
-policies only through `keep`. Between layers, only `kept` of the finished ones and the runs still open are alive.
+It is told the prompt's length at the start, so it knows when the prompt is complete; whole or in chunks is the same
+code. It knows a policy through `keep` and `keep_all` only. Layers of a finished prompt hold nothing but `kept`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from nanokv.backends.base import Ops
+from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept, Prompt
 from nanokv.cache.plan import Plan
-from nanokv.cache.protocol import Context
-from nanokv.cache.scores import Ask, score_queries, moments
+from nanokv.cache.scores import Scores, moments
 from nanokv.model.config import ModelConfig
 from nanokv.model.rope import inverse_frequencies, unrotated
-from nanokv.policies.base import Policy
 
 
 class PromptCache:
-    """`kept` (owner → survivors) is complete once `length` tokens went through. `wait` tokens beyond the prompt may be part of it."""
+    """`kept` maps each layer that owns storage to what it keeps. It is complete after `length` tokens and the
+    policy's scoring passes.
+    """
 
     def __init__(self, plan: Plan, config: ModelConfig, ids: Tensor, ops: Ops, ctx: Context | None = None):
-        """ctx: of the cache that the survivors are for, so that its store may take them layer by layer."""
+        """ids (T,): the prompt's tokens. ctx: the context of the cache that the tokens are for; its stores may then
+        prepack each layer.
+        """
         self.plan, self.config, self.ops, self.ctx = plan, config, ops, ctx
-        self.ids = ids  # (T,)
-        self.length = len(ids) + plan.keep.wait
-        self.asks = {plan.keep.ask}
+        self.ids = ids
+        self.length = len(ids) + plan.keep.decide_after  # tokens after the prompt may belong to it
+        self.wanted = [plan.keep.scores]  # evals ask several policies about one prefill
+        self.passes_left = plan.keep.passes
         self.inv_freq = inverse_frequencies(config).to(ids.device)
         self.kept: dict[int, Kept] = {}
-        self.runs: dict[int, Run] = {}
+        self.dense: dict[int, DenseLayer] = {}  # layers whose keys and values are still whole
         self.layers = [PromptLayer(self, i) for i in range(config.num_hidden_layers)]
 
-    def run_of(self, owner: int) -> Run:
-        if owner not in self.runs:
-            self.runs[owner] = Run(self.length)
-        return self.runs[owner]
+    def dense_layer(self, owner: int) -> DenseLayer:
+        if owner not in self.dense:
+            self.dense[owner] = DenseLayer(self.length, self.wanted)
+        return self.dense[owner]
 
-    def finish(self, owner: int) -> None:
-        """Ask the policy what stays of this owner's run, and let go of the rest."""
+    def begin_pass(self, n: int) -> None:
+        """The next n tokens are queries of a scoring pass: they see the whole prompt, and their own keys are dropped
+        afterwards.
+        """
+        self.passes_left -= 1
+        for layer in self.dense.values():
+            layer.begin_pass(n)
+
+    def attended(self, owner: int) -> None:
+        """All readers of `owner` have attended to the complete prompt, or to the scoring pass in progress."""
         keep = self.plan.keep
-        kept = keep.keep(self.runs.pop(owner).close(owner, self, keep.ask))
-        alone = type(keep).settle is Policy.settle  # no later layer changes what this one keeps
-        self.kept[owner] = self.plan.store.early(kept, self.ctx) if self.ctx and alone else kept
-        self.kept = keep.settle(self.kept)
+        if self.passes_left:
+            return
+        if not keep.cross_layer:
+            self._keep(owner, keep.keep(self._take_prompt(owner)))
+        elif owner == self.plan.owner(len(self.layers) - 1):  # the model's last layer has attended, so all are complete
+            owners = sorted(self.dense)
+            prompts = [self._take_prompt(i) for i in owners]
+            for i, kept in zip(owners, keep.keep_all(prompts), strict=True):
+                self._keep(i, kept)
+
+    def _take_prompt(self, owner: int) -> Prompt:
+        return self.dense.pop(owner).as_prompt(owner, self, self.plan.keep.scores)
+
+    def _keep(self, owner: int, kept: Kept) -> None:
+        store = self.plan.store_of(owner, len(self.layers))
+        self.kept[owner] = store.prepack(kept, self.ctx) if self.ctx else kept
 
 
 class PromptLayer:
+    """One layer's `attend` during prefill."""
+
     def __init__(self, cache: PromptCache, index: int):
         self.cache, self.index = cache, index
         self.owner = cache.plan.owner(index)
         self.owns = self.owner == index
-        self.last = cache.plan.last_reader(self.owner) == index
+        self.is_last_reader = cache.plan.last_reader(self.owner) == index
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, pos: Tensor) -> Tensor:
-        cache, run = self.cache, self.cache.run_of(self.owner)
+        cache, dense = self.cache, self.cache.dense_layer(self.owner)
         if self.owns:
-            run.extend(k, v)
-        start = run.filled - q.shape[2]
-        window = cache.config.sliding_window
-        out = cache.ops.prefill(q, run.k[:, :, : run.filled], run.v[:, :, : run.filled], start, window)
-        run.listen(self.index, q, pos, start, cache)
-        if self.last and run.filled == run.length:
-            cache.finish(self.owner)
+            dense.extend(k, v)
+        keys, values = dense.visible()
+        start = keys.shape[2] - q.shape[2]
+        out = cache.ops.prefill(q, keys, values, start, cache.config.sliding_window)
+        for statistics in dense.statistics.values():
+            statistics.add(self.index, q, pos, start, dense, cache)
+        if self.is_last_reader and dense.complete:
+            cache.attended(self.owner)
         return out
 
 
-class Run:
-    """One owner's dense keys and values, and what its readers' queries say about them."""
+class DenseLayer:
+    """The keys and values of one layer that owns storage, and the statistics of its readers' queries."""
 
-    def __init__(self, length: int):
+    def __init__(self, length: int, wanted: Sequence[Scores]):
         self.length, self.filled = length, 0
         self.k: Tensor | None = None  # (1,Hkv,length,D); a whole prompt's own tensors, not a copy
         self.v: Tensor | None = None
-        self.tail: dict[int, Tensor] = {}  # reader → its last queries so far (1,H,w,D)
-        self.votes: dict[tuple[Ask, int], Tensor] = {}  # (ask, reader) → (1,Hkv,T)
-        self.sums: dict[
-            tuple[int, int], tuple[Tensor, Tensor, int]
-        ] = {}  # (left out, reader) → Σq (1,H,D), Σqqᵀ, how many
+        self.statistics = {scores: Statistics(scores) for scores in wanted}
+        self.pass_length: int | None = None  # tokens of the scoring pass in progress
+        self.pass_kv: tuple[Tensor, Tensor] | None = None  # its keys and values so far
+
+    def begin_pass(self, n: int) -> None:
+        self.pass_length, self.pass_kv = n, None
 
     def extend(self, k: Tensor, v: Tensor) -> None:
         n = k.shape[2]
+        if self.pass_length is not None:
+            self.pass_kv = (k, v) if self.pass_kv is None else (_cat(self.pass_kv[0], k), _cat(self.pass_kv[1], v))
+            return
         if n == self.length:
             self.k, self.v = k, v
         else:
@@ -92,51 +126,104 @@ class Run:
             self.v[:, :, self.filled : self.filled + n] = v
         self.filled += n
 
-    def listen(self, reader: int, q: Tensor, pos: Tensor, start: int, cache: PromptCache) -> None:
-        """Let queries vote: all of them as they come, or the last w once the prompt is complete."""
-        window = cache.config.sliding_window
-        for ask in cache.asks:
-            if ask.rows is None:
-                votes = score_queries(ask, q, self.k[:, :, : self.filled], start, window, cache.ops)
-                if (before := self.votes.get((ask, reader))) is not None:
-                    old = votes[:, :, :start]
-                    votes[:, :, :start] = old.maximum(before) if ask.stat == "hit" else old + before
-                self.votes[ask, reader] = votes
-        for skip in {ask.moments for ask in cache.asks} - {None}:
-            self._sum(skip, reader, q, pos, start, cache.inv_freq)
-        rows = max(ask.rows or 0 for ask in cache.asks)
-        if rows == 0:
-            return
-        before = self.tail.get(reader)
-        tail = q[:, :, -rows:] if before is None else torch.cat((before, q), 2)[:, :, -rows:]
-        if self.filled < self.length:
-            self.tail[reader] = tail.clone() if before is None else tail
-            return
-        for ask in cache.asks:
-            if ask.rows:
-                last = tail[:, :, -ask.rows :]
-                self.votes[ask, reader] = score_queries(ask, last, self.k, self.length - last.shape[2], window, cache.ops)
+    def visible(self) -> tuple[Tensor, Tensor]:
+        """The keys and values so far: the prompt's and, in a scoring pass, that pass's own."""
+        k, v = self.k[:, :, : self.filled], self.v[:, :, : self.filled]
+        return (k, v) if self.pass_kv is None else (_cat(k, self.pass_kv[0]), _cat(v, self.pass_kv[1]))
 
-    def _sum(self, skip: int, reader: int, q: Tensor, pos: Tensor, start: int, inv_freq: Tensor) -> None:
-        """Add to the moments of the queries before rotation. A text no longer than what is left out counts as it is."""
-        skip = skip if self.length > skip else 0
+    @property
+    def complete(self) -> bool:
+        if self.pass_length is not None:
+            return self.pass_kv[0].shape[2] == self.pass_length
+        return self.filled == self.length
+
+    def as_prompt(self, layer: int, cache: PromptCache, wanted: Scores) -> Prompt:
+        """This layer as a policy sees it, without the tokens that the model's sliding window will never show again."""
+        window, plan, found = cache.config.sliding_window, cache.plan, self.statistics[wanted]
+        first = 0 if window is None else max(0, self.length - window + 1)
+        pos = torch.arange(first, self.length, dtype=torch.int32, device=self.k.device).expand(1, self.k.shape[1], -1)
+        scores = [x[:, :, first:] for x in found.scores.values()]  # readers came in their order
+        if found.joins_groups_last(cache):
+            scores = [x.unflatten(1, (self.k.shape[1], -1)).amax(2) for x in scores]
+        n_queries = self.length if wanted.last_queries is None else min(wanted.last_queries, self.length)
+        mean, cov = moments(list(found.sums.values())) if found.sums else (None, None)
+        return Prompt(
+            layer=layer,
+            rank=plan.rank(layer),
+            owners=cache.config.num_hidden_layers - len(plan.share),
+            seen=self.length,
+            visible=self.length - first,
+            k=self.k[:, :, first:],
+            v=self.v[:, :, first:],
+            pos=pos,
+            attention=torch.cat(scores) if scores else None,
+            n_queries=found.pass_queries or n_queries,
+            ops=cache.ops,
+            q_mean=mean,
+            q_cov=cov,
+            inv_freq=cache.inv_freq,
+            w_o=cache.ctx.output_weights[layer] if wanted.output_weights and cache.ctx else None,
+            tokens=cache.ids,
+        )
+
+
+class Statistics:
+    """What one policy wants to know of the queries that read a layer, as they come."""
+
+    def __init__(self, wanted: Scores):
+        self.wanted = wanted
+        self.scores: dict[int, Tensor] = {}  # reader → attention scores (1,Hkv,T)
+        self.last_queries: dict[int, Tensor] = {}  # reader → its last queries so far (1,H,w,D)
+        self.sums: dict[int, tuple[Tensor, Tensor, int]] = {}  # reader → Σq (1,H,D), Σqqᵀ (1,H,D,D), number of queries
+        self.pass_queries = 0  # queries of scoring passes, per reader
+
+    def add(self, reader: int, q: Tensor, pos: Tensor, start: int, dense: DenseLayer, cache: PromptCache) -> None:
+        """q (1,H,T,D) at pos (1,T): a reader's next queries, of which `start` keys lie before the first one."""
+        wanted, (keys, _) = self.wanted, dense.visible()
+        if dense.pass_length is not None:
+            self.pass_queries += q.shape[2] if reader == min(self.scores, default=reader) else 0
+            self._join(reader, self._score(q, keys, start, cache)[:, :, : dense.length])
+            return
+        if wanted.query_moments is not None:
+            self._add_moments(reader, q, pos, start, dense.length, cache.inv_freq)
+        if cache.plan.keep.passes or wanted.last_queries == 0:
+            return
+        if wanted.last_queries is None:  # all queries are scored as they come
+            self._join(reader, self._score(q, keys, start, cache))
+            return
+        before, n = self.last_queries.get(reader), wanted.last_queries
+        last = q[:, :, -n:] if before is None else _cat(before, q)[:, :, -n:]
+        if dense.complete:
+            self.scores[reader] = self._score(last, keys, dense.length - last.shape[2], cache)
+        else:
+            self.last_queries[reader] = last.clone() if before is None else last
+
+    def _score(self, q: Tensor, k: Tensor, start: int, cache: PromptCache) -> Tensor:
+        wanted, window = self.wanted, cache.config.sliding_window
+        over_group = "each" if self.joins_groups_last(cache) else wanted.over_group
+        return cache.ops.attention_scores(q, k, start, window, over_group, wanted.over_queries, wanted.noise(0))
+
+    def joins_groups_last(self, cache: PromptCache) -> bool:
+        """Whether scores come in pieces, so that sums must be complete before the largest of a group's heads is taken."""
+        in_pieces = cache.plan.keep.passes > 0 or self.wanted.last_queries is None
+        return in_pieces and self.wanted.over_group == "max" and self.wanted.over_queries == "sum"
+
+    def _join(self, reader: int, new: Tensor) -> None:
+        old = self.scores.get(reader)
+        if old is not None:
+            n = old.shape[2]
+            new[:, :, :n] = self.wanted.join(old, new[:, :, :n])
+        self.scores[reader] = new
+
+    def _add_moments(self, reader: int, q: Tensor, pos: Tensor, start: int, length: int, inv_freq: Tensor) -> None:
+        """Add to the moments of the queries before rotation. A text no longer than what is skipped counts whole."""
+        skip = self.wanted.query_moments if length > self.wanted.query_moments else 0
         raw = unrotated(q, pos, inv_freq)[:, :, max(0, skip - start) :]
-        old = self.sums.get((skip, reader), (0, 0, 0))
+        old = self.sums.get(reader, (0, 0, 0))
         new = raw.sum(2), raw.transpose(-1, -2) @ raw, raw.shape[2]
-        self.sums[skip, reader] = tuple(a + b for a, b in zip(old, new, strict=True))
+        self.sums[reader] = tuple(a + b for a, b in zip(old, new, strict=True))
 
-    def close(self, layer: int, cache: PromptCache, ask: Ask) -> Prompt:
-        """The run as a policy with this ask sees it: without what the model's sliding window will never show again."""
-        window, plan = cache.config.sliding_window, cache.plan
-        lo = 0 if window is None else max(0, self.length - window + 1)
-        pos = torch.arange(lo, self.length, dtype=torch.int32, device=self.k.device).expand(1, self.k.shape[1], -1)
-        votes = [x[:, :, lo:] for (asked, _), x in self.votes.items() if asked == ask]  # readers came in their order
-        n_votes = self.length if ask.rows is None else min(ask.rows, self.length)
-        mean = cov = None
-        if ask.moments is not None:
-            skip = ask.moments if self.length > ask.moments else 0
-            mean, cov = moments([x for (left_out, _), x in self.sums.items() if left_out == skip])
-        rank, owners = plan.rank(layer), cache.config.num_hidden_layers - len(plan.share)
-        k, v, votes = self.k[:, :, lo:], self.v[:, :, lo:], torch.cat(votes) if votes else None
-        place = layer, rank, owners, self.length, self.length - lo
-        return Prompt(*place, k, v, pos, votes, n_votes, cache.ops, mean, cov, cache.inv_freq)
+
+def _cat(a: Tensor, b: Tensor) -> Tensor:
+    """Along the tokens."""
+    return torch.cat((a, b), 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
@@ -10,19 +11,21 @@ from torch import Tensor
 @dataclass(frozen=True)
 class LayerReport:
     layer: int
-    owner: int
+    owner: int  # the layer whose storage this one reads
     bytes: int
     kept: list[list[int]]  # [row][KV head]: tokens held
-    k_bits: float
+    k_bits: float  # bits per element of K, with scales and exact tokens
     v_bits: float
 
 
 @dataclass(frozen=True)
 class Report:
-    """The receipt. `bytes` counts every storage the cache holds on the device once; `full_bytes` is a dense cache of the same text."""
+    """`bytes` counts every storage that the cache holds on the device once. `full_bytes` is a dense cache of the same
+    text.
+    """
 
     bytes: int
-    live_bytes: int
+    used_bytes: int  # of these, what is in use: without empty slots
     host_bytes: int
     full_bytes: int
     seen: list[int]  # tokens of text that each row stands for
@@ -32,38 +35,37 @@ class Report:
     def ratio(self) -> float:
         return self.full_bytes / self.bytes
 
-    def _mean(self, bits: str) -> float:
-        """Over all that is stored."""
+    def _mean_bits(self, which: str) -> float:
+        """Mean bits per stored element over all layers that own storage."""
         held = [sum(n for row in x.kept for n in row) if x.owner == x.layer else 0 for x in self.layers]
-        return sum(n * getattr(x, bits) for n, x in zip(held, self.layers, strict=True)) / sum(held)
+        return sum(n * getattr(x, which) for n, x in zip(held, self.layers, strict=True)) / sum(held)
 
     @property
-    def short(self) -> list[LayerReport]:
+    def evicting_layers(self) -> list[LayerReport]:
         """The layers in which some head holds less than the whole text."""
         return [x for x in self.layers if any(min(row) < n for row, n in zip(x.kept, self.seen, strict=True))]
 
     def as_dict(self, row: int = 0) -> dict:
-        """For --json: `kept` per KV head is the row's own; bytes are of the whole cache, which all rows share."""
-        totals = {k: getattr(self, k) for k in ("bytes", "live_bytes", "host_bytes", "full_bytes", "ratio")}
+        """For --json. `kept` per KV head is the row's own; bytes are of the whole cache, which all rows share."""
+        totals = {k: getattr(self, k) for k in ("bytes", "used_bytes", "host_bytes", "full_bytes", "ratio")}
+        totals["live_bytes"] = self.used_bytes  # the key's first name
         return {**totals, "layers": [{**asdict(x), "kept": x.kept[row]} for x in self.layers]}
 
     def __str__(self) -> str:
-        line = (
-            f"kv: {mib(self.bytes)} of {mib(self.full_bytes)} dense ({self.ratio:.1f}x) · "
-            f"K {self._mean('k_bits'):.3g} V {self._mean('v_bits'):.3g} bits/elem · "
-        )
-        total, layers = _span(self.seen), len(self.layers)
-        if not self.short:
-            line += f"all {total} tokens on {layers} of {layers} layers"
+        line = f"kv: {mib(self.bytes)} of {mib(self.full_bytes)} dense ({self.ratio:.1f}x) · "
+        total, layers = _range(self.seen), len(self.layers)
+        if not self.evicting_layers:
+            line += f"kept all {total} tokens in {layers}/{layers} layers"
         else:
-            held = _span([n for x in self.short for row in x.kept for n in row])
-            line += f"{held} of {total} tokens on {len(self.short)} of {layers} layers"
+            held = _range([n for x in self.evicting_layers for row in x.kept for n in row])
+            line += f"kept {held}/{total} tokens in {len(self.evicting_layers)}/{layers} layers"
         if readers := sum(x.owner != x.layer for x in self.layers):
-            line += f" · {readers} read another's"
+            line += f" · {readers} layers read another's"
+        line += f" · K {self._mean_bits('k_bits'):.3g} V {self._mean_bits('v_bits'):.3g} bits/elem"
         return f"{line} · host {mib(self.host_bytes)}"
 
 
-def _span(numbers: list[int]) -> str:
+def _range(numbers: Sequence[int]) -> str:
     lo, hi = min(numbers), max(numbers)
     return f"{lo}" if lo == hi else f"{lo}–{hi}"
 
@@ -72,6 +74,6 @@ def mib(n: int) -> str:
     return "0 B" if n == 0 else f"{n / 2**20:.1f} MiB" if n < 2**30 else f"{n / 2**30:.2f} GiB"
 
 
-def storages(tensors: list[Tensor]) -> dict[int, int]:
-    """Address → bytes of the storages behind these tensors: a view counts as all it keeps alive."""
+def storages(tensors: Sequence[Tensor]) -> dict[int, int]:
+    """Address → bytes of the storages behind these tensors: a view counts as all the memory that it keeps alive."""
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

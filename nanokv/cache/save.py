@@ -1,44 +1,49 @@
-"""A compressed prompt as a file: safetensors with the survivors of each layer, and what they belong to.
+"""A compressed prompt as a file: safetensors with what each layer keeps, and the model and plan that it belongs to.
 
-Only what was kept is written, so the file is as small as the cache. It fits one model and says so otherwise.
+Only kept tokens are written, so the file is as small as the cache. It fits one model, and loading it with another is
+refused.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from nanokv.cache.kept import Kept
-from nanokv.cache.plan import parse
+from nanokv.cache.plan import Plan, parse
 from nanokv.engine import Session
 from nanokv.llm import LLM
 
-FIELDS = ("k", "v", "pos", "length", "limit", "sink", "votes")
+FIELDS = ("k", "v", "pos", "length", "limit", "sink")
+STATE = "codes."  # prefix of the tensors of a store's state
 
 
 def save(llm: LLM, session: Session, file: Path) -> None:
-    """Write row 0 of a session, beside and then renamed. ValueError if a policy still waits or the file cannot be written."""
+    """Write row 0 of a session, first beside the file and then renamed. ValueError if there is nothing to save yet or
+    it cannot be written.
+    """
+    name = session.plan.names[0]
     if session.cache is None:
+        raise ValueError(f"{name} decides at the first token after the prompt; there is nothing to save yet")
+    if (every := session.plans[0].keep.rescore_every) and session.cache.since_rescore:
         raise ValueError(
-            f"{session.plan.names[0]} decides at the first token after the prompt; there is nothing to save yet"
+            f"{name} rescores every {every} tokens, and {session.cache.since_rescore} have come since; save right after the prompt"
         )
-    if session.plans[0].keep.every and session.cache.fresh:
-        raise ValueError(
-            f"{session.plan.names[0]} looks again every {session.plans[0].keep.every} tokens, and {session.cache.fresh} have come "
-            "since; save right after the prompt"
-        )
-    tensors, scores = {}, {}
+    tensors, layer_scores = {}, {}
     for owner, store in session.cache.stores.items():
-        scores[owner] = session.cache.scores[owner][0]
+        layer_scores[owner] = session.cache.layer_scores[owner][0]
         for i, part in enumerate(store.unpack()[0].parts):
-            tensors |= {f"{owner}.{i}.{name}": x.contiguous() for name, x in _tensors(part, store.exact).items()}
-    facts = {"plan": str(session.plans[0]), "seen": session.seen[0], "model": llm.fingerprint(), "scores": scores}
+            found = _tensors(part, store.lossless_prefix)
+            tensors |= {f"{owner}.{i}.{field}": x.contiguous() for field, x in found.items()}
+    facts = {"plan": str(session.plans[0]), "seen": session.seen[0], "model": llm.fingerprint(), "scores": layer_scores}
     facts["share"] = session.plans[0].share
     part = file.with_name(f".{file.name}.part")
     try:
@@ -49,7 +54,9 @@ def save(llm: LLM, session: Session, file: Path) -> None:
 
 
 def restore(llm: LLM, file: Path, room: int) -> Session:
-    """A session that goes on where the saved one stood, under its plan. ValueError if the file is not one of ours or not whole."""
+    """A session that goes on where the saved one stood, under its plan. ValueError if the file is not one of ours or
+    not complete.
+    """
     try:
         with safe_open(file, framework="pt", device=str(llm.device)) as f:
             facts = json.loads((f.metadata() or {})["nanokv"])
@@ -57,39 +64,51 @@ def restore(llm: LLM, file: Path, room: int) -> Session:
         if facts["model"] != llm.fingerprint():
             raise ValueError(f"{file} was saved with another model; give the --model that it was made with")
         plan = replace(parse(facts["plan"]), share={int(i): o for i, o in facts.get("share", {}).items()}, ready=True)
-        row = {int(o): _kept(tensors, o, score) for o, score in facts["scores"].items()}
+        n_layers = llm.config.num_hidden_layers
+        row = {int(o): _kept(tensors, o, score, plan, n_layers) for o, score in facts["scores"].items()}
         session = llm.session(room, plan=plan)
         session.restore(plan, row, facts["seen"])
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{file} is no saved cache that is whole ({(str(e) or 'empty').splitlines()[0]})") from None
+        raise ValueError(f"{file} is no complete saved cache ({(str(e) or 'empty').splitlines()[0]})") from None
     return session
 
 
-def _tensors(part: Kept, exact: int | None) -> dict[str, torch.Tensor]:
-    """What a file holds of one set: of tokens that a store has rounded their codes, and keys and values only of those it has not."""
-    found = {f: getattr(part, f) for f in FIELDS if getattr(part, f) is not None}
-    if part.codes is not None:
-        found |= {"k": part.k[:, :, :exact], "v": part.v[:, :, :exact]}
-        found |= {f"codes.{name}": x for name, x in part.codes.items()}
+def _tensors(part: Kept, lossless_prefix: int | None) -> dict[str, Tensor]:
+    """What the file holds of one set of tokens. Of rounded tokens it holds the store's state, not keys and values."""
+    found = {field: getattr(part, field) for field in FIELDS}
+    if part.attention is not None:
+        found["attention"] = part.attention
+    if part.state is not None:
+        found |= {"k": part.k[:, :, :lossless_prefix], "v": part.v[:, :, :lossless_prefix]}
+        found |= {STATE + name: x for name, x in part.state.tensors().items()}
     return found
 
 
-def _kept(tensors: dict[str, torch.Tensor], owner: str, score: float) -> Kept:
-    sets: dict[int, dict[str, torch.Tensor]] = {}
+def _kept(tensors: Mapping[str, Tensor], owner: str, score: float, plan: Plan, n_layers: int) -> Kept:
+    """What `_tensors` wrote of one layer. KeyError if some of it is missing."""
+    sets: dict[int, dict[str, Tensor]] = {}
     for name, x in tensors.items():
-        of, i, field = name.split(".", 2)
-        if of == owner:
+        layer, i, field = name.split(".", 2)
+        if layer == owner:
             sets.setdefault(int(i), {})[field] = x
     kept = None
     for i in reversed(range(len(sets))):
         values = sets[i]
-        if any(f not in values for f in FIELDS[:-1]):
+        if any(field not in values for field in FIELDS):
             raise KeyError(f"layer {owner} is incomplete")
-        codes = {name[len("codes.") :]: x for name, x in values.items() if name.startswith("codes.")}
+        state = {name.removeprefix(STATE): x for name, x in values.items() if name.startswith(STATE)}
+        state_type = plan.store_of(int(owner), n_layers).state_type
         n = values["pos"].shape[2]
-        for f in ("k", "v"):
-            values[f] = torch.cat((x := values[f], x.new_zeros(*x.shape[:2], n - x.shape[2], x.shape[3])), 2)
-        kept = Kept(*(values.get(f) for f in FIELDS), score=score, rest=kept, codes=codes or None)
+        for field in ("k", "v"):
+            x = values[field]
+            values[field] = torch.cat((x, x.new_zeros(*x.shape[:2], n - x.shape[2], x.shape[3])), 2)
+        kept = Kept(
+            *(values[field] for field in FIELDS),
+            attention=values.get("attention", values.get("votes")),  # the name of older files
+            score=score,
+            demoted=kept,
+            state=state_type.from_tensors(state) if state else None,
+        )
     if kept is None:
         raise KeyError(f"layer {owner} is missing")
     return kept

@@ -1,4 +1,4 @@
-"""Which attention statistics a policy asks for, as data."""
+"""Which attention statistics a policy asks for, as data. What one method alone needs is in that method's file."""
 
 from __future__ import annotations
 
@@ -7,42 +7,49 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanokv.backends.base import Ops
-
 
 @dataclass(frozen=True)
-class Ask:
-    """Attention statistics a policy wants, as data; `ops.mass` serves them all.
+class Scores:
+    """The statistics of attention that a policy wants. `Ops.attention_scores` computes the scores for every policy.
 
-    rows: how many of the last prompt queries vote; 0 nobody, None all. group: how the G query heads of a KV head vote
-    together: mean | max. stat: what a key gets from them: sum, the attention received; low, by how many queries it was given less
-    than an even share; hit, one more than the position of the last query that gave it at least an even share.
-    noise: votes of the logits plus Gumbel noise under this seed, divided by tau. moments: also mean and covariance of the queries
-    before rotation, the first so many of the text left out.
+    last_queries   how many of the prompt's last queries are scored (the observation window); None: all of them; 0:
+    none.
+    over_group     how the G query heads of a KV head are joined: mean or max.
+    over_queries   how the queries of a head are joined. sum: the attention that a key received. count_low: how many
+    queries gave the
+                   key less than an even share of their attention. last_hit: 1 + the position of the last query that
+                   gave it an even share or more; 0 if none did.
+    gumbel_seed    if given, scores are taken of (logits + Gumbel noise) / temperature.
+    query_moments  if given, the mean and covariance of the queries before rotation are wanted too, without the text's
+    first so many.
+    output_weights whether the policy wants the output projection, for methods that measure |W_o v|.
     """
 
-    rows: int | None = 0
-    group: str = "mean"
-    stat: str = "sum"
-    noise: int | None = None
-    tau: float = 1.0
-    moments: int | None = None
+    last_queries: int | None = 0
+    over_group: str = "mean"
+    over_queries: str = "sum"
+    gumbel_seed: int | None = None
+    temperature: float = 1.0
+    query_moments: int | None = None
+    output_weights: bool = False
 
-    def noises(self, head: int) -> tuple[int, float, int] | None:
-        """As `ops` take it, where the first query head is this one."""
-        return None if self.noise is None else (self.noise, self.tau, head)
+    def noise(self, head: int) -> tuple[int, float, int] | None:
+        """The noise as `Ops` takes it, for a call whose first query head is `head`: (seed, temperature, head)."""
+        return None if self.gumbel_seed is None else (self.gumbel_seed, self.temperature, head)
 
     @property
-    def tail(self) -> int:
-        """How many of the last queries must be at hand to answer once more while decoding."""
-        return self.rows or (0 if self.moments is None else 128)
+    def buffered_queries(self) -> int:
+        """How many of the last queries a cache must keep to score again while decoding."""
+        return self.last_queries or (0 if self.query_moments is None else 128)
 
-
-def score_queries(ask: Ask, q: Tensor, k: Tensor, start: int, window: int | None, ops: Ops) -> Tensor:
-    return ops.mass(q, k, start, window, ask.group, ask.stat, ask.noises(0))
+    def join(self, old: Tensor, new: Tensor) -> Tensor:
+        """Scores of the same keys from two disjoint sets of queries."""
+        return old.maximum(new) if self.over_queries == "last_hit" else old + new
 
 
 def moments(sums: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """Σq, Σqqᵀ and their count, per reader → mean (readers,H,D) and covariance (readers,H,D,D)."""
+    """Per reading layer Σq (1,H,D), Σqqᵀ (1,H,D,D) and the number of queries → mean (readers,H,D), covariance
+    (readers,H,D,D).
+    """
     mean = torch.cat([q / n for q, _, n in sums])
     return mean, torch.cat([qq / n for _, qq, n in sums]) - mean[..., None] * mean[..., None, :]

@@ -1,66 +1,74 @@
-"""What was kept, drawn: a line per layer over the text's positions, the text itself greyed by what was forgotten, and, before
-anything is loaded, what each policy would keep. Reads stores only through `unpack`.
+"""Views of a cache for a person: a line per layer (--explain), a page (--xray), and what plans would keep (--plan).
+
+It reads stores only through `unpack`, and it changes nothing.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
-from nanokv.cache.plan import Plan
+from nanokv.cache.plan import AXES, Plan, canonical, parse
 from nanokv.cache.report import mib
+from nanokv.device import free_bytes
 from nanokv.engine import Session
 from nanokv.model.config import ModelConfig
+from nanokv.model.presets import PRESETS
+from nanokv.policies import POLICIES
+from nanokv.policies.scorer import Scorer
+from weights.registry import MODELS
 
 SHADES = " ░▒▓█"
 
 
 def explain(session: Session, width: int = 64) -> str:
-    """Per layer: how many tokens its heads hold, and where they lie; a cell's shade is the share of its (head, token) pairs kept."""
+    """One line per layer: how many tokens its heads hold, and where in the text they stand.
+
+    A line has at most `width` cells. A cell's shade is the share of its (head, token) pairs that are kept.
+    """
     cache, lines = session.cache, []
     for row, seen in enumerate(session.seen):
-        cell = max(1, -(-seen // width))
+        cell = max(1, -(-seen // width))  # tokens per cell
         lines.append(f"row {row}: {seen} tokens, {cell} per cell; {SHADES[0]!r} none kept … {SHADES[-1]!r} all kept")
         for layer in range(len(cache.layers)):
             owner = cache.plan.owner(layer)
             if owner != layer:
                 lines.append(f"layer {layer:3}  reads layer {owner}'s")
                 continue
-            parts = cache.stores[owner].unpack()[row].parts
-            counts = cache.stores[owner].length[row].tolist()
-            held = [0] * -(-seen // cell)
-            for kept in parts:
-                for pos, n in zip(kept.pos[0].tolist(), kept.length[0].tolist(), strict=True):
-                    for p in pos[:n]:
-                        held[p // cell] += 1
-            strip = "".join(_shade(h, len(counts) * min(cell, seen - i * cell)) for i, h in enumerate(held))
+            kept = [0] * -(-seen // cell)
+            for positions in _positions(session, owner, row):
+                for p in positions:
+                    kept[p // cell] += 1
+            counts = cache.stores[owner].length[row].tolist()  # tokens per head
+            cells = "".join(_shade(n, len(counts) * min(cell, seen - i * cell)) for i, n in enumerate(kept))
             span = f"{counts[0]}" if len(set(counts)) == 1 else f"{min(counts)}–{max(counts)}"
-            lazy = f"  score {cache.scores[owner][row]:.2f}" if cache.scores[owner][row] else ""
-            lines.append(f"layer {layer:3}  {span:>9}  |{strip}|{lazy}")
+            score = f"  score {cache.layer_scores[owner][row]:.2f}" if cache.layer_scores[owner][row] else ""
+            lines.append(f"layer {layer:3}  {span:>9}  |{cells}|{score}")
     return "\n".join(lines)
 
 
-def _shade(held: int, of: int) -> str:
-    return SHADES[-(-held * (len(SHADES) - 1) // of)]
-
-
 def xray(session: Session, pieces: Sequence[str], row: int = 0) -> str:
-    """An HTML page: each piece of the text as dark as the share of (layer, head) pairs that still hold it; hover for the layers."""
+    """The text as an HTML page. A piece is darker the more (layer, head) pairs still hold it; its tooltip names the
+    layers.
+    """
     cache, seen = session.cache, session.seen[row]
-    held, where = torch.zeros(seen), [[] for _ in range(seen)]
-    for owner, store in cache.stores.items():
-        heads, layer = store.length.shape[1], set()
-        for kept in store.unpack()[row].parts:
-            for pos, n in zip(kept.pos[0], kept.length[0].tolist(), strict=True):
-                held[pos[:n].long().cpu()] += 1 / heads / len(cache.stores)
-                layer |= set(pos[:n].tolist())
-        for p in layer:
-            where[p].append(owner)
+    kept, layers = (
+        [0] * seen,
+        [set() for _ in range(seen)],
+    )  # by position: (layer, head) pairs, and layers, that hold it
+    for owner in cache.stores:
+        for positions in _positions(session, owner, row):
+            for p in positions:
+                kept[p] += 1
+                layers[p].add(owner)
+    pairs = sum(store.length.shape[1] for store in cache.stores.values())
     spans = []
-    for piece, share, layers in zip(pieces[:seen], held.tolist(), where, strict=False):
-        tip = f"{share:.0%} · layers {', '.join(map(str, layers)) or 'none'}"
+    for piece, n, holders in zip(pieces[:seen], kept, layers, strict=False):
+        share = n / pairs
+        tip = f"{share:.0%} · layers {', '.join(map(str, sorted(holders))) or 'none'}"
         grey = int(215 * (1 - share))
         spans.append(f'<span title="{tip}" style="color:rgb({grey},{grey},{grey})">{html.escape(piece)}</span>')
     style = "body{font:16px/1.6 monospace;max-width:60em;margin:2em auto;white-space:pre-wrap;background:#fff}"
@@ -68,22 +76,59 @@ def xray(session: Session, pieces: Sequence[str], row: int = 0) -> str:
     return f"<!doctype html><meta charset=utf-8><title>nanokv x-ray</title><style>{style}</style><body>{head}{''.join(spans)}</body>\n"
 
 
-def sizes(config: ModelConfig, plans: dict[str, Plan], n: int, room: int, dtype: torch.dtype, free: int) -> list[str]:
-    """A table of what each plan keeps of n tokens: tokens per KV head, bytes with room for `room` more, whether that fits `free`."""
+def _positions(session: Session, owner: int, row: int) -> Iterator[list[int]]:
+    """For each head of a layer, and for each tier of its store: the positions that are held."""
+    for part in session.cache.stores[owner].unpack()[row].parts:
+        for pos, n in zip(part.pos[0].tolist(), part.length[0].tolist(), strict=True):
+            yield pos[:n]
+
+
+def _shade(kept: int, total: int) -> str:
+    return SHADES[-(-kept * (len(SHADES) - 1) // total)]
+
+
+def sizes(model: str, plans: Mapping[str, Plan], room: int) -> str:
+    """A table of what these plans and all policies keep of the longest prompt that leaves `room` new tokens in the
+    context.
+
+    It shows tokens per KV head, bytes of the cache, the ratio to a dense cache, and whether model and cache fit the
+    free memory. It needs the model's shape only, so nothing is fetched or loaded.
+    """
+    config, dtype = _shape(model), torch.bfloat16
     n_layers = config.num_hidden_layers
-    full = n_layers * (n + room) * config.num_key_value_heads * 2 * config.head_dim * dtype.itemsize
-    lines = [
-        f"{n} tokens of prompt and {room} new ones; weights {mib(config.parameters() * dtype.itemsize)}, {mib(free)} free"
-    ]
-    for name, plan in plans.items():
-        plan = plan.sketch(n_layers)
+    free = free_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    weights = config.parameters() * dtype.itemsize
+    n = max(1, config.max_position_embeddings - room)
+    dense = n_layers * (n + room) * config.num_key_value_heads * 2 * config.head_dim * dtype.itemsize
+    lines = [f"{n} tokens of prompt and {room} new ones; weights {mib(weights)}, {mib(free)} free"]
+    for name, plan in {**plans, **{name: parse(name) for name in POLICIES}}.items():
         try:
-            plan = plan.fit(config, dtype, n, room)
+            plan = plan.sketch(n_layers).fit(config, dtype, n, room)
         except ValueError as e:
             lines.append(f"{name:12} {e}")
             continue
-        size = int((n_layers - len(plan.share)) * plan.held(config, dtype, n, room))
-        kept = n if plan.keep.demotes else plan.keep.holds(n)
-        fits = "fits" if size + config.parameters() * dtype.itemsize <= free else "does not fit"
-        lines.append(f"{name:12} at most {kept:>7} tokens per head  {mib(size):>10}  {full / size:5.1f}x  {fits}")
-    return lines
+        size = int((n_layers - len(plan.share)) * plan.device_bytes(config, dtype, n, room))
+        kept = n if plan.keep.demotes else plan.keep.max_kept(n)
+        fits = "fits" if size + weights <= free else "does not fit"
+        lines.append(f"{name:12} at most {kept:>7} tokens per head  {mib(size):>10}  {dense / size:5.1f}x  {fits}")
+    return "\n".join(lines)
+
+
+def _shape(model: str) -> ModelConfig:
+    if model in MODELS:
+        return PRESETS[MODELS[model].shape]
+    if Path(model).is_dir():
+        return ModelConfig.from_dir(Path(model))
+    raise ValueError(f"--plan needs a model's directory or a name of --list-models, not {model!r}")
+
+
+def describe_policies() -> str:
+    """Every part that a plan can have, with its defaults and the first paragraph of its docstring."""
+    lines = []
+    for axis, parts in AXES.items():
+        lines.append(f"parts that {axis}:")
+        for name, part in parts.items():
+            summary = type(part).__doc__.split("\n\n")[0]
+            lines.append(f"  {canonical(name, part)}\n      {' '.join(summary.split())}")
+    lines.append(f"what all with layers=, heads=, select= do:\n      {' '.join(Scorer.__doc__.split())}")
+    return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""How far a compressed cache strays from another one on the same text: KL divergence, agreement, perplexity, first difference.
+"""Compare two caches on the same text: KL divergence, agreement, perplexity and first difference.
 
-Accuracy on tasks can hide damage that these show at once. Both caches are stepped through the same tokens one at a time, as
-decode does, so that what a policy drops on the way counts too.
+These measures show damage that task accuracy can hide. Both caches are fed the same tokens one at a time, as in
+decoding, so tokens that a policy evicts during decoding count too.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ from nanokv.llm import LLM
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Of n tokens of one text. KL in nats, from the reference's distribution to the other's."""
+    """Results on `tokens` tokens of one text. KL(reference ‖ other) is in nats."""
 
     tokens: int
     kl_mean: float
     kl_p99: float
-    top1: float  # share of tokens for which both would choose the same next one
+    top1: float  # share of positions where both have the same most likely token
     ppl_reference: float
     ppl: float
-    first: int | None  # the first token that greedy would choose otherwise
+    first: int | None  # index of the first token where the most likely tokens differ; None: nowhere
 
     def __str__(self) -> str:
         change = f"perplexity {self.ppl_reference:.3f} → {self.ppl:.3f}"
-        first = "never another choice" if self.first is None else f"first another choice at token {self.first + 1}"
+        first = (
+            "same greedy choice everywhere"
+            if self.first is None
+            else f"first different choice at token {self.first + 1}"
+        )
         kl = f"KL mean {self.kl_mean:.4f}, 99 % {self.kl_p99:.4f} nats"
         return f"{self.tokens} tokens · {kl} · same top token {self.top1:.1%} · {change} · {first}"
 
@@ -39,8 +43,9 @@ class Fidelity:
 def follow(
     session: Session, logits: Tensor, n: int, choose: Callable[[int, Tensor], int], eos: Sequence[int] = ()
 ) -> tuple[list[int], Tensor]:
-    """Step one row through up to n tokens, choose(i, logits (vocab,)) naming each → the tokens, and the logits (n,vocab) fp32 that
-    stood before each. Ends early after a token of `eos`.
+    """Feed one row up to n tokens. Token i is choose(i, logits (vocab,)).
+
+    Returns the tokens, and the fp32 logits (n,vocab) before each of them. Ends early after a token of `eos`.
     """
     tokens, rows = [], []
     while True:
@@ -52,11 +57,15 @@ def follow(
 
 
 def greedy(_: int, logits: Tensor) -> int:
+    """Choose the most likely token."""
     return int(logits.argmax())
 
 
 def losses(reference: Tensor, other: Tensor, text: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per token: KL, whether the top tokens are the same, and the negative log-likelihood of the text under each. See `compare`."""
+    """Return, per token: KL, whether the most likely tokens agree, and the text's negative log-likelihood under each.
+
+    The arguments are those of `compare`.
+    """
     p, q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
     at = torch.tensor(text, device=p.device)[:, None]
     nll = [-x.gather(-1, at)[:, 0] for x in (p, q)]
@@ -64,13 +73,18 @@ def losses(reference: Tensor, other: Tensor, text: Sequence[int]) -> tuple[Tenso
 
 
 def compare(reference: Tensor, other: Tensor, text: Sequence[int], skip: int = 0) -> Fidelity:
-    """reference, other (n,vocab): the logits before each of the n tokens of the text. The first `skip` count for `first` alone."""
+    """Compare logits (n,vocab), which two caches gave before each of the n tokens of a text.
+
+    The first `skip` tokens count only for `Fidelity.first`.
+    """
     kl, same, *nll = losses(reference, other, text)
-    wrong = (~same).nonzero().flatten().tolist()
+    different = (~same).nonzero().flatten().tolist()
     kl, agree = kl[skip:], same[skip:].double()
     ppl = [x[skip:].mean().exp().item() for x in nll]
     share = agree.mean().item()
-    return Fidelity(len(kl), kl.mean().item(), kl.quantile(0.99).item(), share, *ppl, wrong[0] if wrong else None)
+    return Fidelity(
+        len(kl), kl.mean().item(), kl.quantile(0.99).item(), share, *ppl, different[0] if different else None
+    )
 
 
 def against(
@@ -83,16 +97,17 @@ def against(
     overflow: bool,
     chunk: int | None,
 ) -> Fidelity:
-    """The model's own plan against `reference`, on the up to n tokens that greedy under the latter continues ids + then with.
+    """Compare the model's plan with `reference` on up to n tokens, which greedy decoding under `reference` writes.
 
-    Without `then` the first token's odds come from the prompt's own dense attention, the same under every plan: it is left out.
+    `ids` is the prompt, and `then` is fed after its compression. Without it the first token is left out, because its
+    logits come from the dense prompt and are the same under every plan.
     """
 
-    def run(plan: Plan, most: int, choose: Callable[[int, Tensor], int]) -> tuple[list[int], Tensor]:
+    def run(plan: Plan, limit: int, choose: Callable[[int, Tensor], int]) -> tuple[list[int], Tensor]:
         session = llm.session(len(then) + n, chunk, plan)
-        turn = llm.turn(session, [ids], then=then, limit=n, overflow=overflow)
-        return follow(session, turn.logits, most, choose, eos)
+        turn = llm.answer(session, [ids], then=then, limit=n, overflow=overflow)
+        return follow(session, turn.logits, limit, choose, eos)
 
-    text, right = run(reference, n, greedy)
-    _, mine = run(llm.plan, len(text), lambda i, _: text[i])
-    return compare(right, mine, text, skip=0 if then or len(text) == 1 else 1)
+    text, expected = run(reference, n, greedy)
+    _, actual = run(llm.plan, len(text), lambda i, _: text[i])
+    return compare(expected, actual, text, skip=0 if then or len(text) == 1 else 1)

@@ -1,4 +1,4 @@
-"""A model's shape: one frozen record whose fields are named as in config.json, and the presets of the named models."""
+"""The shape of a model. `ModelConfig` has config.json's field names; PRESETS holds the shapes of the named models."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "
 
 @dataclass(frozen=True)
 class RopeScaling:
+    """A rescaling of the rotary frequencies, as in config.json."""
+
     rope_type: str  # linear | llama3
     factor: float
     low_freq_factor: float = 1.0
@@ -22,6 +24,8 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The shape of a model. Field names are those of config.json."""
+
     model_type: str = "llama"
     vocab_size: int
     hidden_size: int
@@ -44,27 +48,27 @@ class ModelConfig:
 
     @property
     def family(self) -> str:
-        """Which published model line this is, for thresholds measured per family; "" if it is none of them."""
+        """The published model family, because some thresholds are measured per family. "" if it is none of them."""
         if self.model_type != "llama":
             return self.model_type
-        lines = {
+        families = {
             (32000, 4096): "llama2",
             (128256, 8192): "llama3",
             (128256, 131072): "llama3",
             (49152, 8192): "smollm2",
         }
-        return lines.get((self.vocab_size, self.max_position_embeddings), "")
+        return families.get((self.vocab_size, self.max_position_embeddings), "")
 
     def parameters(self) -> int:
-        """How many weights a model of this shape has."""
+        """The number of weights of a model of this shape, without norms and biases."""
         heads = self.num_attention_heads + self.num_key_value_heads
         layer = 2 * heads * self.head_dim * self.hidden_size + 3 * self.hidden_size * self.intermediate_size
-        ends = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return ends + self.num_hidden_layers * layer
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * layer
 
     @classmethod
     def from_dir(cls, path: Path) -> ModelConfig:
-        """Read config.json (and the EOS ids of generation_config.json). ValueError names what is wrong."""
+        """Read config.json, and the EOS ids of generation_config.json. ValueError names what is wrong."""
         file = path / "config.json"
         raw = read_json(file)
         config = cls.from_json(raw, str(file))
@@ -76,14 +80,16 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], where: str) -> ModelConfig:
-        kind = (raw.get("architectures") or [f"model_type {raw.get('model_type')}"])[0]
-        if kind not in ARCHITECTURES:
-            raise ValueError(f"{where}: architecture {kind} is not supported; supported are {', '.join(ARCHITECTURES)}")
+        """Check the contents of config.json and build a config. Errors begin with `where`, the name of the file."""
+        architecture = (raw.get("architectures") or [f"model_type {raw.get('model_type')}"])[0]
+        if architecture not in ARCHITECTURES:
+            supported = ", ".join(ARCHITECTURES)
+            raise ValueError(f"{where}: architecture {architecture} is not supported; supported are {supported}")
         if raw.get("quantization_config"):
             raise ValueError(
                 f"{where}: the weights are quantised; use the model's fp16 or bf16 checkpoint, or a .gguf file"
             )
-        model_type = ARCHITECTURES[kind]
+        model_type = ARCHITECTURES[architecture]
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"{where}: hidden_act {raw['hidden_act']} is not supported; supported is silu")
 
@@ -125,7 +131,7 @@ class ModelConfig:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, or ValueError with the file's name."""
+    """Read a JSON object. ValueError names the file if it is missing, damaged or not an object."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -140,6 +146,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _float(raw: Mapping[str, Any], key: str, default: float, where: str) -> float:
+    """Return a positive number of config.json."""
     value = raw.get(key, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
         raise ValueError(f"{where}: {key} is {value!r}; it must be a positive number")
@@ -147,19 +154,21 @@ def _float(raw: Mapping[str, Any], key: str, default: float, where: str) -> floa
 
 
 def _window(raw: Mapping[str, Any], model_type: str, where: str) -> int | None:
+    """Return the sliding window in tokens, or None. ValueError if layers have different windows."""
     if model_type == "qwen2" and raw.get("use_sliding_window"):
         raise ValueError(
             f"{where}: use_sliding_window gives layers different windows, which is not supported for qwen2"
         )
     if model_type != "mistral":
         return None
-    value = raw.get("sliding_window", 4096)  # Mistral v0.1's own default; later ones say null
+    value = raw.get("sliding_window", 4096)  # Mistral v0.1 relies on this default; later versions write null
     if value is not None and (not isinstance(value, int) or value <= 0):
         raise ValueError(f"{where}: sliding_window is {value!r}; it must be a positive whole number or null")
     return value
 
 
 def _ids(value: Any, where: str) -> tuple[int, ...]:
+    """Return token ids that are written as a number, a list of numbers or null."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) for i in ids):
         raise ValueError(f"{where}: token id {value!r} must be a number or a list of numbers")
@@ -167,13 +176,13 @@ def _ids(value: Any, where: str) -> tuple[int, ...]:
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Both spellings: rope_theta + rope_scaling, and the newer rope_parameters that holds both."""
+    """Read rope_theta and rope_scaling, or the newer rope_parameters that replaces both."""
     new = raw.get("rope_parameters") or {}
     old = raw.get("rope_scaling") or {}
     if not isinstance(new, dict) or not isinstance(old, dict):
         raise ValueError(f"{where}: rope_scaling must be an object with rope_type and factor")
     if raw.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{where}: partial_rotary_factor is not supported; the whole head must be rotated")
+        raise ValueError(f"{where}: partial_rotary_factor is not supported; rotary positions must cover the whole head")
     scaling = new or old
     theta = _float({**raw, **new}, "rope_theta", 10000.0, where)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -181,11 +190,11 @@ def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {"rope_theta": theta}
     if kind not in ("linear", "llama3"):
         raise ValueError(f"{where}: rope_scaling type {kind!r} is not supported; supported are default, linear, llama3")
-    wanted = ("factor",) if kind == "linear" else tuple(RopeScaling.__dataclass_fields__)[1:]
-    missing = [k for k in wanted if k not in scaling]
+    required = ("factor",) if kind == "linear" else tuple(RopeScaling.__dataclass_fields__)[1:]
+    missing = [k for k in required if k not in scaling]
     if missing:
         raise ValueError(f"{where}: rope_scaling {kind} lacks {', '.join(missing)}")
-    values = {k: _float(scaling, k, 0, where) for k in wanted}
+    values = {k: _float(scaling, k, 0, where) for k in required}
     return {"rope_theta": theta, "rope_scaling": RopeScaling(kind, **values)}
 
 
@@ -197,4 +206,9 @@ _LLAMA2 = ModelConfig(
 _LLAMA3 = replace(
     _LLAMA2, vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=8192,
     rope_theta=500000.0,
+)  # fmt: skip
+_LLAMA31 = replace(_LLAMA3, max_position_embeddings=131072, rope_scaling=RopeScaling("llama3", 8.0))
+_MISTRAL = replace(
+    _LLAMA2, model_type="mistral", vocab_size=32768, intermediate_size=14336, num_key_value_heads=8,
+    max_position_embeddings=32768, rope_theta=1e6,
 )  # fmt: skip

@@ -1,5 +1,7 @@
-"""Safetensors → model, strict: every weight present once, of the right shape, and nothing else. Reads
-from the memory-mapped shards straight into place, dtype and device, two tensors at a time: the peak is the model and those.
+"""Load safetensors checkpoints strictly: each weight occurs once in the right shape, and no other tensor exists.
+
+Tensors are copied from the memory-mapped shards directly into the allocated model, two at a time. The peak of memory is
+the model and two tensors.
 """
 
 from __future__ import annotations
@@ -21,20 +23,20 @@ from nanokv.model.config import ModelConfig, read_json
 from nanokv.model.llama import Llama, RMSNorm
 from nanokv.model.rope import inverse_frequencies
 
-Named = tuple[str, tuple[int, ...], Callable[[], Any]]  # checkpoint name, shape, how to read it
+LazyTensor = tuple[str, tuple[int, ...], Callable[[], Any]]  # checkpoint name, shape, reader of the values
 FLOATS = ("F64", "F32", "F16", "BF16")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def empty(config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype) -> Llama:
-    """A model whose weights are allocated and not yet written."""
+    """Allocate a model without filling its weights. Norm weights are fp32, all others `dtype`."""
     with torch.device("meta"):
         model = Llama(config, ops).to(dtype)
         for module in model.modules():
             if isinstance(module, RMSNorm):
                 module.float()  # norms work on the fp32 residual stream
     model.to_empty(device=device)
-    if config.tie_word_embeddings:  # to_empty gives each use of a shared parameter memory of its own
+    if config.tie_word_embeddings:  # to_empty allocates a shared parameter twice, so share it again
         model.lm_head.weight = model.embed_tokens.weight
     model.inv_freq = inverse_frequencies(config).to(device)
     return model.eval().requires_grad_(False)
@@ -43,26 +45,30 @@ def empty(config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtyp
 def load(
     path: Path, config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype, bar: bool = False
 ) -> Llama:
-    """The checkpoint in `path` as a model. ValueError names the file or tensor that is wrong."""
+    """Load the checkpoint in `path`. ValueError names the file or tensor that is wrong."""
     model = empty(config, ops, device, dtype)
     fill(model, read(find_shards(path)), str(path), bar)
     return model
 
 
-def fill(model: Llama, tensors: Iterable[Named], where: str, bar: bool = False) -> None:
-    """Write every tensor into its place; strict. Two at a time: one thread copies while the other waits for the disk."""
+def fill(model: Llama, tensors: Iterable[LazyTensor], where: str, bar: bool = False) -> None:
+    """Copy every tensor into the model. ValueError if one is missing, unknown or of another shape.
+
+    Two threads copy: one can copy while the other waits for the disk.
+    """
     missing, jobs = targets(model), []
-    for name, shape, read in tensors:
+    for name, shape, read_values in tensors:
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
-            continue  # old checkpoints carry the table; a tied head repeats the embedding
+            continue  # old checkpoints store the rotary table; a tied head repeats the embedding
         if name not in missing:
             raise ValueError(
-                f"{where} holds {name[:80]!r}, which this model has no place for (or twice); is config.json of another model?"
+                f"{where} holds {name[:80]!r}, which is not a tensor of this model or occurs twice; "
+                "does config.json belong to another model?"
             )
         target = missing.pop(name)
         if shape != tuple(target.shape):
             raise ValueError(f"{where}: {name} has shape {shape}, config.json asks for {tuple(target.shape)}")
-        jobs.append((target, read))
+        jobs.append((target, read_values))
     if missing:
         raise ValueError(f"{where} lacks {len(missing)} tensors, the first is {min(missing)}; fetch the model again")
     with ThreadPoolExecutor(2) as pool:
@@ -70,8 +76,8 @@ def fill(model: Llama, tensors: Iterable[Named], where: str, bar: bool = False) 
         list(tqdm(done, total=len(jobs), desc="load", unit="tensor", leave=False, disable=not bar))
 
 
-def read(files: dict[Path, list[str]]) -> Iterator[Named]:
-    """Names and shapes of all tensors, from the headers; the values when asked."""
+def read(files: dict[Path, list[str]]) -> Iterator[LazyTensor]:
+    """Yield (name, shape, reader) for all tensors. Names and shapes come from headers; a reader reads the values."""
     for file, names in files.items():
         with _open(file) as f:
             for name in names:
@@ -80,35 +86,41 @@ def read(files: dict[Path, list[str]]) -> Iterator[Named]:
                     raise ValueError(
                         f"{file.name}: {name[:80]!r} is {piece.get_dtype()}; weights are one of {', '.join(FLOATS)}"
                     )
-                yield name, tuple(piece.get_shape()), partial(_tensor, file, name)
+                yield name, tuple(piece.get_shape()), partial(_read_tensor, file, name)
 
 
-def _tensor(file: Path, name: str) -> Tensor:
-    """Opened anew for each tensor: a mapping that stays open keeps every page it has read resident."""
+def _read_tensor(file: Path, name: str) -> Tensor:
+    """Read one tensor. The file is opened each time, because an open mapping keeps all pages it has read in memory."""
     with _open(file) as f:
         return f.get_tensor(name)
 
 
 def copy(model: Llama, ops: Ops, dtype: torch.dtype) -> Llama:
-    """The same weights in another dtype."""
-    twin = empty(model.config, ops, model.embed_tokens.weight.device, dtype)
-    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-        ours.copy_(theirs)
-    return twin
+    """Return a copy of the model in another dtype."""
+    result = empty(model.config, ops, model.embed_tokens.weight.device, dtype)
+    for new, old in zip(result.parameters(), model.parameters(), strict=True):
+        new.copy_(old)
+    return result
 
 
 def randomise(model: Llama, seed: int = 0) -> None:
-    """Normal weights, norms one, biases zero: for speed and memory of a shape without a download."""
-    dice = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
+    """Fill a model with random weights, to measure the speed and memory of a shape without a download.
+
+    Matrices are normal with standard deviation 0.02, norm weights are one, biases are zero.
+    """
+    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
-            weight.normal_(0, 0.02, generator=dice)
+            weight.normal_(0, 0.02, generator=generator)
         else:
             weight.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def find_shards(path: Path) -> dict[Path, list[str]]:
-    """Shard file → tensor names in it, from the index if there is one. ValueError if a file is missing or no safetensors."""
+    """Return {shard file: names of its tensors}, from the index if there is one.
+
+    ValueError if a file is missing, is not safetensors or lies outside the directory.
+    """
     index = path / "model.safetensors.index.json"
     if index.is_file():
         files = {}
@@ -124,15 +136,15 @@ def find_shards(path: Path) -> dict[Path, list[str]]:
         for file, names in files.items():
             if not file.is_file():
                 raise ValueError(f"{path} lacks the shard {file.name}, which {index.name} names; fetch the model again")
-            absent = set(names) - set(_names(file))
+            absent = set(names) - set(_tensor_names(file))
             if absent:
                 raise ValueError(
                     f"{file.name} lacks {min(absent)}, which {index.name} puts there; fetch the model again"
                 )
-        return {file: _names(file) for file in files}
+        return {file: _tensor_names(file) for file in files}
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        pickled = [f.name for f in sorted(path.iterdir()) if f.suffix in PICKLES]
+        pickled = [f.name for f in sorted(path.iterdir()) if f.suffix in PICKLE_SUFFIXES]
         if pickled:
             raise ValueError(
                 f"{path} holds only pickled weights ({pickled[0]}), which can run code when read; get the safetensors version"
@@ -140,31 +152,33 @@ def find_shards(path: Path) -> dict[Path, list[str]]:
         raise ValueError(
             f"{path} has no *.safetensors; a model directory holds config.json, *.safetensors and a tokenizer"
         )
-    return {file: _names(file) for file in files}
+    return {file: _tensor_names(file) for file in files}
 
 
-def _names(file: Path) -> list[str]:
+def _tensor_names(file: Path) -> list[str]:
     with _open(file) as f:
         return list(f.keys())
 
 
 def _open(file: Path) -> safe_open:
-    """The library checks the header against the file's length; a file that passes can be read whole."""
+    """Open a safetensors file. The library checks the header against the file's length, so an open file is complete."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{file} is no whole safetensors file ({str(e).splitlines()[0]}); fetch it again") from None
+        raise ValueError(
+            f"{file} is not a complete safetensors file ({str(e).splitlines()[0]}); fetch it again"
+        ) from None
 
 
 def targets(model: Llama) -> dict[str, Tensor]:
-    """Checkpoint name → the (rows of the) parameter it fills. Names are the hub's; fused matrices are filled part by part."""
+    """Return {checkpoint name: the parameter that it fills}. For a fused matrix this is a view of some of its rows."""
     cfg, out = model.config, {}
     q, kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
     parts = {
         "self_attn.qkv_proj": {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
         "mlp.gate_up_proj": {"mlp.gate_proj": cfg.intermediate_size, "mlp.up_proj": cfg.intermediate_size},
     }
-    for name, weight in model.named_parameters():  # a tied head shares the embedding and is not named again
+    for name, weight in model.named_parameters():  # a tied head is the embedding and is listed only there
         module, _, kind = name.rpartition(".")
         fused = next((f for f in parts if module.endswith(f)), None)
         if fused is None:
@@ -177,7 +191,7 @@ def targets(model: Llama) -> dict[str, Tensor]:
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights under their checkpoint names, contiguous: what `load` reads back."""
+    """Return the contiguous weights under their checkpoint names, as `load` reads them."""
     return {name: t.contiguous() for name, t in targets(model).items()}
 
 

@@ -1,6 +1,7 @@
 """Rotary positions (Su et al. 2021, arXiv:2104.09864), rotate-half layout, with linear and Llama-3 scaling.
 
-Angles and the rotation itself are fp32 whatever the model computes in; the result is cast once. Knows positions, no cache.
+Angles and the rotation itself are fp32 whatever the model computes in; the result is cast once. Knows positions, no
+cache.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from nanokv.model.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """(D/2,) fp32: angle per position of each pair of channels."""
+    """(D/2,) fp32: how far each pair of channels is rotated per position, in radians."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
     inv = 1.0 / config.rope_theta ** (half / config.head_dim)
     scaling = config.rope_scaling
@@ -22,10 +23,10 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
         return inv
     if scaling.rope_type == "linear":
         return inv / scaling.factor
-    # llama3: long wavelengths are stretched by `factor`, short ones kept, a ramp between
+    # llama3: long wavelengths are stretched by `factor`, short ones stay, and a ramp joins the two
     wavelength = 2 * math.pi / inv
-    turns = scaling.original_max_position_embeddings / wavelength
-    ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    rotations = scaling.original_max_position_embeddings / wavelength
+    ramp = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     return torch.lerp(inv / scaling.factor, inv, ramp.clamp(0, 1))
 
 
@@ -37,7 +38,7 @@ def angles(inv: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, angle: tuple[Tensor, Tensor]) -> Tensor:
-    """x (B,T,·,D) turned by `angles(inv, pos)`, in x's dtype. Turning by −pos undoes it, up to rounding."""
+    """Rotate x (B,T,·,D) by `angles(inv, pos)`; the result has x's dtype. Rotating by −pos undoes it, up to rounding."""
     cos, sin = angle
     wide = x.float()
     swapped = wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
@@ -45,5 +46,5 @@ def rotate(x: Tensor, angle: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def unrotated(q: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:
-    """q (B,H,T,D) rotated to pos (B,T) → as it was before, fp32."""
+    """Return q (B,H,T,D), which was rotated to pos (B,T), as it was before its rotation: fp32."""
     return rotate(q.transpose(1, 2).float(), angles(inv_freq, -pos)).transpose(1, 2)

@@ -1,4 +1,6 @@
-"""What every policy is."""
+"""What every policy is: which tokens of a layer's prompt stay, and which token makes room for a new one while
+decoding.
+"""
 
 from __future__ import annotations
 
@@ -7,72 +9,98 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nanokv.cache.budget import Case
+from nanokv.cache.budget import Workload
 from nanokv.cache.kept import Kept, Prompt
-from nanokv.cache.scores import Ask
+from nanokv.cache.scores import Scores
 from nanokv.cache.slots import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
-    """Which tokens of a layer stay. Holds hyper-parameters only, never tensors; one instance serves every layer.
+    """Which tokens of a layer stay. A frozen record of hyper-parameters without tensors; one instance serves every
+    layer.
 
-    Class attributes (not fields): `ask`, the prompt statistics wanted; `watches`, the statistics wanted of each decode
-    step; `sink`, how many first tokens never leave; `demotes`, whether what it drops goes on as `Kept.rest`, and `once`,
-    whether it judges a token once and never again; `wait`, how many tokens after the prompt still belong to the dense prompt
-    before `keep` is asked; `every`, after how many tokens `keep` is asked again about what is held then (0: never); `positions`,
-    absolute | cache: whether slots behind the sinks push them away or not (see `Store.read`); `store`, the one that suits it
-    where a plan names none.
+    The fields of a subclass are the user's keys. What a policy declares are class attributes, or properties where
+    they depend on keys; they are not annotated here, as that would make them fields. No key may have the name of one
+    of them (a test holds that).
+
+    scores                the statistics of the prompt's attention that `keep` wants.
+    rescore_scores        the same at a rescore.
+    decode_scores         the statistics that `update_scores` wants of each decode step; None: none.
+    eviction              what makes room for a new token. none: nothing, heads grow. ring: heads with a limit
+    overwrite their oldest token
+                          behind the sinks. score: `next_slots` chooses by score.
+    rescore_every         tokens between two calls of `keep` on what is held while decoding; 0: never.
+    decide_after          how many tokens after the prompt still attend to all of it before `keep` is called.
+    passes                extra forward passes over `replay` whose queries are scored instead of the prompt's own;
+    their keys are dropped.
+    cross_layer           whether `keep_all` is called once with every layer's prompt instead of `keep` layer by
+    layer. The whole prompt's
+                          keys and values stay in memory until then.
+    protected_sinks       how many of the text's first tokens are never evicted.
+    positions_in_cache    whether a token's position is its place in the cache (StreamingLLM) instead of its place in
+    the text.
+    keeps_all_or_edges    whether a layer keeps either the whole prompt or its first and last tokens only.
+    demotes               whether evicted tokens go on as `Kept.demoted`, at lower precision.
+    scores_once           whether a token that was kept or demoted is never scored again.
+    default_store         the store of a plan that names none.
     """
 
-    ask = Ask()
-    watches = None  # un-annotated on purpose: annotated, it would become a field of every policy
-    wait = 0
-    every = 0
-    positions = "absolute"
-    store = "dense"
+    scores = Scores()
+    decode_scores = None
+    eviction = "none"
+    rescore_every = 0
+    decide_after = 0
+    passes = 0
+    cross_layer = False
+    protected_sinks = 0
+    positions_in_cache = False
+    keeps_all_or_edges = False
     demotes = False
-    once = False
-    whole = False  # whether a layer keeps all of a prompt or only its edges
-    sink = 0
+    scores_once = False
+    default_store = "dense"
 
     @property
-    def again(self) -> Ask:
-        """What is asked when it looks again after `every` tokens."""
-        return self.ask
+    def rescore_scores(self) -> Scores:
+        return self.scores
 
     @property
-    def singly(self) -> bool:
-        """Whether single tokens leave while decoding, others than the oldest behind the sinks."""
-        return bool(self.every or self.watches) or type(self).slot is not Policy.slot
+    def evicts_single_tokens(self) -> bool:
+        """Whether tokens other than a ring's oldest leave while decoding."""
+        return bool(self.rescore_every or self.decode_scores) or self.eviction == "score"
 
-    def fit(self, case: Case) -> Policy:
-        """This policy with percents, bytes and family thresholds turned into numbers. ValueError if it cannot."""
+    def fit(self, work: Workload) -> Policy:
+        """This policy with percentages, bytes and per-family thresholds as numbers. ValueError if that is impossible."""
         return self
 
     def with_budget(self, budget: int | str) -> Policy:
-        """This policy under a kept budget (`--kv-budget`)."""
+        """This policy under a kept budget (`--kv-budget`). ValueError if it has none."""
         raise ValueError("this policy takes no budget; use one with budget= (see --list-policies)")
 
-    def holds(self, n: int) -> int:
-        """At most how many tokens of a prompt of n a KV head keeps, once fitted: for size estimates before the run."""
+    def max_kept(self, n: int) -> int:
+        """An upper bound, once fitted, of the tokens that a KV head keeps of a prompt of n: for memory estimates."""
         return n
 
     @abstractmethod
     def keep(self, p: Prompt) -> Kept:
-        """What stays of one layer of one prompt."""
+        """What stays of one layer of one prompt; at a rescore, of what a layer holds."""
 
-    def settle(self, kept: dict[int, Kept]) -> dict[int, Kept]:
-        """Called after each owner with what all owners so far kept; identity but for rules across layers."""
-        return kept
+    def keep_all(self, prompts: list[Prompt]) -> list[Kept]:
+        """What stays of every layer that owns storage, in their order: for budgets and choices across layers."""
+        return [self.keep(p) for p in prompts]
 
-    def slot(self, s: Slots, pos: Tensor) -> Tensor:
-        """(B,Hkv,T): where the tokens at pos (B,T) go."""
+    def replay(self, tokens: Tensor, i: int) -> Tensor:
+        """The token ids (n,) of scoring pass i, fed behind the prompt's tokens (T,). The default repeats the prompt."""
+        return tokens
+
+    def next_slots(self, s: Slots, pos: Tensor) -> Tensor:
+        """(B,Hkv,T): the slots that the new tokens at pos (B,T) take."""
         return s.ring(pos.shape[1])
 
-    def watch(self, s: Slots, votes: Tensor, pos: Tensor) -> Tensor:
-        """What each reader's query at pos (B,1) paid to the first n slots, votes (readers,B,Hkv,n) → what `s.votes` shall be there.
+    def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
+        """attention (readers,B,Hkv,n): scores of the first n slots by the queries at pos (B,1) → the new
+        `s.attention` of these slots.
 
-        Only called if the policy `watches`.
+        Called after each decode step, only if `decode_scores` asks for scores.
         """
-        return votes.sum(0)
+        return attention.sum(0)

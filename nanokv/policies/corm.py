@@ -1,4 +1,4 @@
-"""A token stays as long as some recent query looks at it."""
+"""A token stays as long as some recent query gives it attention."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ import torch
 from torch import Tensor
 
 from nanokv.cache.kept import Kept, Prompt
-from nanokv.cache.scores import Ask
+from nanokv.cache.scores import Scores
 from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
 class CORM(Policy):
-    """CORM (Dai et al. 2024, arXiv:2404.15949, §4): a query hits a key if it gives it at least an even share of its attention. Kept is what
-    any of the last `window` queries hit, and the last `recent` tokens. There is no budget: heads keep as much as they use.
+    """CORM (Dai et al. 2024, arXiv:2404.15949, §4): a query hits a key if it gives the key at least an even share of
+    its attention. Tokens stay that any of the last `window` queries hit, and the last `recent` tokens. There is no
+    budget: a head keeps as much as it uses.
 
-    A KV head counts the hits of all its query heads. Deviation: decided every `every` tokens, where the paper does at each one.
+    A KV head counts the hits of all its query heads. Deviation: tokens are evicted every `every` tokens, in the paper
+    at each one.
     """
 
     window: int = 256
     recent: int = 256
     every: int = 64
-    watches = Ask(group="max")
-    store = "ragged"
+    decode_scores = Scores(over_group="max")
+    default_store = "ragged"
 
     def __post_init__(self):
         if min(self.window, self.recent, self.every) < 1:
@@ -34,14 +36,18 @@ class CORM(Policy):
             )
 
     @property
-    def ask(self) -> Ask:
-        return Ask(rows=self.window, stat="hit", group="max")
+    def scores(self) -> Scores:
+        return Scores(last_queries=self.window, over_queries="last_hit", over_group="max")
+
+    @property
+    def rescore_every(self) -> int:
+        return self.every
 
     def keep(self, p: Prompt) -> Kept:
-        hit = p.votes.amax(0, keepdim=True)  # one more than the position, so 0 is never
-        stays = p.real & ((hit > max(0, p.seen - self.window)) | p.last(self.recent))
-        return Kept.top(p, stays.float(), stays.sum(-1), votes=hit)
+        hit = p.attention.amax(0, keepdim=True)  # 1 + the position of the last hit; 0: never hit
+        stays = p.valid & ((hit > max(0, p.seen - self.window)) | p.recent(self.recent))
+        return Kept.top(p, stays.float(), stays.sum(-1), attention=hit)
 
-    def watch(self, s: Slots, votes: Tensor, pos: Tensor) -> Tensor:
-        hit = votes.amax(0) >= 1 / s.length[..., None]
-        return torch.where(hit, pos[:, None] + 1.0, s.votes[:, :, : votes.shape[3]])
+    def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
+        hit = attention.amax(0) >= 1 / s.length[..., None]
+        return torch.where(hit, pos[:, None] + 1.0, s.attention[:, :, : attention.shape[3]])

@@ -1,4 +1,4 @@
-"""Some heads look anywhere, the others at the beginning and the end only."""
+"""Retrieval heads keep everything; streaming heads keep the beginning and the end only."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from nanokv.cache.kept import Kept, Prompt
-from nanokv.cache.scores import Ask
+from nanokv.cache.scores import Scores
 from nanokv.policies.base import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
 class DuoAttention(Policy):
-    """DuoAttention (Xiao et al. 2024, arXiv:2410.10819, §3): retrieval heads keep everything, streaming heads the first `sink` and last
-    `recent` tokens as a ring. `full` is the share of retrieval heads, rounded up.
+    """DuoAttention (Xiao et al. 2024, arXiv:2410.10819, §3): retrieval heads keep everything, streaming heads keep
+    the first `sink` and the last `recent` tokens as a ring. `full` is the share of retrieval heads, rounded up.
 
-    gates=FILE: the authors' trained gates, a line per layer and a number per KV head; the highest of the whole model are retrieval heads.
-    Without it (deviation: no training) each layer's heads are ranked on the prompt itself, by the attention that its last `window`
-    queries pay to what a streaming head would drop.
+    gates=FILE: the authors' trained gates, one line per layer with one number per KV head; the heads with the highest
+    gates of the whole model are retrieval heads. Without a file (deviation: no training) each layer's heads are
+    ranked on the prompt itself, by the attention that its last `window` queries give to the tokens that a streaming
+    head would evict.
     """
 
     full: float = 0.5
@@ -28,7 +29,8 @@ class DuoAttention(Policy):
     recent: int = 256
     window: int = 32
     gates: str | None = None
-    store = "ragged"
+    default_store = "ragged"
+    eviction = "ring"
 
     def __post_init__(self):
         if not 0 <= self.full <= 1 or min(self.sink, self.recent - 1, self.window - 1) < 0:
@@ -38,23 +40,25 @@ class DuoAttention(Policy):
             )
 
     @property
-    def ask(self) -> Ask:
-        return Ask(rows=0 if self.gates else self.window)
+    def scores(self) -> Scores:
+        return Scores(last_queries=0 if self.gates else self.window)
+
+    @property
+    def protected_sinks(self) -> int:
+        return self.sink
 
     def keep(self, p: Prompt) -> Kept:
-        edges = p.first(self.sink) | p.last(self.recent)
-        whole = self._trained(p) if self.gates else self._observed(p, edges)  # (1,Hkv) bool
-        sink = max(
-            0, self.sink - int(p.pos[0, 0, 0])
-        )  # those the model's own window has passed are not there to be kept
-        limit = torch.where(whole, -1, sink + self.recent)
-        stays = edges | whole[..., None]
-        return Kept.top(p, stays.float(), stays.sum(-1), limit.int(), torch.where(whole, 0, sink).int())
+        edges = p.sinks(self.sink) | p.recent(self.recent)
+        retrieval = self._trained(p) if self.gates else self._observed(p, edges)  # (1,Hkv) bool
+        sink = max(0, self.sink - int(p.pos[0, 0, 0]))  # sinks that the model's own window has passed are gone
+        limit = torch.where(retrieval, -1, sink + self.recent)
+        stays = edges | retrieval[..., None]
+        return Kept.top(p, stays.float(), stays.sum(-1), limit.int(), torch.where(retrieval, 0, sink).int())
 
     def _observed(self, p: Prompt, edges: Tensor) -> Tensor:
-        beyond = (p.votes * ~edges).sum(-1).sum(0, keepdim=True)  # (1,Hkv)
-        rank = beyond.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        return rank < math.ceil(self.full * beyond.shape[1])
+        middle = (p.attention * ~edges).sum(-1).sum(0, keepdim=True)  # (1,Hkv)
+        rank = middle.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        return rank < math.ceil(self.full * middle.shape[1])
 
     def _trained(self, p: Prompt) -> Tensor:
         try:

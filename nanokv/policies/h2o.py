@@ -1,4 +1,4 @@
-"""Tokens that were looked at most, and the recent ones."""
+"""Heavy hitters: the tokens that received most attention, and the recent ones."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ import torch
 from torch import Tensor
 
 from nanokv.cache.kept import Prompt
-from nanokv.cache.scores import Ask
+from nanokv.cache.scores import Scores
 from nanokv.cache.slots import Slots
-from nanokv.policies.scorer import Evicting
+from nanokv.policies.scorer import EvictingScorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class H2O(Evicting):
-    """H2O (Zhang et al. 2023, arXiv:2306.14048, §4, algorithm 1): attention received adds up over all queries; the heaviest hitters
-    stay, and the last `recent` of the budget whatever they received. Each new token then takes the lightest one's place.
+class H2O(EvictingScorer):
+    """H2O (Zhang et al. 2023, arXiv:2306.14048, §4, algorithm 1): each token's attention scores add up over all
+    queries; the heavy hitters stay, and the last tokens, a share `recent` of the budget, whatever their score. Each
+    new token then evicts the token of the lowest score.
 
-    Default budget: the paper's 10 % heavy and 10 % recent. Deviations from the authors' code: one choice per KV head (the mean of its
-    query heads), where theirs fits heads of their own only; a token makes room before it attends, so the budget holds at all times.
+    Default budget: the paper's 10 % heavy hitters and 10 % recent tokens. Deviations from the authors' code: one
+    choice per KV head (by the mean of its query heads), where theirs knows multi-head attention only; a token evicts
+    before it attends, so the budget holds at all times.
     """
 
     budget: int | str = "20%"
     recent: float = 0.5  # of the budget
-    ask = Ask(rows=None)
-    watches = Ask()
+    scores = Scores(last_queries=None)
+    decode_scores = Scores()
 
     def __post_init__(self):
         if not 0 <= self.recent <= 1:
@@ -33,11 +35,11 @@ class H2O(Evicting):
         super().__post_init__()
 
     def score(self, p: Prompt) -> Tensor:
-        return self.carry(p).masked_fill(p.last(int(self.count(p) * self.recent)), torch.inf)
+        return self.initial_scores(p).masked_fill(p.recent(int(self.layer_budget(p) * self.recent)), torch.inf)
 
-    def worth(self, s: Slots, pos: Tensor) -> Tensor:
-        recent = (s.wanted.double() * self.recent).int()[..., None]  # in double, as `score` has it
-        return s.votes.masked_fill(s.pos > pos[:, None] - recent, torch.inf)
+    def slot_scores(self, s: Slots, pos: Tensor) -> Tensor:
+        recent = (s.asked_limit.double() * self.recent).int()[..., None]  # in double, as `score` has it
+        return s.attention.masked_fill(s.pos > pos[:, None] - recent, torch.inf)
 
-    def watch(self, s: Slots, votes: Tensor, pos: Tensor) -> Tensor:
-        return s.votes[:, :, : votes.shape[3]] + votes.sum(0)
+    def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
+        return s.attention[:, :, : attention.shape[3]] + attention.sum(0)

@@ -1,20 +1,22 @@
-"""Heavy hitters whose votes are cast with noise, so that not the same few always win."""
+"""Heavy hitters whose attention scores carry noise, so that not the same few always win."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nanokv.cache.scores import Ask
+from nanokv.cache.scores import Scores
 from nanokv.policies.h2o import H2O
 
 
 @dataclass(frozen=True, kw_only=True)
 class Keyformer(H2O):
-    """Keyformer (Adnan et al. 2024, arXiv:2403.09054, §3): as H2O, but each query votes by softmax((logits + Gumbel noise)/tau).
+    """Keyformer (Adnan et al. 2024, arXiv:2403.09054, §3): as H2O, but the scores are softmax((logits + Gumbel noise)
+    / tau).
 
-    Defaults: 60 % of the prompt, 30 % of these recent. Deviations from the authors' code: tau stays as it is, where theirs rises from
-    1 to 2 over the tokens that will be generated and so depends on their number; the noise is a hash of seed, head and the two
-    tokens, the same in every layer, so that chunks and batches see the same.
+    Defaults: 60 % of the prompt, 30 % of these recent. Deviations from the authors' code: tau is constant, where
+    theirs rises from 1 to 2 over the tokens that will be generated and so depends on their number; the noise is a
+    hash of the seed, the head and the two tokens and the same in every layer, so chunks and batches get the same
+    noise.
     """
 
     budget: int | str = "60%"
@@ -30,9 +32,9 @@ class Keyformer(H2O):
         super().__post_init__()
 
     @property
-    def ask(self) -> Ask:
-        return Ask(rows=None, noise=self.seed, tau=self.tau)
+    def scores(self) -> Scores:
+        return Scores(last_queries=None, gumbel_seed=self.seed, temperature=self.tau)
 
     @property
-    def watches(self) -> Ask:
-        return Ask(noise=self.seed, tau=self.tau)
+    def decode_scores(self) -> Scores:
+        return Scores(gumbel_seed=self.seed, temperature=self.tau)

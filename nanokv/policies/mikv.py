@@ -1,4 +1,4 @@
-"""Nothing is dropped: what matters less is held more coarsely."""
+"""Nothing is evicted: tokens that matter less are held at lower precision."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from nanokv.policies.h2o import H2O
 
 @dataclass(frozen=True, kw_only=True)
 class MiKV(H2O):
-    """MiKV (Yang et al. 2024, arXiv:2402.18096, §3): H2O's heavy hitters and recent tokens stay as they are; a token that H2O would drop
-    goes to few bits instead, and never comes back.
+    """MiKV (Yang et al. 2024, arXiv:2402.18096, §3): H2O's heavy hitters and recent tokens stay exact; a token that
+    H2O would evict moves to the low-precision tier and never comes back.
 
-    Deviations: see store mixed for the codes.
+    Deviations: see the store `mixed` for the codes.
     """
 
     budget: int | str = "25%"

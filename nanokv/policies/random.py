@@ -1,4 +1,4 @@
-"""The honest floor: what a policy is worth is what it does better than chance."""
+"""The baseline: a policy is worth what it does better than chance."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from nanokv.policies.scorer import Scorer
 class Random(Scorer):
     """The last `window` tokens and uniformly random others, per KV head (no paper).
 
-    The window is SnapKV's, so that the difference to it is the score alone. Reproducible: the choice depends on seed,
-    layer and prompt length, not on the batch.
+    The window is SnapKV's, so the two policies differ in the score alone. The choice depends on seed, layer and
+    prompt length, not on the batch, so it can be reproduced.
     """
 
     window: int = 32
@@ -29,11 +29,10 @@ class Random(Scorer):
             )
         super().__post_init__()
 
-    @property
-    def least(self) -> int:
+    def min_budget(self, prompt_len: int = 0) -> int:
         return self.window
 
     def score(self, p: Prompt) -> Tensor:
-        gone = p.seen - len(p)  # 0 after a prompt; another number whenever it looks again
-        dice = torch.Generator().manual_seed((self.seed * 1_000_003 + p.layer + gone * 7_919) % 2**63)
-        return torch.rand(p.pos.shape, generator=dice).to(p.k.device).masked_fill(p.last(self.window), torch.inf)
+        evicted = p.seen - len(p)  # 0 after a prompt, another number at each rescore
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + p.layer + evicted * 7_919) % 2**63)
+        return torch.rand(p.pos.shape, generator=generator).to(p.k.device).masked_fill(p.recent(self.window), torch.inf)

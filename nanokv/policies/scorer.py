@@ -1,6 +1,8 @@
-"""What all methods that rank tokens share: a budget, its split over layers and heads, whole chunks, looking again while decoding.
+"""What all policies that rank tokens share: a budget, its split over layers and heads, whole chunks, and rescoring
+while decoding.
 
-A method of its own says how good a token is, `score`; one that also evicts while decoding is an `Evicting`.
+A method's own file defines `score`, how good a token is. A method that also evicts while decoding is an
+`EvictingScorer`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nanokv.cache.budget import Case, check_budget
+from nanokv.cache.budget import Workload, check_budget, in_bytes
 from nanokv.cache.kept import Kept, Prompt
 from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
@@ -20,19 +22,19 @@ from nanokv.policies.base import Policy
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer(Policy):
-    """Keep the `budget` best tokens of each KV head.
+    """Keep the `budget` tokens of highest score in each KV head.
 
-    layers=pyramid (PyramidKV, Cai et al. 2024, arXiv:2406.02069, §3): deeper layers get less, on a line from 2 − 1/beta to 1/beta of
-    the mean. Deviations: rounded so that the sum is exactly that of `flat`, where the authors' code overspends by about 1 %; short prompts
-    have a flatter line instead of none.
-    heads=ada (Ada-KV, Feng et al. 2024, arXiv:2407.11550, §3): the heads of a layer compete, each sure of `floor` of its share, at least of
-    one token.
-    Deviation: what is sure is taken first, so that the sum is exact; the authors blend two budgets and round.
-    select=chunk (ChunkKV, Liu et al. 2025, arXiv:2502.00299, §3): tokens stay or go in runs of `chunk` by their mean score, the same runs
-    in all heads unless they compete. Deviation: the last run is cut where the budget ends.
-    demote=true: what does not stay is not dropped but held more coarsely (MiKV, Yang et al. 2024, arXiv:2402.18096), by store mixed.
-    every=n: after each n new tokens what is held is judged anew, so that a head (of those that compete: the mean) never holds more than
-    budget + n.
+    layers=pyramid (PyramidKV, Cai et al. 2024, arXiv:2406.02069, §3): deeper layers get a smaller budget, on a line
+    from 2 − 1/beta to 1/beta of the mean. Deviations: the budgets are rounded so that their sum is exactly that of
+    `flat`, where the authors' code overspends by about 1 %; a short prompt gets a flatter line instead of none.
+    heads=ada (Ada-KV, Feng et al. 2024, arXiv:2407.11550, §3): the heads of a layer compete for the layer's budget.
+    Each head is guaranteed `floor` of its share and at least one token. Deviation: the guaranteed tokens are taken
+    first, so the sum is exact; the authors blend two budgets and round. select=chunk (ChunkKV, Liu et al. 2025,
+    arXiv:2502.00299, §3): tokens are kept or evicted in chunks of `chunk` by their mean score; all heads keep the
+    same chunks unless they compete. Deviation: the last chunk is cut where the budget ends. demote=true: evicted
+    tokens move to the low-precision tier of the store `mixed` (MiKV, Yang et al. 2024, arXiv:2402.18096). every=n:
+    after every n new tokens the held ones are scored again, so a head never holds more than budget + n (of competing
+    heads: their mean).
     """
 
     budget: int | str = 1024
@@ -45,8 +47,7 @@ class Scorer(Policy):
     chunk: int = 20
     demote: bool = False
 
-    beside = None  # how many slots new tokens get beside the budget; none: as many as come
-    least = 1  # tokens that stay whatever their score; also the smallest budget
+    new_slots = None  # how many slots generated tokens get beside the budget; None: as many as are generated
 
     def __post_init__(self):
         for key, allowed in (
@@ -62,117 +63,137 @@ class Scorer(Policy):
             )
         if self.every < 0:
             raise ValueError(f"every={self.every}; give a number of tokens, or 0 for never")
-        if self.every and not self.watches and self.every < self.ask.tail:
-            raise ValueError(
-                f"every={self.every} is too often, as the last {self.ask.tail} tokens judge; give more, or 0"
-            )
-        check_budget(self.budget, self.least, self.why)
+        if self.every and not self.decode_scores and self.every < self.scores.buffered_queries:
+            n = self.scores.buffered_queries
+            raise ValueError(f"every={self.every} is too often, as the last {n} tokens are scored; give more, or 0")
+        check_budget(self.budget, self.min_budget(), self.min_budget_reason)
+
+    def min_budget(self, prompt_len: int = 0) -> int:
+        """The tokens that stay whatever their score, which is also the smallest budget; it may depend on the prompt's
+        length.
+        """
+        return 1
 
     @property
-    def why(self) -> str:
-        return f"a head always keeps {self.least}"
+    def min_budget_reason(self) -> str:
+        return f"a head always keeps {self.min_budget()}"
 
     @property
-    def store(self) -> str:
+    def default_store(self) -> str:
         return "mixed" if self.demote else "ragged" if self.heads == "ada" else "dense"
 
     @property
     def demotes(self) -> bool:
         return self.demote
 
-    def fit(self, case: Case) -> Scorer:
-        if self.heads == "ada" and case.pads and isinstance(self.budget, str) and not self.budget.endswith("%"):
+    @property
+    def rescore_every(self) -> int:
+        return self.every
+
+    def fit(self, work: Workload) -> Scorer:
+        if in_bytes(self.budget) and self.heads == "ada" and work.pads_heads:
             raise ValueError(
                 f"a budget of {self.budget} cannot be held with heads=ada in a store that pads heads to the longest; "
                 "use store ragged, or give tokens or percent"
             )
-        if self.demote and isinstance(self.budget, str) and not self.budget.endswith("%"):
+        if in_bytes(self.budget) and self.demote:
             raise ValueError(
-                f"a budget of {self.budget} cannot be held where nothing is dropped; give tokens or percent"
+                f"a budget of {self.budget} cannot be held where nothing is evicted; give tokens or percent"
             )
-        beside = self.every if self.every and self.beside is None else self.beside
-        return replace(self, budget=case.tokens(self.budget, self.least, beside))
+        new_slots = self.every if self.every and self.new_slots is None else self.new_slots
+        least = self.min_budget(work.prompt_len)
+        budget = work.tokens(self.budget, least, new_slots)
+        check_budget(budget, least, f"a head always keeps {least} of a prompt of {work.prompt_len} tokens")
+        return replace(self, budget=budget)
 
     def with_budget(self, budget: int | str) -> Scorer:
         return replace(self, budget=budget)
 
-    def holds(self, n: int) -> int:
+    def max_kept(self, n: int) -> int:
         return min(n, self.budget)
 
     def keep(self, p: Prompt) -> Kept:
-        return self.best(p, self.count(p))
+        return self.best(p, self.layer_budget(p))
 
-    def best(self, p: Prompt, n: int, evict: bool = False, votes: Tensor | None = None) -> Kept:
-        """The n best tokens of each head; evict: a head then stays at its number, and votes (1,Hkv,N) go with the tokens."""
-        kept = self._best(p, n, evict, votes)
-        return kept.demote(p) if self.demote else kept
+    def best(self, p: Prompt, n: int, evict: bool = False, attention: Tensor | None = None) -> Kept:
+        """The n best tokens of each head. evict: the head then stays at that number; attention (1,Hkv,N): scores that
+        go with the tokens.
+        """
+        kept = self._best(p, n, evict, attention)
+        return kept.demote_others(p) if self.demote else kept
 
-    def _best(self, p: Prompt, n: int, evict: bool, votes: Tensor | None) -> Kept:
+    def _best(self, p: Prompt, n: int, evict: bool, attention: Tensor | None) -> Kept:
         if len(p) <= n:
-            return Kept.all(p, n if evict else -1, votes=votes)
-        score = self.score(p).float().masked_fill(~p.real, -torch.inf)
+            return Kept.all(p, n if evict else -1, attention=attention)
+        score = self.score(p).float().masked_fill(~p.valid, -torch.inf)
         if self.select == "chunk":
-            score = self._of_chunks(score)
-        share = self._shares(score, n) if self.heads == "ada" else n
-        return Kept.top(p, score, share, share if evict else -1, votes=votes)
+            score = self._chunk_means(score)
+        per_head = self._head_budgets(score, n) if self.heads == "ada" else n
+        return Kept.top(p, score, per_head, per_head if evict else -1, attention=attention)
 
     @abstractmethod
     def score(self, p: Prompt) -> Tensor:
-        """(1,Hkv,N), more is better; +inf for what must stay."""
+        """(1,Hkv,N): the score of each token, higher is better; +inf for tokens that must stay."""
 
-    def count(self, p: Prompt) -> int:
-        """How many tokens a head of this layer keeps, on average over heads."""
+    def layer_budget(self, p: Prompt) -> int:
+        """How many tokens a head of this layer keeps, on average over its heads."""
         if self.layers == "flat" or p.owners == 1:
             return self.budget
-        past, last = self.budget - self.least, p.owners - 1
-        top = min(2 * past - past / self.beta, max(past, p.visible - self.least))
+        least = self.min_budget(p.seen)
+        past, last = self.budget - least, p.owners - 1
+        top = min(2 * past - past / self.beta, max(past, p.visible - least))
         line = [top - rank * 2 * (top - past) / last for rank in range(p.owners)]
-        whole = [int(x) for x in line]
-        spare = past * p.owners - sum(whole)  # goes to the largest remainders
-        lucky = sorted(range(p.owners), key=lambda rank: whole[rank] - line[rank])[:spare]
-        return self.least + whole[p.rank] + (p.rank in lucky)
+        budgets = [int(x) for x in line]
+        rest = past * p.owners - sum(budgets)  # goes to the layers with the largest remainders
+        rounded_up = sorted(range(p.owners), key=lambda rank: budgets[rank] - line[rank])[:rest]
+        return least + budgets[p.rank] + (p.rank in rounded_up)
 
-    def _shares(self, score: Tensor, n: int) -> Tensor:
-        """(1,Hkv) int32: how many of the Hkv·n best tokens of the layer are each head's, after each has its sure ones."""
-        sure = score.argsort(dim=-1, descending=True, stable=True)[..., : max(1, int(self.floor * n))]
-        rank = score.scatter(-1, sure, torch.inf).flatten(1).argsort(dim=-1, descending=True, stable=True)
-        owner = rank[:, : score.shape[1] * n] // score.shape[2]
-        return torch.stack([(owner == h).sum(-1) for h in range(score.shape[1])], -1).to(torch.int32)
+    def _head_budgets(self, score: Tensor, n: int) -> Tensor:
+        """(1,Hkv) int32: how many of the layer's Hkv·n best tokens each head has. The guaranteed floor is allocated
+        first.
+        """
+        guaranteed = score.argsort(dim=-1, descending=True, stable=True)[..., : max(1, int(self.floor * n))]
+        best = score.scatter(-1, guaranteed, torch.inf).flatten(1).argsort(dim=-1, descending=True, stable=True)
+        head = best[:, : score.shape[1] * n] // score.shape[2]
+        return torch.stack([(head == h).sum(-1) for h in range(score.shape[1])], -1).to(torch.int32)
 
-    def _of_chunks(self, score: Tensor) -> Tensor:
-        """Every token the mean of its run, without those that must stay, which keep theirs."""
+    def _chunk_means(self, score: Tensor) -> Tensor:
+        """Each token's score replaced by its chunk's mean. Tokens that must stay do not count in the mean and keep
+        their own.
+        """
         free, n = score.isfinite(), score.shape[-1]
-        behind = (0, -n % self.chunk)
-        total = pad(score.masked_fill(~free, 0), behind).unflatten(-1, (-1, self.chunk)).sum(-1)
-        mean = total / pad(free, behind).unflatten(-1, (-1, self.chunk)).sum(-1).clamp(min=1)
+        padding = (0, -n % self.chunk)
+        total = pad(score.masked_fill(~free, 0), padding).unflatten(-1, (-1, self.chunk)).sum(-1)
+        mean = total / pad(free, padding).unflatten(-1, (-1, self.chunk)).sum(-1).clamp(min=1)
         if self.heads == "flat":
             mean = mean.mean(1, keepdim=True).expand_as(mean)
         return torch.where(free, mean.repeat_interleave(self.chunk, -1)[..., :n], score)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evicting(Scorer):
-    """A scorer that goes on while decoding: once the budget is reached, each new token takes the place of the least worthy one."""
+class EvictingScorer(Scorer):
+    """A scorer that also evicts while decoding: at the budget, each new token takes the slot of the token with the
+    lowest score.
+    """
 
-    beside = 0
+    new_slots = 0
+    eviction = "score"
 
     def __post_init__(self):
         super().__post_init__()
         if self.every:
-            raise ValueError(
-                f"every={self.every}: this policy evicts at each token and never looks again; leave it out"
-            )
+            raise ValueError(f"every={self.every}: this policy evicts at each token and never rescores; leave it out")
 
     def keep(self, p: Prompt) -> Kept:
-        return self.best(p, self.count(p), evict=True, votes=self.carry(p))
+        return self.best(p, self.layer_budget(p), evict=True, attention=self.initial_scores(p))
 
-    def carry(self, p: Prompt) -> Tensor:
-        """(1,Hkv,N): the votes to go on from."""
-        return p.votes.sum(0, keepdim=True)
+    def initial_scores(self, p: Prompt) -> Tensor:
+        """(1,Hkv,N): the scores that decode steps go on from."""
+        return p.attention.sum(0, keepdim=True)
 
-    def slot(self, s: Slots, pos: Tensor) -> Tensor:
-        return s.weakest(self.worth(s, pos), pos)
+    def next_slots(self, s: Slots, pos: Tensor) -> Tensor:
+        return s.lowest_score(self.slot_scores(s, pos), pos)
 
     @abstractmethod
-    def worth(self, s: Slots, pos: Tensor) -> Tensor:
-        """(B,Hkv,S): the least goes when a token at pos (B,1) comes; +inf stays."""
+    def slot_scores(self, s: Slots, pos: Tensor) -> Tensor:
+        """(B,Hkv,S): the slot of the lowest score goes to the token at pos (B,1); +inf for slots that must stay."""

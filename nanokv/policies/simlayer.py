@@ -1,16 +1,17 @@
-"""Lazy layers look at the beginning and the end only, so they need to keep no more."""
+"""Lazy layers attend to the beginning and the end of the text only, so they need to keep no more."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
 
-from nanokv.cache.budget import Case
+from nanokv.cache.budget import Workload
 from nanokv.cache.kept import Kept, Prompt
-from nanokv.cache.scores import Ask
+from nanokv.cache.scores import Scores
 from nanokv.policies.base import Policy
 
-# per model line, as in the authors' code; smollm2's is ours: smollm2-135m's median layer lies at 0.84–0.93 over 2,000–7,000 tokens of prose
+# Per model family, as in the authors' code. smollm2's is ours: its median layer lies at 0.84–0.93 over 2,000–7,000
+# tokens of prose
 THRESHOLDS = {"llama2": 0.65, "llama3": 0.9, "mistral": 0.8, "qwen2": 0.85, "smollm2": 0.9}
 
 
@@ -18,22 +19,24 @@ THRESHOLDS = {"llama2": 0.65, "llama3": 0.9, "mistral": 0.8, "qwen2": 0.85, "smo
 class SimLayerKV(Policy):
     """SimLayerKV (Zhang et al. 2024, arXiv:2410.13846 v1, §3) and its successor LightTransfer (v2, §4).
 
-    A layer's laziness is the attention that the last queries pay to the first `sink` and last `recent` tokens, averaged over
-    heads. variant=prefill: layers above `threshold` are lazy, judged by the last `window` prompt tokens. decode: judged by the first
-    token after the prompt, which still sees everything (the released code). light: all but the `full` least lazy layers are lazy.
-    A lazy layer keeps sink + recent tokens, as a ring (`roll`) or, in the released code, growing.
-    Deviations from the authors' code: a prompt within sink + recent is never lazy (theirs counts sinks twice and then
-    doubles them); one decision per row of a batch; fp32; light applies scale and causality, which the paper's snippet lacks.
+    A layer's laziness is the share of attention that the last queries give to the first `sink` and the last `recent`
+    tokens, averaged over heads. variant=prefill: layers whose laziness, by the prompt's last `window` queries,
+    exceeds `threshold` are lazy. decode: the same by the first token after the prompt, which still sees everything
+    (the released code). light: all but the `full` least lazy layers are lazy. A lazy layer keeps sink + recent
+    tokens, as a ring (`roll`) or, in the released code, growing. Deviations from the authors' code: a prompt within
+    sink + recent is never lazy (theirs counts sinks twice and then doubles them); each row of a batch decides alone;
+    scores are fp32; light applies scale and causality, which the paper's snippet lacks.
     """
 
     variant: str = "prefill"  # prefill | decode | light
-    threshold: float | None = None  # none: by model family
+    threshold: float | None = None  # None: by model family
     sink: int = 4
-    recent: int | None = None  # none: 1024, in light 1020
-    window: int | None = None  # none: 32, in decode 1
-    roll: bool | None = None  # none: true, in decode false
-    full: int | str = "50%"  # light: layers that stay whole
-    whole = True
+    recent: int | None = None  # None: 1024, in light 1020
+    window: int | None = None  # None: 32, in decode 1
+    roll: bool | None = None  # None: true, in decode false
+    full: int | str = "50%"  # light: layers that keep everything
+    keeps_all_or_edges = True
+    eviction = "ring"
 
     def __post_init__(self):
         if self.variant not in ("prefill", "decode", "light"):
@@ -48,14 +51,22 @@ class SimLayerKV(Policy):
             raise ValueError(f"simlayer:threshold={self.threshold}; it is a share of attention, from 0 to 1")
 
     @property
-    def ask(self) -> Ask:
-        return Ask(rows=self.window)
+    def scores(self) -> Scores:
+        return Scores(last_queries=self.window)
 
     @property
-    def wait(self) -> int:
+    def decide_after(self) -> int:
         return 1 if self.variant == "decode" else 0
 
-    def fit(self, case: Case) -> SimLayerKV:
+    @property
+    def cross_layer(self) -> bool:
+        return self.variant == "light"
+
+    @property
+    def protected_sinks(self) -> int:
+        return self.sink
+
+    def fit(self, work: Workload) -> SimLayerKV:
         default = {
             "recent": 1020 if self.variant == "light" else 1024,
             "window": 1 if self.variant == "decode" else 32,
@@ -63,33 +74,36 @@ class SimLayerKV(Policy):
         }
         mine = replace(self, **{k: v for k, v in default.items() if getattr(self, k) is None})
         if self.variant == "light":
-            full = self.full if isinstance(self.full, int) else int(case.owners * float(self.full[:-1]) / 100)
-            return replace(mine, full=min(full, case.owners))
-        if self.threshold is None and case.family not in THRESHOLDS:
+            full = self.full if isinstance(self.full, int) else int(work.owners * float(self.full[:-1]) / 100)
+            return replace(mine, full=min(full, work.owners))
+        if self.threshold is None and work.family not in THRESHOLDS:
             raise ValueError(
                 f"simlayer knows no threshold for this model family (it does for {', '.join(THRESHOLDS)}); "
                 "give one, as in simlayer:threshold=0.8, or use simlayer:variant=light, which needs none"
             )
-        return mine if self.threshold is not None else replace(mine, threshold=THRESHOLDS[case.family])
+        return mine if self.threshold is not None else replace(mine, threshold=THRESHOLDS[work.family])
 
     def keep(self, p: Prompt) -> Kept:
+        kept = self._with_laziness(p)
+        return self._trim(kept) if kept.score > self.threshold else kept
+
+    def keep_all(self, prompts: list[Prompt]) -> list[Kept]:
+        """light: of the layers that are long enough to be lazy, all but the `full` least lazy ones are trimmed."""
+        kept = [self._with_laziness(p) for p in prompts]
+        long = [i for i, p in enumerate(prompts) if len(p) > self.sink + self.recent]
+        by_laziness = sorted(long, key=lambda i: (kept[i].score, -i))  # among equals the earlier layer is lazy
+        lazy = set(by_laziness[self.full :])
+        return [self._trim(k) if i in lazy else k for i, k in enumerate(kept)]
+
+    def _with_laziness(self, p: Prompt) -> Kept:
+        """Every token, with the layer's laziness as its score. A layer that others read is as lazy as its least lazy
+        reader.
+        """
         if len(p) <= self.sink + self.recent:
-            return Kept.all(p)  # everything is sink or recent: the mass would be 1 in every layer
-        edges = p.first(self.sink) | p.last(self.recent)
-        mass = (p.votes * edges).sum(-1).mean(
-            -1
-        ).min().item() / p.n_votes  # the least lazy reader speaks for a shared layer
-        kept = Kept.all(p, score=mass)
-        return self.trim(kept) if self.variant != "light" and mass > self.threshold else kept
+            return Kept.all(p)  # every token is a sink or recent: the laziness would be 1 in every layer
+        edges = p.sinks(self.sink) | p.recent(self.recent)
+        per_reader = (p.attention * edges).sum(-1).mean(-1)
+        return Kept.all(p, score=per_reader.min().item() / p.n_queries)
 
-    def settle(self, kept: dict[int, Kept]) -> dict[int, Kept]:
-        if self.variant != "light":
-            return kept
-        whole = [i for i, k in kept.items() if k.k.shape[2] > self.sink + self.recent]
-        if len(whole) <= self.full:
-            return kept
-        lazy = max(whole, key=lambda i: kept[i].score)
-        return {**kept, lazy: self.trim(kept[lazy])}
-
-    def trim(self, kept: Kept) -> Kept:
+    def _trim(self, kept: Kept) -> Kept:
         return kept.edges(self.sink, self.recent, self.roll, score=kept.score)

@@ -1,4 +1,4 @@
-"""What the end of the prompt looks at is what stays."""
+"""The tokens that the end of the prompt attends to stay."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanokv.cache.kept import Prompt
-from nanokv.cache.scores import Ask
+from nanokv.cache.scores import Scores
 from nanokv.policies.scorer import Scorer
 
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(Scorer):
-    """SnapKV (Li et al. 2024, arXiv:2404.14469, §4): the last `window` queries vote, votes are pooled over `kernel`
-    neighbouring tokens, the best `budget − window` tokens of each head stay, and the window itself.
+    """SnapKV (Li et al. 2024, arXiv:2404.14469, §4): the prompt's last `window` queries are the observation window.
+    Each token's attention scores from these queries are summed and then pooled over `kernel` neighbouring tokens. In
+    each head the `budget − window` tokens of highest score stay, and the observation window itself.
 
     Defaults are the paper's LongBench setting; the released code's own are budget=2048,window=32,kernel=5,pool=avg.
-    Deviations from the authors' code: one choice per KV head (votes of its query heads joined by `group` before pooling), where
-    theirs expands the cache to query heads and so stores G times more; votes stay fp32; survivors stay in temporal order, ties go
-    to the earlier token; a prompt as long as the budget is left alone.
+    Deviations from the authors' code: one choice per KV head, by the scores of its query heads joined by `group`
+    before pooling, where theirs expands the cache to query heads and so stores G times more; scores are fp32; kept
+    tokens stay in temporal order, and ties go to the earlier token; a prompt no longer than the budget keeps
+    everything.
     """
 
     window: int = 32
@@ -39,15 +41,15 @@ class SnapKV(Scorer):
         super().__post_init__()
 
     @property
-    def ask(self) -> Ask:
-        return Ask(rows=self.window, group=self.group)
+    def scores(self) -> Scores:
+        return Scores(last_queries=self.window, over_group=self.group)
 
-    @property
-    def least(self) -> int:
+    def min_budget(self, prompt_len: int = 0) -> int:
         return self.window
 
     def score(self, p: Prompt) -> Tensor:
-        recent = p.last(self.window)
-        votes = p.votes.sum(0, keepdim=True).masked_fill(recent, 0)  # the window's own columns are not pooled
+        recent = p.recent(self.window)
+        # p.attention has one plane per layer that reads these keys; the window's own columns are not pooled
+        attention = p.attention.sum(0, keepdim=True).masked_fill(recent, 0)
         pool = F.max_pool1d if self.pool == "max" else F.avg_pool1d  # avg counts zeros beyond the edge, as theirs does
-        return pool(votes, self.kernel, stride=1, padding=self.kernel // 2).masked_fill(recent, torch.inf)
+        return pool(attention, self.kernel, stride=1, padding=self.kernel // 2).masked_fill(recent, torch.inf)

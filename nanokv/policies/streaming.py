@@ -1,10 +1,10 @@
-"""Attention sinks and a rolling window."""
+"""Attention sinks and a recent window."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nanokv.cache.budget import Case, check_budget
+from nanokv.cache.budget import Workload, check_budget
 from nanokv.cache.kept import Kept, Prompt
 from nanokv.policies.base import Policy
 
@@ -13,10 +13,10 @@ from nanokv.policies.base import Policy
 class StreamingLLM(Policy):
     """StreamingLLM (Xiao et al. 2023, arXiv:2309.17453, §3.2): the first `sink` and the last `recent` tokens, forever.
 
-    positions=cache is the paper's: a token's position is its place in the cache, so a text may run far past the model's context. Keys
-    stay rotated at their absolute positions; turning the query back for the sinks gives the same distances.
-    Deviations from the authors' code: positions=absolute, the default, where the distance to the sinks grows with the text; the
-    prompt itself attends in full and is trimmed once, where theirs is fed token by token.
+    positions=cache is the paper's: a token's position is its place in the cache, so a text may run far past the
+    model's context. Keys stay rotated to their absolute positions; rotating the query back when it reads the sinks
+    gives the same distances. Deviations from the authors' code: with the default, positions=absolute, the distance to
+    the sinks grows with the text; the prompt attends in full and is trimmed once, where theirs is fed token by token.
     """
 
     sink: int = 4
@@ -38,16 +38,26 @@ class StreamingLLM(Policy):
                 )
             check_budget(self.budget, self.sink + 1, f"{self.sink} sinks and one recent token are always kept")
 
-    def fit(self, case: Case) -> StreamingLLM:
+    eviction = "ring"
+
+    @property
+    def protected_sinks(self) -> int:
+        return self.sink
+
+    @property
+    def positions_in_cache(self) -> bool:
+        return self.positions == "cache"
+
+    def fit(self, work: Workload) -> StreamingLLM:
         if self.budget is None:
             return self
-        return replace(self, recent=case.tokens(self.budget, self.sink + 1, 0) - self.sink, budget=None)
+        return replace(self, recent=work.tokens(self.budget, self.sink + 1, 0) - self.sink, budget=None)
 
     def with_budget(self, budget: int | str) -> StreamingLLM:
         return replace(self, budget=budget)
 
-    def holds(self, n: int) -> int:
+    def max_kept(self, n: int) -> int:
         return min(n, self.sink + self.recent)
 
     def keep(self, p: Prompt) -> Kept:
-        return Kept.all(p).edges(self.sink, self.recent, roll=True)
+        return Kept.all(p).edges(self.sink, self.recent, ring=True)

@@ -1,4 +1,4 @@
-"""The token that the newest one looks at least goes."""
+"""The token that the newest query attends to least is evicted."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nanokv.cache.kept import Prompt
-from nanokv.cache.scores import Ask
+from nanokv.cache.scores import Scores
 from nanokv.cache.slots import Slots
-from nanokv.policies.scorer import Evicting
+from nanokv.policies.scorer import EvictingScorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class TOVA(Evicting):
-    """TOVA (Oren et al. 2024, arXiv:2401.06104, §3.2): the tokens to which the last query, averaged over all heads of the layer, pays most
-    attention stay; each new token takes the place of the one that the token before it looked at least. No token is protected.
+class TOVA(EvictingScorer):
+    """TOVA (Oren et al. 2024, arXiv:2401.06104, §3.2): the tokens stay that receive most attention from the last
+    query, averaged over all heads of the layer; each new token takes the slot of the one that received least from the
+    query before. No token is protected.
 
-    Deviation from the authors' code: the place is made before the new token attends, so the budget holds at all times.
+    Deviation from the authors' code: the slot is freed before the new token attends, so the budget holds at all times.
     """
 
-    ask = Ask(rows=1)
-    watches = Ask()
+    scores = Scores(last_queries=1)
+    decode_scores = Scores()
 
     def __post_init__(self):
         if self.heads != "flat":
@@ -30,14 +31,14 @@ class TOVA(Evicting):
             )
         super().__post_init__()
 
-    def carry(self, p: Prompt) -> Tensor:
-        return p.votes.sum(0, keepdim=True).mean(1, keepdim=True).expand_as(p.pos).contiguous()
+    def initial_scores(self, p: Prompt) -> Tensor:
+        return p.attention.sum(0, keepdim=True).mean(1, keepdim=True).expand_as(p.pos).contiguous()
 
     def score(self, p: Prompt) -> Tensor:
-        return self.carry(p)
+        return self.initial_scores(p)
 
-    def worth(self, s: Slots, pos: Tensor) -> Tensor:
-        return s.votes
+    def slot_scores(self, s: Slots, pos: Tensor) -> Tensor:
+        return s.attention
 
-    def watch(self, s: Slots, votes: Tensor, pos: Tensor) -> Tensor:
-        return votes.sum(0).mean(1, keepdim=True).expand(votes.shape[1:])
+    def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
+        return attention.sum(0).mean(1, keepdim=True).expand(attention.shape[1:])

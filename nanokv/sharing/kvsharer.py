@@ -1,23 +1,30 @@
-"""Layers that are unlike each other can share a cache."""
+"""Layers whose keys and values differ most can share a cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
+
+from nanokv.backends.base import Ops
+from nanokv.model.llama import Llama
+from nanokv.sharing.base import Sharing
+from nanokv.sharing.search import Pair, search
 
 
 @dataclass(frozen=True, kw_only=True)
-class KVSharer:
-    """KVSharer (Yang et al. 2024, arXiv:2410.18517, §3): `layers` layers own no cache but read an earlier one's. Pairs of layers are tried
-    in the order of their distance, the most unlike first, and accepted while the model's output stays similar.
+class KVSharer(Sharing):
+    """KVSharer (Yang et al. 2024, arXiv:2410.18517, §3): `layers` layers own no cache and read an earlier one's.
+    Pairs of layers are tried in the order of their distance, the most dissimilar first, and accepted while the
+    model's output stays similar.
 
-    Deviations from the authors' code: shared layers skip their K and V projections and rotation; while decoding every owner's cache
-    grows (theirs overwrites some); calibration texts are of one length, so none is dropped.
+    Deviations from the authors' code: shared layers skip their K and V projections and rotation; while decoding every
+    owner's cache grows (theirs overwrites some); calibration texts have one length, so none is dropped.
     """
 
-    layers: int = 4
-    threshold: float = 0.5  # least mean cosine of the final hidden states
-    order: str = "dissimilar"  # dissimilar | similar | random: which pairs come first; the last two are controls
-    map: str | None = None  # a file of the search's; none: where it puts them
+    threshold: float = 0.5  # lowest accepted mean cosine of the final hidden states
+    order: str = "dissimilar"  # dissimilar | similar | random: which pairs are tried first; the last two are controls
 
     def __post_init__(self):
         if self.layers < 0 or not -1 <= self.threshold <= 1:
@@ -26,3 +33,8 @@ class KVSharer:
             )
         if self.order not in ("dissimilar", "similar", "random"):
             raise ValueError(f"kvsharer:order={self.order}; orders are dissimilar, similar and random")
+
+    def search(
+        self, model: Llama, ops: Ops, texts: Tensor, tried: Callable[[Pair, bool], None]
+    ) -> tuple[dict[int, int], list[Pair]]:
+        return search(model, ops, texts, self.layers, self.threshold, self.order, tried)

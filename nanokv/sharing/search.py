@@ -1,16 +1,13 @@
-"""The share axis: which layers own no cache and read an earlier one's, found once for a model by KVSharer's search.
+"""The search for layers that can share a cache, its calibration texts, and the file of its result.
 
-`python -m nanokv.share search --model M --layers 8` shows the search and writes the map; a plan with `kvsharer` finds it or makes it.
-Knows the model and a tokenizer; no policy, no store.
+It knows the model and a tokenizer, no policy and no store.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,15 +18,17 @@ from torch.nn.functional import cosine_similarity
 
 from nanokv.backends.base import Ops
 from nanokv.model.llama import Llama
-from nanokv.sharing.kvsharer import KVSharer
+from nanokv.sharing.base import Sharing
 from nanokv.text.tokenizer import Tokenizer
 
-TEXTS, TOKENS = 30, 64  # as many of as many tokens as in the paper
+TEXTS, TOKENS = 30, 64  # the paper uses as many texts, each of as many tokens
 
 
 @dataclass(frozen=True)
 class Pair:
-    """`reader` reads what `owner` holds. distance of their mean keys and values; similarity of the model's output, once tried."""
+    """`reader` reads what `owner` holds. distance of their mean keys and values; similarity of the model's output,
+    once tried.
+    """
 
     reader: int
     owner: int
@@ -40,18 +39,18 @@ class Pair:
         return f"layers {self.reader} and {self.owner}: distance {self.distance:.3f}, output's cosine {self.similarity:.4f}"
 
 
-class Texts:
-    """A cache for one forward pass of texts of equal length, under a share map: what a search needs of one."""
+class SearchCache:
+    """A cache for one forward pass of texts of equal length, in which layers share keys and values by a map."""
 
     def __init__(self, n_layers: int, share: Mapping[int, int], ops: Ops, sliding_window: int | None):
         self.k: dict[int, Tensor] = {}  # owner → (B,Hkv,T,D)
         self.v: dict[int, Tensor] = {}
         self.ops, self.sliding_window = ops, sliding_window
-        self.layers = [TextLayer(self, i, share.get(i, i)) for i in range(n_layers)]
+        self.layers = [SearchLayer(self, i, share.get(i, i)) for i in range(n_layers)]
 
 
-class TextLayer:
-    def __init__(self, cache: Texts, index: int, owner: int):
+class SearchLayer:
+    def __init__(self, cache: SearchCache, index: int, owner: int):
         self.cache, self.owner, self.owns = cache, owner, owner == index
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, pos: Tensor) -> Tensor:
@@ -63,40 +62,50 @@ class TextLayer:
 
 @torch.inference_mode()
 def search(
-    model: Llama, ops: Ops, texts: Tensor, want: KVSharer, tick: Callable[[Pair, bool], None] = lambda *_: None
+    model: Llama,
+    ops: Ops,
+    texts: Tensor,
+    layers: int,
+    threshold: float,
+    order: str,
+    tried: Callable[[Pair, bool], None] = lambda *_: None,
 ) -> tuple[dict[int, int], list[Pair]]:
-    """texts (n,T) token ids → the map reader → owner, and the accepted pairs. tick(pair, accepted) is told of every one tried.
+    """texts (n,T) token ids → the map reader → owner, and the accepted pairs. tried(pair, accepted) is called for
+    every pair.
 
-    Fewer layers than wanted are shared if the pairs run out. The later layer of a pair is always the reader, so layer 0 owns.
+    Fewer layers than wanted share if the pairs run out. The later layer of a pair is always the reader, so layer 0
+    owns its cache.
     """
     n = model.config.num_hidden_layers
     pos = torch.arange(texts.shape[1], device=texts.device).expand(texts.shape)
 
-    def run(share: Mapping[int, int]) -> tuple[Tensor, Texts]:
-        cache = Texts(n, share, ops, model.config.sliding_window)
+    def run(share: Mapping[int, int]) -> tuple[Tensor, SearchCache]:
+        cache = SearchCache(n, share, ops, model.config.sliding_window)
         return model.hidden(texts, pos, cache).float().flatten(1), cache  # (n,T·C) after the last norm
 
-    right, cache = run({})
+    reference, cache = run({})
     share: dict[int, int] = {}
     accepted: list[Pair] = []
-    for pair in ranked(cache, n, want.order):
-        if len(accepted) == want.layers:
+    for pair in ranked_pairs(cache, n, order):
+        if len(accepted) == layers:
             break
         if pair.reader in share:
             continue
-        trial = joined(share, pair)
-        similarity = cosine_similarity(right, run(trial)[0]).mean().item()
+        trial = with_pair(share, pair)
+        similarity = cosine_similarity(reference, run(trial)[0]).mean().item()
         pair = Pair(pair.reader, pair.owner, pair.distance, similarity)
-        good = similarity > want.threshold
-        tick(pair, good)
+        good = similarity > threshold
+        tried(pair, good)
         if good:
             share = trial
             accepted.append(pair)
     return share, accepted
 
 
-def ranked(cache: Texts, n: int, order: str) -> list[Pair]:
-    """All pairs by the L2 distance of keys and of values, averaged over texts position by position, then over heads and positions."""
+def ranked_pairs(cache: SearchCache, n: int, order: str) -> list[Pair]:
+    """All pairs by the L2 distance of keys and of values, averaged over texts position by position, then over heads
+    and positions.
+    """
     k, v = ([x[i].float().mean(0) for i in range(n)] for x in (cache.k, cache.v))  # (Hkv,T,D) each
     pairs = [
         Pair(i, j, sum((x[i] - x[j]).norm(dim=-1).mean().item() for x in (k, v)) / 2)
@@ -109,18 +118,20 @@ def ranked(cache: Texts, n: int, order: str) -> list[Pair]:
     return sorted(pairs, key=lambda p: -p.distance if order == "dissimilar" else p.distance)
 
 
-def joined(share: Mapping[int, int], pair: Pair) -> dict[int, int]:
-    """The map with one more pair. Who read the new reader, and the new reader itself, read whoever owns in the end."""
+def with_pair(share: Mapping[int, int], pair: Pair) -> dict[int, int]:
+    """The map with one more pair. Layers that read the new reader, and the new reader itself, now read the pair's
+    final owner.
+    """
     owner = share.get(pair.owner, pair.owner)
     return {i: owner if o == pair.reader else o for i, o in share.items()} | {pair.reader: owner}
 
 
-def calibration(words: Tokenizer, n: int = TEXTS, length: int = TOKENS) -> Tensor:
+def calibration(tokenizer: Tokenizer, n: int = TEXTS, length: int = TOKENS) -> Tensor:
     """(n,length) token ids: the beginnings of as many paragraphs of the documentation that every CPython carries."""
     from pydoc_data.topics import topics
 
     paragraphs = [" ".join(p.split()) for name in sorted(topics) for p in topics[name].split("\n\n") if p[:1].isalpha()]
-    long = [ids[:length] for p in paragraphs if len(p) > 2 * length and len(ids := words.encode(p)) >= length]
+    long = [ids[:length] for p in paragraphs if len(p) > 2 * length and len(ids := tokenizer.encode(p)) >= length]
     if len(long) < n:
         raise ValueError(
             f"only {len(long)} of {n} calibration texts have {length} tokens; give a map with kvsharer:map=FILE"
@@ -128,10 +139,10 @@ def calibration(words: Tokenizer, n: int = TEXTS, length: int = TOKENS) -> Tenso
     return torch.tensor([long[i * len(long) // n] for i in range(n)])
 
 
-def write(
-    file: Path, model: str, fingerprint: str, want: KVSharer, share: Mapping[int, int], pairs: Sequence[Pair]
+def write_map(
+    file: Path, model: str, fingerprint: str, want: Sharing, share: Mapping[int, int], pairs: Sequence[Pair]
 ) -> None:
-    """The map as JSON, beside and then renamed."""
+    """Write the map as JSON, first beside the file and then renamed."""
     facts = {
         "model": model,
         "fingerprint": fingerprint,
@@ -147,72 +158,29 @@ def write(
         raise ValueError(f"{file} cannot be written ({e.strerror}); give a file of yours") from None
 
 
-def stored(file: Path, fingerprint: str, n_layers: int) -> dict[int, int]:
-    """A map for this model. ValueError if it is none: not whole, of another model, or not closed."""
+def read_map(file: Path, fingerprint: str, n_layers: int) -> dict[int, int]:
+    """The map of shared layers in `file`. ValueError if it is incomplete, of another model, or has a reader without
+    an owner.
+    """
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         share = {int(i): int(o) for i, o in facts["map"].items()}
-        right = facts["fingerprint"] == fingerprint
+        is_this_model = facts["fingerprint"] == fingerprint
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(
-            f"{file} is no map of shared layers ({str(e) or 'empty'}); python -m nanokv.share search makes one"
+            f"{file} is no map of shared layers ({str(e) or 'empty'}); python -m nanokv.sharing search makes one"
         ) from None
-    if not right:
+    if not is_this_model:
         raise ValueError(
-            f"{file} is the map of another model ({facts.get('model')}); search anew, or give the model it was made for"
+            f"{file} is the map of another model ({facts.get('model')}); search again, or give the model it was made for"
         )
     if not all(0 <= o < i < n_layers and o not in share for i, o in share.items()):
         raise ValueError(f"{file} is no map of this model: each reader needs an earlier layer that owns its cache")
     return share
 
 
-def place(weights: Path, fingerprint: str, want: KVSharer) -> Path:
-    """Where the map of a model's search lies."""
-    return weights / "maps" / f"{fingerprint}-{want.layers}-{want.threshold}-{want.order}.json"
-
-
-def main(argv: Sequence[str]) -> int:
-    from nanokv.llm import load
-    from weights.registry import DEFAULT, settings
-
-    p = argparse.ArgumentParser(
-        prog="nanokv.share", description="Find the layers that can share their cache (KVSharer)."
+def map_file(weights: Path, fingerprint: str, want: Sharing) -> Path:
+    """The file in which the map of a model's search is kept."""
+    return (
+        weights / "maps" / f"{fingerprint}-{'-'.join(str(x) for name, x in asdict(want).items() if name != 'map')}.json"
     )
-    p.add_argument("what", choices=("search",))
-    p.add_argument("--model", default=DEFAULT, metavar="M")
-    p.add_argument("--layers", type=int, default=KVSharer.layers, metavar="N", help="how many own no cache")
-    p.add_argument(
-        "--threshold", type=float, default=KVSharer.threshold, metavar="C", help="least cosine of the output"
-    )
-    p.add_argument("--order", default=KVSharer.order, metavar="O", help="dissimilar, or as controls similar or random")
-    p.add_argument("--out", metavar="FILE", help="the map; by default where kvsharer:layers=N looks for it")
-    p.add_argument("--device", default="auto", metavar="D")
-    p.add_argument("--dtype", default="auto", metavar="T")
-    p.error = lambda message: sys.exit(complain(message))
-    args = p.parse_args(argv)
-    try:
-        if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
-            raise ValueError(f"--out {args.out} cannot be written; give a file in a directory of yours")
-        want = KVSharer(layers=args.layers, threshold=args.threshold, order=args.order)
-        llm = load(args.model, device=args.device, dtype=args.dtype, bar=sys.stderr.isatty())
-        file = Path(args.out) if args.out else place(settings().weights, llm.fingerprint(), want)
-        share = llm.search(want, file, lambda line: print(line, flush=True))
-    except ValueError as e:
-        if settings().debug:
-            raise
-        return complain(str(e))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    print("in the end: " + ", ".join(f"{i} reads {o}" for i, o in sorted(share.items())))
-    print(f"{len(share)} of {llm.config.num_hidden_layers} layers own no cache; wrote {file}")
-    return 0
-
-
-def complain(message: str) -> int:
-    print(f"nanokv.share: {' '.join(message.split())}", file=sys.stderr)
-    return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,9 @@
-"""The store axis: name → its spec with default options. One line per store."""
+"""The store axis: name → its spec with default options. One line per store or short name."""
 
 from nanokv.cache.protocol import StoreSpec
 from nanokv.stores.dense import Dense
+from nanokv.stores.host.kcache import KCache
+from nanokv.stores.host.offload import Offload
 from nanokv.stores.quant.fp8 import Fp8
 from nanokv.stores.quant.int import Int
 from nanokv.stores.quant.mixed import Mixed
@@ -26,4 +28,6 @@ STORES: dict[str, StoreSpec] = {
     "mixed": Mixed(),
     "shadow": Shadow(),
     "quest": Quest(),
+    "offload": Offload(),
+    "kcache": KCache(),
 }

@@ -1,18 +1,42 @@
-"""A conversation on one compressed cache: each turn feeds only what is new, and what a policy dropped stays dropped."""
+"""A conversation on one compressed cache. Each turn feeds only the new tokens; what a policy evicted stays evicted.
+
+It knows messages, the chat template and sessions. Plans come from the caller's parser and lines from the caller's
+keyboard.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from nanokv.answer import Turn
+from nanokv.answer import Answer
 from nanokv.cache.plan import Plan
+from nanokv.cli import print_answer
+from nanokv.engine import Session
 from nanokv.llm import LLM
 
-MARK = "\u241fthe answer stands here\u241f"
+MARK = "\u241fthe answer stands here\u241f"  # no real message contains this
 
 
-def cut(llm: LLM, messages: list[dict[str, str]], question: str) -> tuple[list[int], list[int]]:
-    """The conversation rendered once with the question at the end of its last message, cut where the question begins."""
+def encode_prompt(
+    llm: LLM, text: str, question: str | None = None, chat: bool = False, system: str | None = None
+) -> tuple[list[int], list[int]]:
+    """The token ids of the prompt and of the question after it. `chat` or a system message: in the model's chat
+    template.
+    """
+    if not chat and system is None:
+        return llm.tokenizer.encode(text), [] if question is None else llm.tokenizer.encode_more(question)
+    messages = [*_system(system), {"role": "user", "content": text}]
+    if question is None:
+        return llm.tokenizer.encode(llm.tokenizer.chat(messages), special=False), []
+    return split_at_question(llm, messages, question)
+
+
+def split_at_question(llm: LLM, messages: list[dict[str, str]], question: str) -> tuple[list[int], list[int]]:
+    """Render the conversation once, with the question at the end of its last message. Cut it where the question
+    begins.
+    """
     *before, last = messages
     text = llm.tokenizer.chat([*before, {**last, "content": f"{last['content']}\n\n{MARK}{question}"}])
     prompt, mark, then = text.partition(MARK)
@@ -23,48 +47,101 @@ def cut(llm: LLM, messages: list[dict[str, str]], question: str) -> tuple[list[i
     return llm.tokenizer.encode(prompt, special=False), llm.tokenizer.encode_more(then)
 
 
-class Conversation:
-    """Messages so far and the session that holds them. `answer(session, prompts, then)` begins a turn with the caller's settings."""
+def _system(text: str | None) -> list[dict[str, str]]:
+    return [] if text is None else [{"role": "system", "content": text}]
 
-    def __init__(self, llm: LLM, system: str | None, room: int, answer: Callable[..., Turn], chunk: int | None = None):
-        self.llm, self.room, self.answer, self.chunk, self.plan = llm, room, answer, chunk, llm.plan
-        self.system = [] if system is None else [{"role": "system", "content": system}]
+
+class Conversation:
+    """The messages so far and the session that caches them.
+
+    `options` are keyword arguments of LLM.answer, the same for every answer; they name the `limit` of new tokens.
+    """
+
+    def __init__(self, llm: LLM, system: str | None, options: Mapping[str, Any], chunk: int | None = None):
+        self.llm, self.options, self.chunk, self.plan = llm, options, chunk, llm.plan
+        self.system = _system(system)
+        llm.tokenizer.chat([{"role": "user", "content": "hello"}])  # refuses a model without a chat template at once
         self.reset()
 
     def reset(self) -> None:
-        self.messages = self.asked = list(self.system)
-        self.drop()
+        """Forget all messages but the system message."""
+        self.messages = self.pending = list(self.system)
+        self.drop_cache()
 
-    def replan(self, plan: Plan) -> None:
-        """Another policy from here on. What the old one dropped is read anew: the next turn prefills the whole conversation."""
+    def set_plan(self, plan: Plan) -> None:
+        """Use another plan from now on. The next turn prefills the whole conversation under it."""
         self.plan = plan
-        self.drop()
+        self.drop_cache()
 
-    def drop(self) -> None:
-        """Let the cache go, keep the messages: after an answer that was broken off, or for another policy."""
-        self.session = self.turn = None
+    def drop_cache(self) -> None:
+        """Free the cache and keep the messages."""
+        self.session = self.latest = None
 
-    def say(self, text: str) -> Turn:
-        """Begin the answer to a user's message; `heard` ends it. Until then the conversation is as it was."""
+    def ask(self, text: str) -> Answer:
+        """Start the answer to a user's message. The message becomes part of the conversation in finish()."""
         messages = [*self.messages, {"role": "user", "content": text}]
         if self.session is None:
-            session = self.llm.session(self.room, self.chunk, self.plan)
-            self.turn = self.answer(session, [self._ids(self.llm.tokenizer.chat(messages))], [])
+            session = self.llm.session(self.options["limit"], self.chunk, self.plan)
+            prompt = self.llm.tokenizer.encode(self.llm.tokenizer.chat(messages), special=False)
+            self.latest = self.llm.answer(session, [prompt], **self.options)
         else:
             session = self.session
-            self.turn = self.answer(session, [], self._rest(text))
-        self.session, self.asked = session, messages
-        return self.turn
+            self.latest = self.llm.answer(session, [], then=self._new_tokens(text), **self.options)
+        self.session, self.pending = session, messages
+        return self.latest
 
-    def heard(self) -> None:
-        """Note the question and the answer that was given."""
-        self.messages = [*self.asked, {"role": "assistant", "content": self.turn.texts[0]}]
+    def finish(self) -> None:
+        """Add the question and its answer to the conversation."""
+        self.messages = [*self.pending, {"role": "assistant", "content": self.latest.texts[0]}]
 
-    def _rest(self, text: str) -> list[int]:
-        """What the template puts between the last answer and the next one, after the token that was not fed yet."""
+    def command(self, name: str, argument: str, parse_plan: Callable[[str], Plan]) -> str:
+        """Run /reset, /stats or /policy. Return the line to show."""
+        if name == "/reset":
+            self.reset()
+            return "the conversation is forgotten"
+        if name == "/stats":
+            return "nothing is cached yet" if self.session is None else str(self.session.report())
+        if name == "/policy":
+            if argument:
+                self.set_plan(parse_plan(argument))
+            return str(self.plan)
+        return f"unknown command {name}; commands are /reset /stats /policy PLAN /exit"
+
+    def _new_tokens(self, text: str) -> list[int]:
+        """The tokens that are not cached yet: the last token of the answer, if it was never fed, and then what the
+        template puts between that answer and the next one."""
         marked = [*self.messages[:-1], {"role": "assistant", "content": MARK}, {"role": "user", "content": text}]
         _, _, rest = self.llm.tokenizer.chat(marked).partition(MARK)
-        return [*([] if self.turn.unfed is None else [self.turn.unfed]), *self.llm.tokenizer.encode_more(rest)]
+        unfed = [] if self.latest.unfed is None else [self.latest.unfed]
+        return [*unfed, *self.llm.tokenizer.encode_more(rest)]
 
-    def _ids(self, text: str) -> list[int]:
-        return self.llm.tokenizer.encode(text, special=False)
+
+def repl(
+    chat: Conversation,
+    lines: Iterable[str],
+    parse_plan: Callable[[str], Plan],
+    report: Callable[[Session], None],
+    fail: Callable[[str], object],
+) -> None:
+    """Answer every line and run every command until /exit or the last line. report(session) is called after each
+    answer.
+
+    A message that fails leaves the conversation unchanged: fail(message) is called, and the next line is read.
+    """
+    for line in lines:
+        name, _, argument = line.strip().partition(" ")
+        if name == "/exit":
+            return
+        try:
+            if name.startswith("/"):
+                print(chat.command(name, argument, parse_plan), file=sys.stderr)
+            elif name:
+                print_answer(chat.ask(line))
+                chat.finish()
+                report(chat.session)
+        except ValueError as e:
+            fail(str(e))
+        except KeyboardInterrupt:
+            print("interrupted; the next turn prefills the conversation again", file=sys.stderr)
+        if chat.session is not None and not chat.session.intact:
+            chat.drop_cache()

@@ -1,5 +1,9 @@
-"""Logits → token. Greedy at temperature 0; otherwise temperature, top-k, top-p, min-p in that order, then an exponential
-race instead of a multinomial draw: the same distribution, no host sync.
+"""Choose the next token from logits.
+
+Temperature 0 is greedy. Otherwise temperature, top-k, top-p and min-p apply in this order.
+
+The token is the argmax of p / e with e from the exponential distribution. This has the same distribution as a
+multinomial draw and does not wait for the device.
 """
 
 from __future__ import annotations
@@ -12,8 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
+    """Sampling settings; the defaults are greedy. ValueError if one is out of range."""
+
     temperature: float = 0.0
-    top_k: int = 0  # 0: all
+    top_k: int = 0  # 0: no limit
     top_p: float = 1.0
     min_p: float = 0.0
 
@@ -29,14 +35,14 @@ class Sampling:
 
 
 def probabilities(logits: Tensor, s: Sampling) -> Tensor:
-    """(B,vocab) → fp32 probabilities that are sampled from; s.temperature > 0."""
+    """Logits (B,vocab) → fp32 probabilities (B,vocab) after the filters. s.temperature must be above 0."""
     p = ((logits.float() - logits.float().amax(-1, keepdim=True)) / s.temperature).softmax(-1)
     if s.top_k:
         kth = p.topk(min(s.top_k, p.shape[-1]), -1).values[:, -1:]
         p = p.masked_fill(p < kth, 0)
     if s.top_p < 1:
         order = p.sort(-1, descending=True)
-        before = order.values.cumsum(-1) - order.values  # mass of the likelier ones; the first that crosses top_p stays
+        before = order.values.cumsum(-1) - order.values  # sum of the likelier tokens; the one that crosses top_p stays
         drop = torch.zeros_like(p, dtype=torch.bool).scatter(
             -1, order.indices, before >= s.top_p * p.sum(-1, keepdim=True)
         )
@@ -46,10 +52,10 @@ def probabilities(logits: Tensor, s: Sampling) -> Tensor:
     return p / p.sum(-1, keepdim=True)
 
 
-def sample(logits: Tensor, s: Sampling, dice: torch.Generator | None) -> Tensor:
-    """(B,vocab) → (B,) token ids."""
+def sample(logits: Tensor, s: Sampling, generator: torch.Generator | None) -> Tensor:
+    """Logits (B,vocab) → token ids (B,)."""
     if s.temperature == 0:
         return logits.argmax(-1)
     p = probabilities(logits, s)
-    race = torch.empty_like(p).exponential_(1.0, generator=dice)
-    return (p / race).argmax(-1)
+    exponential = torch.empty_like(p).exponential_(1.0, generator=generator)
+    return (p / exponential).argmax(-1)

@@ -5,42 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nanokv.text import tokenizer
-from nanokv.text.tokenizer import CUT, Tokenizer
+from nanokv.text.tokenizer import INCOMPLETE, Tokenizer
 
 
 class Stream:
-    """Token by token to text: gives out what is final, holds back what the next token may still change."""
+    """Turn tokens into text one by one. Text is returned as soon as later tokens cannot change it.
+
+    `before` holds the ids of the text that the stream continues.
+    """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int]):
         self.tokenizer = tokenizer
-        self.held: list[int] = []
+        self.pending: list[int] = []
         ids = list(before[-256:])
-        while tokenizer.decode(ids).startswith(CUT):  # the first character is not whole: begin with the next
-            ids = ids[1:]
-        self._shown(ids)
+        while tokenizer.decode(ids).startswith(INCOMPLETE):
+            ids = ids[1:]  # start with the token after the incomplete character
+        self._set_shown(ids)
 
     def push(self, token: int) -> str:
-        self.held.append(token)
-        text = self.tokenizer.decode(self.given + self.held)
-        if text.endswith(CUT) and len(self.held) < 64:  # more than that is no character any more
+        """Add a token and return the text that is now final. "" if there is none."""
+        self.pending.append(token)
+        text = self.tokenizer.decode(self.shown + self.pending)
+        if text.endswith(INCOMPLETE) and len(self.pending) < 64:  # 64 tokens are not one character
             return ""
         piece = text[self.length :]
         if piece:
-            self._shown(self.held)
-            self.held = []
+            self._set_shown(self.pending)
+            self.pending = []
         return piece
 
     def end(self) -> str:
-        """What was held back."""
-        return self.tokenizer.decode(self.given + self.held)[self.length :]
+        """Return the text that was not final yet."""
+        return self.tokenizer.decode(self.shown + self.pending)[self.length :]
 
-    def _shown(self, ids: list[int]) -> None:
-        """Ids whose text is out: they end with a whole character, and decide whether the next one is preceded by a space."""
-        self.given, self.length = ids, len(self.tokenizer.decode(ids))
+    def _set_shown(self, ids: list[int]) -> None:
+        """Store the last ids whose text was returned: they decide whether the next text starts with a space."""
+        self.shown, self.length = ids, len(self.tokenizer.decode(ids))
 
 
 class Stopper:
-    """A text stream that ends before the first stop string, and holds back what could be the beginning of one."""
+    """A text stream that ends before the first stop string. It holds back text that could be the beginning of one."""
 
     def __init__(self, stream: tokenizer.Stream, stop: tuple[str, ...]):
         self.stream, self.stop, self.held, self.stopped = stream, stop, "", False

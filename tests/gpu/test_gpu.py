@@ -28,13 +28,13 @@ def normal(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=dice, device="cuda").to(dtype)
 
 
-def truth(q, k, v, seen=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out, lse and weights (B,H,S) of one token in fp64; seen bool (B,Hkv,S)."""
+def truth(q, k, v, visible=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return out, lse and weights (B,H,S) of one token in fp64; visible (B,Hkv,S) bool."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
     score = (q.double() @ k.transpose(2, 3))[:, :, 0] * q.shape[3] ** -0.5
-    if seen is not None:
-        score = score.masked_fill(~seen.repeat_interleave(group, 1), -torch.inf)
+    if visible is not None:
+        score = score.masked_fill(~visible.repeat_interleave(group, 1), -torch.inf)
     weight = score.softmax(-1).nan_to_num()
     return weight[:, :, None] @ v, score.logsumexp(-1, keepdim=True), weight
 
@@ -43,7 +43,7 @@ def truth(q, k, v, seen=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 CLOSE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
 
 
-def near(found: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> None:
+def assert_near(found: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> None:
     assert not found.isnan().any()
     torch.testing.assert_close(found.double(), right, atol=CLOSE[dtype], rtol=CLOSE[dtype])
 
@@ -58,14 +58,14 @@ def test_decode(B, heads, G, S, D, window, dtype):
         normal(B, n, s, D, dtype=dtype, seed=i) for i, (n, s) in enumerate(((heads * G, 1), (heads, S), (heads, S)))
     )
     length = torch.randint(0, S + 1, (B, heads), device="cuda", dtype=torch.int32)
-    kpos = torch.arange(S, device="cuda", dtype=torch.int32).expand(B, heads, S).contiguous()
-    now = torch.full((B, 1), S, device="cuda")
-    seen = (kpos < length[..., None]) & (kpos > (S - window if window else -1))
-    right = truth(q, k, v, seen)
-    out, lse, votes = kernels.decode(q, k, v, length, kpos, now, window, "mean")
-    near(out, right[0], dtype)
-    near(lse, right[1], dtype)
-    near(votes, right[2].unflatten(1, (heads, G)).mean(2), dtype)
+    key_pos = torch.arange(S, device="cuda", dtype=torch.int32).expand(B, heads, S).contiguous()
+    query_pos = torch.full((B, 1), S, device="cuda")
+    visible = (key_pos < length[..., None]) & (key_pos > (S - window if window else -1))
+    right = truth(q, k, v, visible)
+    out, lse, scores = kernels.decode(q, k, v, length, key_pos, query_pos, window, "mean")
+    assert_near(out, right[0], dtype)
+    assert_near(lse, right[1], dtype)
+    assert_near(scores, right[2].unflatten(1, (heads, G)).mean(2), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -79,22 +79,25 @@ def test_decode_quant(bits, runs, exact, dtype):
         normal(B, n, s, D, dtype=dtype, seed=i) for i, (n, s) in enumerate(((heads * G, 1), (heads, S), (heads, S)))
     )
     k, v = reference.quantize(k, bits[0], 64, 1), reference.quantize(v, bits[1], 1, D // runs)
-    kpos = torch.arange(S, device="cuda", dtype=torch.int32).expand(B, heads, S).contiguous()
-    held, now = kpos % 3 > 0, torch.full((B, 1), S, device="cuda")
-    keys, values, seen, beside = reference.dequantize(*k, bits[0]), reference.dequantize(*v, bits[1]), held, None
+    key_pos = torch.arange(S, device="cuda", dtype=torch.int32).expand(B, heads, S).contiguous()
+    mask, query_pos = key_pos % 3 > 0, torch.full((B, 1), S, device="cuda")
+    keys, values = reference.dequantize(*k, bits[0]), reference.dequantize(*v, bits[1])
+    visible, exact_tokens = mask, None
     if exact:
         more = [normal(B, heads, 100, D, dtype=dtype, seed=i) for i in (5, 6)]
         there = torch.rand(B, heads, 100, device="cuda") > 0.3
-        beside = *more, there, kpos[:, :, :100]
-        keys, values, seen = (torch.cat((a, b), 2) for a, b in zip((keys, values, held), (*more, there), strict=True))
-    right = truth(q, keys, values, seen)
-    out, lse = kernels.decode_quant(q, k, v, held, kpos, now, None, bits, beside)
-    near(out, right[0], dtype)
-    near(lse, right[1], dtype)
+        exact_tokens = *more, there, key_pos[:, :, :100]
+        keys, values, visible = (
+            torch.cat((a, b), 2) for a, b in zip((keys, values, mask), (*more, there), strict=True)
+        )
+    right = truth(q, keys, values, visible)
+    out, lse = kernels.decode_quant(q, k, v, mask, key_pos, query_pos, None, bits, exact_tokens)
+    assert_near(out, right[0], dtype)
+    assert_near(lse, right[1], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mass_and_rows(dtype):
+def test_scores_norm_and_gemv(dtype):
     q, k = normal(1, 32, 32, 128, dtype=dtype, seed=0), normal(1, 8, 3000, 128, dtype=dtype, seed=1)
     i = torch.arange(3000 - 32, 3000, device="cuda")[:, None]
     score = q.double() @ k.double().repeat_interleave(4, 1).transpose(2, 3) * 128**-0.5
@@ -105,40 +108,40 @@ def test_mass_and_rows(dtype):
         .unflatten(1, (8, 4))
         .mean(2)
     )
-    near(kernels.mass(q, k, 3000 - 32, None, "mean"), right, dtype)
+    assert_near(kernels.attention_scores(q, k, 3000 - 32, None, "mean"), right, dtype)
     x, w, gate = (normal(*s, dtype=dtype, seed=i) for i, s in enumerate(((1, 1, 4096), (11008, 4096), (1, 1, 22016))))
-    near(kernels.linear(x, w / 64, None), x.double() @ (w / 64).double().T, dtype)
+    assert_near(kernels.linear(x, w / 64, None), x.double() @ (w / 64).double().T, dtype)
     a, b = gate.double().chunk(2, -1)
-    near(kernels.swiglu(gate), a * a.sigmoid() * b, dtype)
+    assert_near(kernels.swiglu(gate), a * a.sigmoid() * b, dtype)
     right = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     ones = torch.ones(4096, device="cuda")
-    near(kernels.norm(x, ones, 1e-5), right, dtype)
-    both, normed = kernels.add_norm(x, x, ones, 1e-5)
-    near(both, 2 * x.double(), dtype)
-    near(normed, 2 * x.double() * ((2 * x.double()).square().mean(-1, keepdim=True) + 1e-5).rsqrt(), dtype)
+    assert_near(kernels.rms_norm(x, ones, 1e-5), right, dtype)
+    both, normed = kernels.add_rms_norm(x, x, ones, 1e-5)
+    assert_near(both, 2 * x.double(), dtype)
+    assert_near(normed, 2 * x.double() * ((2 * x.double()).square().mean(-1, keepdim=True) + 1e-5).rsqrt(), dtype)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_ragged_heads_and_moved_tokens(dtype):
+def test_decode_ragged_and_kv_write(dtype):
     B, heads, G, D, n = 2, 4, 4, 128, [[900, 1, 0, 333], [64, 65, 700, 5]]
     q = normal(B, heads * G, 1, D, dtype=dtype, seed=0)
     length = torch.tensor(n, dtype=torch.int32, device="cuda")
     first = (length.flatten().cumsum(0) - length.flatten()).view(B, heads, 1)
     k, v = (normal(int(length.sum()), D, dtype=dtype, seed=i) for i in (1, 2))
     spans = list(zip(first.flatten().tolist(), length.flatten().tolist(), strict=True))
-    kpos, now = torch.zeros(len(k), dtype=torch.int32, device="cuda"), torch.full((B, 1), 900, device="cuda")
-    out, lse, votes = kernels.decode_ragged(q, k, v, spans, first, length, kpos, now, None, "each")
+    key_pos, query_pos = torch.zeros(len(k), dtype=torch.int32, device="cuda"), torch.full((B, 1), 900, device="cuda")
+    out, lse, scores = kernels.decode_ragged(q, k, v, spans, first, length, key_pos, query_pos, None, "each")
     for i, (a, m) in enumerate(spans):
         b, mine = i // heads, slice(i % heads * G, (i % heads + 1) * G)
         right = truth(q[b : b + 1, mine], k[None, None, a : a + m], v[None, None, a : a + m])
-        near(out[b : b + 1, mine], right[0], dtype)
-        near(lse[b : b + 1, mine], right[1], dtype)
-        near(votes[b : b + 1, mine, :m], right[2], dtype)
+        assert_near(out[b : b + 1, mine], right[0], dtype)
+        assert_near(lse[b : b + 1, mine], right[1], dtype)
+        assert_near(scores[b : b + 1, mine, :m], right[2], dtype)
 
     k, v = (normal(B, 500, heads, D, dtype=dtype, seed=i).transpose(1, 2) for i in (1, 2))
-    kpos = torch.arange(500, device="cuda", dtype=torch.int32).expand(B, heads, 500).contiguous()
-    at = torch.randint(-1, 500, (B, heads, 99), device="cuda")
-    both = zip(kernels.compact(k, v, kpos, at), reference.compact(k, v, kpos, at), strict=True)
+    key_pos = torch.arange(500, device="cuda", dtype=torch.int32).expand(B, heads, 500).contiguous()
+    index = torch.randint(-1, 500, (B, heads, 99), device="cuda")
+    both = zip(kernels.compact(k, v, key_pos, index), reference.compact(k, v, key_pos, index), strict=True)
     assert all(torch.equal(a, b) for a, b in both)
     slots = [torch.zeros(B, heads, 9, D, dtype=dtype, device="cuda") for _ in range(4)]
     row = torch.arange(B * heads, device="cuda") * 9 + 3
@@ -157,29 +160,29 @@ def test_ragged_heads_and_moved_tokens(dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_chunks(dtype):
-    """Values come out of the host's memory, which the kernel reads itself."""
+def test_shadowkv(dtype):
+    """fetch_chunks reads values from host memory."""
     B, heads, G, D, C, c, rank = 2, 8, 4, 128, 500, 8, 160
-    q, marks = normal(B, heads * G, 1, D, dtype=dtype, seed=0), normal(B, heads, C, D, dtype=dtype, seed=1)
-    seen = torch.rand(B, heads, C, device="cuda") > 0.2
-    score = truth(q, marks, marks, seen)[2].unflatten(1, (heads, G)).amax(2)
-    near(kernels.landmarks(q, marks, seen), score, dtype)
+    q, landmarks = normal(B, heads * G, 1, D, dtype=dtype, seed=0), normal(B, heads, C, D, dtype=dtype, seed=1)
+    visible = torch.rand(B, heads, C, device="cuda") > 0.2
+    score = truth(q, landmarks, landmarks, visible)[2].unflatten(1, (heads, G)).amax(2)
+    assert_near(kernels.landmark_scores(q, landmarks, visible), score, dtype)
     a, b = normal(B, C, c, rank, dtype=dtype, seed=2), normal(B, heads, rank, D, dtype=dtype, seed=3) / rank**0.5
     inv_freq = 500000.0 ** -(torch.arange(0, D, 2, device="cuda") / D)
     first = torch.tensor([0, 120_000], dtype=torch.int32, device="cuda")
-    ids = torch.rand(B, heads, C, device="cuda").argsort(-1)[:, :, :64].int()
-    fresh, out = (
+    chunk_ids = torch.rand(B, heads, C, device="cuda").argsort(-1)[:, :, :64].int()
+    is_new, out = (
         torch.rand(B, heads, 64, device="cuda") > 0.5,
         torch.full((B, heads, 64, c * D), 7.0, dtype=dtype, device="cuda"),
     )
-    kernels.rebuild(a, b, inv_freq, first, ids, fresh, out)
+    kernels.rebuild_keys(a, b, inv_freq, first, chunk_ids, is_new, out)
     right = torch.full_like(out, 7.0, dtype=torch.float64)
-    reference.rebuild(a.double().float(), b.float(), inv_freq, first, ids, fresh, right)
-    near(out, right, dtype)
+    reference.rebuild_keys(a.double().float(), b.float(), inv_freq, first, chunk_ids, is_new, right)
+    assert_near(out, right, dtype)
     far = torch.randn(B, heads, C, c * D).to(dtype).pin_memory()
-    kernels.fetch(far, ids, fresh, out)
-    there = far.cuda().gather(2, ids.long()[..., None].expand(-1, -1, -1, c * D))
-    assert torch.equal(out[fresh], there[fresh]) and not torch.equal(out[~fresh], there[~fresh])
+    kernels.fetch_chunks(far, chunk_ids, is_new, out)
+    there = far.cuda().gather(2, chunk_ids.long()[..., None].expand(-1, -1, -1, c * D))
+    assert torch.equal(out[is_new], there[is_new]) and not torch.equal(out[~is_new], there[~is_new])
 
 
 PLANS = [

@@ -1,11 +1,3 @@
-"""The place axis: name → its part with default options. One line per place."""
-
-from nanokv.cache.protocol import Place
-from nanokv.stores.host.kcache import KCache
-from nanokv.stores.host.offload import Offload
-
-PLACES: dict[str, Place] = {
-    "device": Place(),
-    "offload": Offload(),
-    "kcache": KCache(),
-}
+"""Stores of which K, V or both lie in the host's memory. Codes and scales may not enter: only exact slots are kept on
+the host.
+"""

@@ -1,54 +1,64 @@
-"""Tokens in slots of which K, V or both lie in the host's memory. On a CPU that is the device's own: nothing is moved."""
+"""Exact slots of which K, V or both lie in the host's memory. On a CPU that is the device's own memory: nothing is
+moved.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept
-from nanokv.cache.protocol import Context, Place, StoreSpec
 from nanokv.policies.base import Policy
-from nanokv.stores.dense import Dense, SlotStore
-from nanokv.stores.quant.codec import Codec
+from nanokv.stores.dense import Dense, SlotStore, plain_codecs
 
 
-class Hosted(Place):
-    """Only slots that are as they came are taken apart: codes and scales of other stores belong together."""
+@dataclass(frozen=True, kw_only=True)
+class Hosted(Dense):
+    """`on_host` names what lies in the host's memory: k, v or both."""
 
-    def refuses(self, keep: Policy, store: StoreSpec) -> str:
-        return "" if type(store) is Dense else "only plain slots go to the host; use dense"
+    on_host = ("k", "v")
+    implies = ("dense",)
+
+    def device_bytes(self, config: Any, dtype: torch.dtype, cost: tuple[float, int], kept: int, ahead: int) -> float:
+        return super().device_bytes(config, dtype, cost, kept, ahead) - self.host_bytes(config, dtype, kept, ahead)
+
+    def host_bytes(self, config: Any, dtype: torch.dtype, kept: int, ahead: int) -> int:
+        return (kept + ahead) * len(self.on_host) * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
 class HostStore(SlotStore):
-    def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context, on_host: tuple[str, ...]):
-        self.on_host = on_host
-        plain = Codec(ctx.config.head_dim, ctx.dtype)
-        super().__init__(rows, policy, room, ctx, (plain, plain))
+    def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec: Hosted):
+        self.spec = spec
+        super().__init__(rows, policy, room, ctx, plain_codecs(ctx))
 
     @property
-    def waits(self) -> bool:
+    def needs_host_sync(self) -> bool:
         return self.ctx.device.type != "cpu"
 
-    def _plane(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
-        return (self.ctx.host if name in self.on_host else self.ctx.empty)(*shape, dtype=dtype)
+    def _allocate(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+        return (self.ctx.empty_on_host if name in self.spec.on_host else self.ctx.empty)(*shape, dtype=dtype)
 
-    def _write(self, at: Tensor, k: Tensor, v: Tensor) -> None:
-        row = self.slots.flat(at)
+    def _write(self, slot: Tensor, k: Tensor, v: Tensor) -> None:
+        row = self.slots.rows(slot)
         for (plane,), x in zip(self.planes, (k, v), strict=True):
-            rows = x.reshape(-1, x.shape[3]).to(plane.device)
-            plane.view(-1, x.shape[3]).index_copy_(0, row.to(plane.device), rows)
+            new = x.reshape(-1, x.shape[3]).to(plane.device)
+            plane.view(-1, x.shape[3]).index_copy_(0, row.to(plane.device), new)
 
     def unpack(self) -> list[Kept]:
         k, v = (plane.to(self.ctx.device).view(-1, plane.shape[3]) for (plane,) in self.planes)
-        return self.slots.unpack(k, v)
+        return self.slots.unpack(k, v)[0]
 
     def tensors(self) -> list[Tensor]:
-        here = [plane for name, (plane,) in zip("kv", self.planes, strict=True) if name not in self.on_host]
+        here = [plane for name, (plane,) in zip("kv", self.planes, strict=True) if name not in self.spec.on_host]
         return [*here, *self.slots.tensors()]
 
-    def hosted(self) -> list[Tensor]:
-        return [plane for name, (plane,) in zip("kv", self.planes, strict=True) if name in self.on_host]
+    def host_tensors(self) -> list[Tensor]:
+        return [plane for name, (plane,) in zip("kv", self.planes, strict=True) if name in self.spec.on_host]
 
-    def live(self) -> tuple[int, int, int]:
-        k, v, rest = super().live()
-        return 0 if "k" in self.on_host else k, 0 if "v" in self.on_host else v, rest
+    def used_bytes(self) -> tuple[int, int, int]:
+        k, v, bookkeeping = super().used_bytes()
+        return 0 if "k" in self.spec.on_host else k, 0 if "v" in self.spec.on_host else v, bookkeeping

@@ -1,47 +1,54 @@
-"""How a token's key or value is written down alone: as it is, or as codes. What every store that rounds token by token is made of."""
+"""How one token's key or value is written: as it is, or as codes. Every store that rounds token by token is made of
+codecs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-HALF = torch.finfo(torch.float16).max  # scales are fp16, and infinity times no code is no number
+from nanokv.cache.kept import StoreState
+
+HALF_MAX = torch.finfo(torch.float16).max  # scales are fp16, and infinity times code 0 is no number
 
 
 class Codec:
-    """Exact: one plane, the vector itself. A codec that rounds replaces all of it.
+    """Exact: one plane, the vector itself. A codec that rounds overrides all of it.
 
     A plane is one of the tensors (B,Hkv,T,width) that together hold the vectors (B,Hkv,T,D).
     """
 
+    rounds = False
     scale: Tensor | None = None  # (B,Hkv,1,1), of a codec that measures each head once
 
     def __init__(self, dim: int, dtype: torch.dtype):
         self.planes = [(dim, dtype)]
 
     def of_row(self, b: int) -> Codec:
-        """For one row of the batch."""
+        """The codec of one row of the batch."""
         return self
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B,Hkv,T,D) → its planes."""
         return (x,)
 
     def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """(B,Hkv,T,D) in `dtype`, in the space that `turn` leads to."""
+        """(B,Hkv,T,D) in `dtype`, as `rotate` would make the vectors."""
         return planes[0]
 
-    def turn(self, x: Tensor) -> Tensor:
-        """A vector into the codec's own space; it keeps products, so a query is turned once instead of every key."""
+    def rotate(self, x: Tensor) -> Tensor:
+        """A vector as the codec sees it. Products are kept, so a query is rotated once instead of every key."""
         return x
 
-    def back(self, x: Tensor) -> Tensor:
-        """… and out of it."""
+    def rotate_back(self, x: Tensor) -> Tensor:
+        """The inverse of `rotate`."""
         return x
 
     def tensors(self) -> list[Tensor]:
-        """What it needs besides the planes, for the receipt."""
+        """What the codec holds besides the planes, for the receipt."""
         return [] if self.scale is None else [self.scale]
 
     @property
@@ -50,19 +57,49 @@ class Codec:
         return sum(n * dtype.itemsize for n, dtype in self.planes)
 
 
+@dataclass(frozen=True)
+class CodeState(StoreState):
+    """The codes of a row's tokens: of K and of V the planes (1,Hkv,N,·), and the head's scale repeated per token
+    (1,Hkv,N,1).
+    """
+
+    codes: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+    scales: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def select(self, index: Tensor) -> CodeState:
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
+
+        return CodeState(tuple(tuple(map(pick, planes)) for planes in self.codes), tuple(map(pick, self.scales)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {f"{name}s": x for name, x in zip("kv", self.scales, strict=True) if x is not None}
+        for name, planes in zip("kv", self.codes, strict=True):
+            found |= {f"{name}{i}": plane for i, plane in enumerate(planes)}
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> CodeState:
+        codes = tuple(
+            tuple(tensors[f"{name}{i}"] for i in range(sum(key[0] == name and key[1:].isdigit() for key in tensors)))
+            for name in "kv"
+        )
+        return cls(codes, (tensors.get("ks"), tensors.get("vs")))
+
+
 def look_up(table: Tensor, codes: Tensor) -> Tensor:
-    """What each code (uint8) stands for. On the CPU five times as fast as indexing, and as torch's own conversion of fp8."""
+    """table[codes] for uint8 codes. On the CPU five times as fast as indexing, and as torch's own conversion of fp8."""
     return table.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
 
 
 def hadamard(dim: int) -> Tensor:
-    """(n,n) fp32, symmetric and orthonormal, for runs of n channels: the largest power of two that divides dim."""
+    """(n,n) fp32, symmetric and orthonormal, for runs of n channels; n is the largest power of two that divides dim."""
     h = torch.ones(1, 1)
     while h.shape[0] < dim & -dim:
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
     return h / h.shape[0] ** 0.5
 
 
-def rotate(x: Tensor, h: Tensor) -> Tensor:
-    """Runs of channels times h; its own inverse."""
+def hadamard_rotate(x: Tensor, h: Tensor) -> Tensor:
+    """Multiply each run of channels by h. It is its own inverse."""
     return (x.float().unflatten(-1, (-1, h.shape[0])) @ h).flatten(-2).to(x.dtype)

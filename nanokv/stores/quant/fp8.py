@@ -8,22 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept
-from nanokv.cache.protocol import Context
-from nanokv.stores.dense import Rounding
+from nanokv.stores.dense import PerToken
 from nanokv.stores.quant.codec import Codec, look_up
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fp8(Rounding):
-    """FP8 (Micikevicius et al. 2022, arXiv:2209.05433, §3): each number to the nearest of e4m3 (three bits of mantissa, up to 448) or
-    e5m2 (two bits, up to 57344), times a scale per KV head that the largest number of the first tokens sets once.
+class Fp8(PerToken):
+    """FP8 (Micikevicius et al. 2022, arXiv:2209.05433, §3): each number becomes the nearest one of e4m3 (three bits
+    of mantissa, up to 448) or e5m2 (two bits, up to 57344), times a scale per KV head that the largest number of the
+    first tokens sets once.
 
-    Deviations from what serving engines do: the scale is a power of two, so that scaling itself rounds nothing; what comes
-    later and is larger than the format goes to its largest number.
+    Deviations from what serving engines do: the scale is a power of two, so scaling itself rounds nothing; a later
+    number that is too large for the format becomes its largest number.
     """
 
     format: str = "e4m3"  # e4m3 | e5m2
@@ -40,52 +42,59 @@ class Fp8(Rounding):
     def widths(self, dim: int) -> tuple[float, float]:
         return dim, dim
 
-    def shared(self, config: Any) -> int:
+    def constant_bytes(self, config: Any) -> int:
         return 4 * 256
 
     def codecs(self, rows: Sequence[Kept], ctx: Context) -> tuple[Codec, Codec]:
-        kind = FORMATS[self.format]
-        numbers = ctx.once(self.format, lambda: torch.arange(256, dtype=torch.uint8).view(kind).float())
-        raw = ctx.ops.reads(kind)
-        return tuple(Fp8Codec(self.scale(rows, name), kind, numbers, ctx.config.head_dim, raw) for name in "kv")
+        kind, dim = FORMATS[self.format], ctx.config.head_dim
+        numbers = ctx.shared_constant(self.format, lambda: torch.arange(256, dtype=torch.uint8).view(kind).float())
+        fused = ctx.ops.decodes_fp8(kind)
+        return tuple(Fp8Codec(self.scale(rows, i), kind, numbers, dim, fused) for i in range(2))
 
-    def scale(self, rows: Sequence[Kept], name: str) -> Tensor:
-        """(B,Hkv,1,1) fp32: the least power of two that brings each head's numbers into the format."""
-        if rows[0].codes is not None:
-            known = [torch.nn.functional.pad(r.codes[f"{name}s"], (0, 0, 0, 1), value=1.0) for r in rows]  # … or empty
+    def scale(self, rows: Sequence[Kept], i: int) -> Tensor:
+        """(B,Hkv,1,1) fp32, of K (i = 0) or V (1): the least power of two that brings each head's numbers into the
+        format.
+        """
+        if rows[0].state is not None:
+            known = [pad(r.state.scales[i], (0, 0, 0, 1), value=1.0) for r in rows]  # a row may be empty
             return torch.cat([x[:, :, :1] for x in known])
-        whole = [torch.nn.functional.pad(getattr(r, name), (0, 0, 0, 1)) for r in rows]  # a row may be empty
-        most = torch.cat([x.float().abs().amax((2, 3), keepdim=True) for x in whole])
-        least = most / torch.finfo(FORMATS[self.format]).max
-        return torch.where(least > 0, least.log2().ceil().clamp(-60, 60).exp2(), 1.0)
+        padded = [pad((r.k, r.v)[i], (0, 0, 0, 1)) for r in rows]
+        largest = torch.cat([x.float().abs().amax((2, 3), keepdim=True) for x in padded])
+        needed = largest / torch.finfo(FORMATS[self.format]).max
+        return torch.where(needed > 0, needed.log2().ceil().clamp(-60, 60).exp2(), 1.0)
 
 
 class Fp8Codec(Codec):
-    """raw: whether the backend reads such numbers itself; the scale then meets the query and the result instead of every key and value."""
+    """fused: the backend's `decode` takes 8-bit numbers. The scale then multiplies the query and the output instead
+    of keys and values.
+    """
 
-    def __init__(self, scale: Tensor, kind: torch.dtype, numbers: Tensor, dim: int, raw: bool):
-        self.scale, self.kind, self.numbers, self.planes, self.raw = scale, kind, numbers, [(dim, torch.uint8)], raw
+    rounds = True
+
+    def __init__(self, scale: Tensor, kind: torch.dtype, numbers: Tensor, dim: int, fused: bool):
+        self.scale, self.kind, self.numbers, self.fused = scale, kind, numbers, fused
+        self.planes = [(dim, torch.uint8)]
 
     def of_row(self, b: int) -> Fp8Codec:
-        return Fp8Codec(self.scale[b : b + 1], self.kind, self.numbers, self.planes[0][0], self.raw)
+        return Fp8Codec(self.scale[b : b + 1], self.kind, self.numbers, self.planes[0][0], self.fused)
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        most = torch.finfo(self.kind).max
-        return ((x.float() / self.scale).clamp(-most, most).to(self.kind).view(torch.uint8),)
+        largest = torch.finfo(self.kind).max
+        return ((x.float() / self.scale).clamp(-largest, largest).to(self.kind).view(torch.uint8),)
 
     def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        if self.raw:
+        if self.fused:
             return planes[0].view(self.kind)
         return look_up(self.numbers.to(dtype), planes[0]) * self.scale.to(dtype)
 
-    def turn(self, x: Tensor) -> Tensor:
-        if not self.raw:
+    def rotate(self, x: Tensor) -> Tensor:
+        if not self.fused:
             return x
         scale = self.scale.repeat_interleave(x.shape[1] // self.scale.shape[1], 1)
         return (x.float() * scale).to(x.dtype if x.itemsize > 1 else torch.float32)
 
-    def back(self, x: Tensor) -> Tensor:
-        return self.turn(x)
+    def rotate_back(self, x: Tensor) -> Tensor:
+        return self.rotate(x)
 
     def tensors(self) -> list[Tensor]:
         return [self.scale, self.numbers]

@@ -1,146 +1,192 @@
-"""Groups of tokens that share scales, behind a window of exact ones: the memory and the schedule of every store of that kind."""
+"""Groups of tokens that share scales, behind a window of exact tokens: the memory and the schedule of the int stores."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanokv.backends.base import merge
-from nanokv.cache.kept import Kept
-from nanokv.cache.protocol import Context
+from nanokv.cache.context import Context
+from nanokv.cache.kept import Kept, StoreState
 from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
 
+Planes = tuple[Tensor, Tensor, Tensor]  # words, scale, zero point
+
 
 class GroupSlots(Slots):
-    """Slots in memory: `pin` tokens and the residual window, exact, then whole groups.
+    """Slots in this order: `n_pinned` exact tokens, the exact window, then whole groups.
 
-    A head's tokens count from 0 as they are written. The first `pin` stay where they are. The others enter the window, and whenever it
-    holds residual + group of them its first `group` move behind it and the rest closes up: `moved` groups so far, of which a head that
-    grows has them all and one with a limit a ring of `laps`. Where a token that the policy's ring has let go lies, pos is −1.
+    A head's tokens are numbered from 0 as they are written. The first `n_pinned` stay where they are. The others
+    enter the window. Whenever the window holds residual + group tokens, its first `group` tokens move behind it and
+    the others close up. `n_flushed` counts the groups that have moved. A head that grows has memory for all its
+    groups; a head with a limit has a ring of `ring_groups` groups. Evicted tokens are marked with pos = −1.
     """
 
     def __init__(self, rows: list[Kept], room: int, sliding_window: int | None, pin: int, group: int, residual: int):
-        self.group, self.residual = group, residual
-        codes = rows[0].codes  # as another store of this kind divided its slots
-        self.least = (pin, 0) if codes is None else (int(codes["pin"]), codes["k"].shape[2])
-        self.room = room
+        self.group, self.residual, self.room = group, residual, room
+        state = rows[0].state  # says how another store of this kind divided its slots
+        self.least_pinned, self.least_exact = (pin, 0) if state is None else (state.n_pinned, state.k.shape[2])
         super().__init__(rows, room, sliding_window)
 
-    def _size(self) -> int:
-        """Also fixes how the slots are divided."""
-        self.pin = max(self.least[0], int(self.sink.max()))  # sinks stay, and a ring of groups cannot let them
-        wraps = (self.limit < self.cursor + self.room) | (self.limit == self.wanted)
+    def _slots_per_head(self) -> int:
+        """Also decides how the slots are divided."""
+        self.n_pinned = max(self.least_pinned, int(self.sink.max()))  # sinks stay; a ring of groups would evict them
+        wraps = (self.limit < self.cursor + self.room) | (self.limit == self.asked_limit)
         if self.sliding_window is not None:
             wraps |= self.limit == self.sink + self.sliding_window
         self.wraps = bool(wraps.any())
-        self.near = self.pin + self.residual + self.group
+        self.n_exact = self.n_pinned + self.residual + self.group
         if not self.wraps:  # a text that never fills the window needs no more than its own length
-            self.near = max(min(self.near, int(self.limit.max())), self.least[1])
-        grows = (self.limit - self.pin - self.residual).div(self.group, rounding_mode="floor").clamp(min=0)
+            self.n_exact = max(min(self.n_exact, int(self.limit.max())), self.least_exact)
+        grows = self._groups(self.limit - self.n_pinned - self.residual)
         ring = -(self.sink + self.residual - self.limit).div(self.group, rounding_mode="floor")
-        self.laps = torch.where(wraps, ring.clamp(min=1), grows)
-        self.moved = (self.cursor - self.pin - self.residual).div(self.group, rounding_mode="floor").clamp(min=0)
-        return self.near + int(self.laps.max()) * self.group
+        self.ring_groups = torch.where(wraps, ring.clamp(min=1), grows)
+        self.n_flushed = self._groups(self.cursor - self.n_pinned - self.residual)
+        return self.n_exact + int(self.ring_groups.max()) * self.group
 
-    def _where(self, b: int, n: int) -> Tensor:
-        return self.place_of(torch.arange(n, device=self.cursor.device).expand(1, self.cursor.shape[1], n), b)[0]
+    def _groups(self, tokens: Tensor) -> Tensor:
+        return tokens.div(self.group, rounding_mode="floor").clamp(min=0)
 
-    def place_of(self, nth: Tensor, b: int | None = None) -> Tensor:
-        """(B,Hkv,n): in which slots the nth tokens (B,Hkv,n) lie; b: of this row alone."""
+    def _slots_of(self, b: int, n: int) -> Tensor:
+        return self.slot_of(torch.arange(n, device=self.cursor.device).expand(1, self.cursor.shape[1], n), b)[0]
+
+    def slot_of(self, nth: Tensor, b: int | None = None) -> Tensor:
+        """(B,Hkv,n): the slots of the tokens numbered nth (B,Hkv,n); b: of this row alone."""
         rows = slice(None) if b is None else slice(b, b + 1)
-        moved, laps = self.moved[rows, :, None], self.laps[rows, :, None].clamp(min=1)
-        behind = nth - self.pin
-        ring = self.near + (behind.div(self.group, rounding_mode="floor") % laps) * self.group + behind % self.group
-        near = torch.where(behind < 0, nth, nth - moved * self.group)
-        return torch.where((behind >= 0) & (behind < moved * self.group), ring, near)
+        flushed, ring = self.n_flushed[rows, :, None], self.ring_groups[rows, :, None].clamp(min=1)
+        behind = nth - self.n_pinned
+        in_group = (
+            self.n_exact + (behind.div(self.group, rounding_mode="floor") % ring) * self.group + behind % self.group
+        )
+        in_window = torch.where(behind < 0, nth, nth - flushed * self.group)
+        return torch.where((behind >= 0) & (behind < flushed * self.group), in_group, in_window)
 
     def ring(self, n: int) -> Tensor:
         """(B,Hkv,n): the next free slots of the window."""
         nth = self.cursor[..., None] + torch.arange(n, dtype=torch.int32, device=self.cursor.device)
-        return nth - self.moved[..., None] * self.group
+        return nth - self.n_flushed[..., None] * self.group
 
-    def place(self, row: Tensor, pos: Tensor) -> None:
-        if self.wraps:  # each new token of a full ring ends an old one
+    def record(self, row: Tensor, pos: Tensor) -> None:
+        if self.wraps:  # each new token of a full ring evicts an old one
             nth = self.cursor[..., None] + torch.arange(pos.shape[1], device=pos.device)
             full = nth >= self.limit[..., None]
-            gone = torch.where(full, self.place_of(nth - (self.limit - self.sink)[..., None]), self.ring(pos.shape[1]))
-            self.flat_pos.index_fill_(0, self.flat(gone), -1)
-        super().place(row, pos)
+            oldest = self.slot_of(nth - (self.limit - self.sink)[..., None])
+            evicted = torch.where(full, oldest, self.ring(pos.shape[1]))
+            self.flat_pos.index_fill_(0, self.rows(evicted), -1)
+        super().record(row, pos)
 
     def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), self.moved, self.laps]
+        return [*super().tensors(), self.n_flushed, self.ring_groups]
+
+
+@dataclass(frozen=True)
+class GroupState(StoreState):
+    """One row of a GroupedStore as it lies in memory: exact tokens, groups, and how the slots are divided."""
+
+    k: Tensor  # (1,Hkv,n_exact,D)
+    v: Tensor
+    pos: Tensor  # (1,Hkv,S) int32
+    cursor: Tensor  # (1,Hkv) int32
+    n_flushed: Tensor  # (1,Hkv) int32
+    n_pinned: int
+    k_groups: Planes  # (1,Hkv,groups,…) each
+    v_groups: Planes
+
+    def select(self, index: Tensor) -> GroupState:
+        raise ValueError("the tokens of a group share scales and can only leave together")
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {"k": self.k, "v": self.v, "pos": self.pos, "cursor": self.cursor, "moved": self.n_flushed}
+        found["pin"] = torch.tensor(self.n_pinned)
+        for name, planes in (("k", self.k_groups), ("v", self.v_groups)):
+            found |= {f"{name}{i}": x for i, x in enumerate(planes)}
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> GroupState:
+        planes = (tuple(tensors[f"{name}{i}"] for i in range(3)) for name in "kv")
+        fields = (tensors[name] for name in ("k", "v", "pos", "cursor", "moved"))
+        return cls(*fields, int(tensors["pin"]), *planes)
 
 
 class GroupedStore:
-    """Words, scales and zeros of whole groups; K and V of the rest as they came. The host counts tokens, so nothing waits to be asked."""
+    """Words, scales and zero points of whole groups; K and V of the exact tokens. The host counts tokens, so no step
+    waits for it.
+    """
 
-    exact: int | None = 0
+    needs_host_sync = False
+    lossless_prefix: int | None = 0
 
-    waits = False
-
-    def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec):
+    def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec: Any):
         self.policy, self.ctx, self.spec = policy, ctx, spec
         pin, group = spec.pin, spec.group
         self.slots = s = GroupSlots(rows, room, ctx.config.sliding_window, pin, group, spec.residual)
         n, heads, dim = len(rows), ctx.config.num_key_value_heads, ctx.config.head_dim
-        self.k, self.v = (ctx.empty(n, heads, s.near, dim).zero_() for _ in range(2))
-        self.groups = (s.total // s.cursor.numel() - s.near) // group
+        self.k, self.v = (ctx.empty(n, heads, s.n_exact, dim).zero_() for _ in range(2))
+        self.n_groups = (s.total // s.cursor.numel() - s.n_exact) // group
         blank = ctx.empty(n, heads, 1, group, dim).zero_()
-        self.body = [
-            [x.expand(-1, -1, self.groups, -1, -1).clone() for x in half] for half in self._encode(blank, blank)
+        self.groups = [
+            [x.expand(-1, -1, self.n_groups, -1, -1).clone() for x in planes] for planes in self._encode(blank, blank)
         ]
-        if rows[0].codes is None:
+        if rows[0].state is None:
             self._fill(rows)
         else:
             self._resume(rows)
-        self.since = 0  # tokens in each window that `count` has yet to be told of: it is only brought up to date when a group is due
-        self.ahead = 0  # tokens that `maintain` has yet to be told of and `extend` has counted
-        # the host knows of each (row, head): tokens in its window, groups behind it, groups it has memory for
-        self.count = (s.cursor - s.pin - s.moved * group).flatten().tolist()
-        self.moved, self.laps = s.moved.flatten().tolist(), s.laps.flatten().tolist()
-        self._bound()
+        self.uncounted = (
+            0  # tokens in each window that `in_window` does not count yet: it is updated only when a group is due
+        )
+        self.precounted = 0  # tokens that `extend` has counted and `maintain` is still to be told of
+        # the host's copy, per (row, head): tokens in the window, groups flushed, groups that there is memory for
+        self.in_window = (s.cursor - s.n_pinned - s.n_flushed * group).flatten().tolist()
+        self.n_flushed, self.ring_groups = s.n_flushed.flatten().tolist(), s.ring_groups.flatten().tolist()
+        self._update_reach()
 
-    def _encode(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """K and V (…,group,D) → words (…,group,·), and scale and zero, of K (…,1,D), of V (…,group,runs)."""
+    def _encode(self, k: Tensor, v: Tensor) -> tuple[Planes, Planes]:
+        """K and V (…,group,D) → words (…,group,·), scale and zero point; these are (…,1,D) for K and (…,group,runs)
+        for V.
+        """
         quantize, spec = self.ctx.ops.quantize, self.spec
-        return quantize(k, spec.k, spec.group, 1), quantize(v, spec.v, 1, spec.channels(k.shape[-1]))
+        return quantize(k, spec.k, spec.group, 1), quantize(v, spec.v, 1, spec.v_group(k.shape[-1]))
 
     def _fill(self, rows: list[Kept]) -> None:
         s, group = self.slots, self.spec.group
         for b, r in enumerate(rows):
-            at = s._where(b, r.k.shape[2])  # (Hkv,N)
-            for h in range(at.shape[0]):
-                n, moved = int(r.length[0, h]), int(s.moved[b, h])
-                near = at[h, :n] < s.near
+            slots = s._slots_of(b, r.k.shape[2])  # (Hkv,N)
+            for h in range(slots.shape[0]):
+                n, flushed = int(r.length[0, h]), int(s.n_flushed[b, h])
+                exact = slots[h, :n] < s.n_exact
                 for mine, x in ((self.k, r.k), (self.v, r.v)):
-                    mine[b, h, at[h, :n][near]] = x[0, h, :n][near].to(mine.dtype)
-                k, v = (x[0, h, s.pin : s.pin + moved * group].unflatten(0, (moved, group)) for x in (r.k, r.v))
-                if moved:
-                    for mine, new in zip(self.body, self._encode(k, v), strict=True):
-                        for plane, x in zip(mine, new, strict=True):
-                            plane[b, h, :moved] = x
+                    mine[b, h, slots[h, :n][exact]] = x[0, h, :n][exact].to(mine.dtype)
+                span = slice(s.n_pinned, s.n_pinned + flushed * group)
+                k, v = (x[0, h, span].unflatten(0, (flushed, group)) for x in (r.k, r.v))
+                if flushed:
+                    for planes, new in zip(self.groups, self._encode(k, v), strict=True):
+                        for plane, x in zip(planes, new, strict=True):
+                            plane[b, h, :flushed] = x
 
     def _resume(self, rows: list[Kept]) -> None:
-        """Go on from what another store of this kind wrote, as it is."""
+        """Hold what another store of this kind wrote, without rounding again."""
         s = self.slots
         for b, r in enumerate(rows):
-            c = r.codes
-            for name in ("cursor", "moved"):
-                getattr(s, name)[b] = c[name][0]
-            n = min(c["k"].shape[2], s.near)  # less than a window only where there are no groups yet
-            for mine, old in ((self.k, c["k"]), (self.v, c["v"])):
+            state = r.state
+            s.cursor[b], s.n_flushed[b] = state.cursor[0], state.n_flushed[0]
+            n = min(state.k.shape[2], s.n_exact)  # smaller than the window only where there are no groups yet
+            for mine, old in ((self.k, state.k), (self.v, state.v)):
                 mine[b, :, :n] = old[0, :, :n]
-            m = min(c["k0"].shape[2], self.groups)
-            for name, half in zip("kv", self.body, strict=True):
-                for i, plane in enumerate(half):
-                    plane[b, :, :m] = c[f"{name}{i}"][0, :, :m]
-            s.pos[b] = -1
-            s.pos[b, :, :n] = c["pos"][0, :, :n]
+            m = min(state.k_groups[0].shape[2], self.n_groups)
+            for planes, old in zip(self.groups, (state.k_groups, state.v_groups), strict=True):
+                for plane, x in zip(planes, old, strict=True):
+                    plane[b, :, :m] = x[0, :, :m]
             m *= self.spec.group
-            s.pos[b, :, s.near : s.near + m] = c["pos"][0, :, c["k"].shape[2] : c["k"].shape[2] + m]
+            behind = state.k.shape[2]
+            s.pos[b] = -1
+            s.pos[b, :, :n] = state.pos[0, :, :n]
+            s.pos[b, :, s.n_exact : s.n_exact + m] = state.pos[0, :, behind : behind + m]
 
     def reserve(self, room: int) -> bool:
         return False
@@ -149,29 +195,29 @@ class GroupedStore:
         return False
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        s = self.slots
-        if s.even and not s.wraps and k.shape[2] == 1:  # the host knows the slot
-            self.k[:, :, self.filled : self.filled + 1], self.v[:, :, self.filled : self.filled + 1] = k, v
-            s.place_at(self.filled, pos)
+        s, n = self.slots, self.reach
+        if s.uniform and not s.wraps and k.shape[2] == 1:  # the host knows the slot
+            self.k[:, :, n : n + 1], self.v[:, :, n : n + 1] = k, v
+            s.record_at(n, pos)
             return
-        row = s.ring(k.shape[2])
-        at = (row + torch.arange(s.cursor.numel(), device=row.device).view_as(s.cursor)[..., None] * s.near).flatten()
-        self.ctx.ops.append(k, v, at, self.k, self.v)
-        s.place(s.flat(row), pos)
+        slot = s.ring(k.shape[2])
+        head = torch.arange(s.cursor.numel(), device=slot.device).view_as(s.cursor)[..., None]
+        self.ctx.ops.append(k, v, (slot + head * s.n_exact).flatten(), self.k, self.v)
+        s.record(s.rows(slot), pos)
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         a, T = 0, k.shape[2]
         while a < T:
-            free = self.spec.residual + self.spec.group - (self.filled - self.slots.pin)
-            step = min(free, self.slots.span, T - a)
+            free = self.spec.residual + self.spec.group - (self.reach - self.slots.n_pinned)
+            step = min(free, self.slots.distinct_writes, T - a)
             self.append(k[:, :, a : a + step], v[:, :, a : a + step], pos[:, a : a + step])
             self._flush(step)
             a += step
-        self.ahead += T
+        self.precounted += T
 
     def maintain(self, written: int) -> None:
-        """Count; move what is due. `extend` has seen to its own tokens already."""
-        written, self.ahead = written - self.ahead, 0
+        """Count tokens and flush the groups that are due. `extend` has done so for its own tokens."""
+        written, self.precounted = written - self.precounted, 0
         if written:
             self._flush(written)
 
@@ -179,103 +225,101 @@ class GroupedStore:
         self.slots.freeze()
 
     def _flush(self, written: int) -> None:
+        """Count `written` tokens. In each window that is full, encode the first group and move it behind the window."""
         s, group, residual = self.slots, self.spec.group, self.spec.residual
-        self.since += written
-        self.filled += written
-        if self.filled - s.pin < residual + group:  # not even the fullest window: nothing to do, head by head
+        self.uncounted += written
+        self.reach += written
+        if self.reach - s.n_pinned < residual + group:  # not even the fullest window is full
             return
-        self.count, self.since = [n + self.since for n in self.count], 0
-        due = [i for i, n in enumerate(self.count) if n >= residual + group]
-        into = [self.moved[i] % self.laps[i] for i in due]
+        self.in_window, self.uncounted = [n + self.uncounted for n in self.in_window], 0
+        due = [i for i, n in enumerate(self.in_window) if n >= residual + group]
+        into = [self.n_flushed[i] % self.ring_groups[i] for i in due]
         for i in due:
-            self.count[i] -= group
-            self.moved[i] += 1
-        self._bound()
-        at, heads = torch.tensor([due, into], device=s.cursor.device), s.cursor.shape[1]
-        b, h, at = at[0] // heads, at[0] % heads, at[1]
-        first, rest = slice(s.pin, s.pin + group), slice(s.pin + group, s.near)
-        k, v = self.k[b, h], self.v[b, h]  # copies (n,near,D)
-        for mine, new in zip(self.body, self._encode(k[:, first], v[:, first]), strict=True):
-            for plane, x in zip(mine, new, strict=True):
-                plane[b, h, at] = x
+            self.in_window[i] -= group
+            self.n_flushed[i] += 1
+        self._update_reach()
+        index, heads = torch.tensor([due, into], device=s.cursor.device), s.cursor.shape[1]
+        b, h, to = index[0] // heads, index[0] % heads, index[1]
+        first, others = slice(s.n_pinned, s.n_pinned + group), slice(s.n_pinned + group, s.n_exact)
+        k, v = self.k[b, h], self.v[b, h]  # copies (n,n_exact,D)
+        for planes, new in zip(self.groups, self._encode(k[:, first], v[:, first]), strict=True):
+            for plane, x in zip(planes, new, strict=True):
+                plane[b, h, to] = x
         pos = s.pos[b, h]
-        s.pos[:, :, s.near :].unflatten(2, (-1, group))[b, h, at] = pos[:, first]
+        s.pos[:, :, s.n_exact :].unflatten(2, (-1, group))[b, h, to] = pos[:, first]
         for mine, x, empty in ((self.k, k, 0), (self.v, v, 0), (s.pos, pos, -1)):
-            mine[b, h, s.pin : s.pin + residual] = x[:, rest]
-            mine[b, h, s.pin + residual : s.near] = empty
-        s.moved[b, h] += 1
+            mine[b, h, s.n_pinned : s.n_pinned + residual] = x[:, others]
+            mine[b, h, s.n_pinned + residual : s.n_exact] = empty
+        s.n_flushed[b, h] += 1
 
-    def _bound(self) -> None:
-        """How far any head reaches: exact slots, and groups."""
-        self.filled = self.slots.pin + max(self.count)
-        self.used = min(self.groups, max(self.moved))
+    def _update_reach(self) -> None:
+        """How far any head reaches: in exact slots (`reach`) and in groups (`used_groups`)."""
+        self.reach = self.slots.n_pinned + max(self.in_window)
+        self.used_groups = min(self.n_groups, max(self.n_flushed))
 
-    def read(self, q: Tensor, pos: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         s = self.slots
-        n = s.near if s.frozen else self.filled + (1 if q.shape[2] == 1 else 0)  # a single token is in already
-        groups = self.groups if s.frozen else self.used
-        m = 0 if near is None else min(s.protected, n)
-        parts = [self._decode(near, pos, *self._exact(0, m))] if m else []
+        n = s.n_exact if s.frozen else self.reach + (1 if q.shape[2] == 1 else 0)  # a single token is stored already
+        groups = self.n_groups if s.frozen else self.used_groups
+        m = 0 if q_sink is None else min(s.n_sink, n)
+        parts = [self._decode(q_sink, pos, *self._exact(0, m))] if m else []
         exact = self._exact(m, n)
         if groups:
-            k, v = ([x[:, :, :groups].flatten(2, 3) for x in half] for half in self.body)
-            span = slice(s.near, s.near + groups * self.spec.group)
-            seen, kpos, bits = self._held(span), s.pos[:, :, span], (self.spec.k, self.spec.v)
-            parts.append(
-                self.ctx.ops.decode_quant(q, k, v, seen, kpos, pos, s.sliding_window, bits, exact if m < n else None)
-            )
+            k, v = ([x[:, :, :groups].flatten(2, 3) for x in planes] for planes in self.groups)
+            span = slice(s.n_exact, s.n_exact + groups * self.spec.group)
+            visible, key_pos, bits = self._visible(span), s.pos[:, :, span], (self.spec.k, self.spec.v)
+            beside = exact if m < n else None
+            parts.append(self.ctx.ops.decode_quant(q, k, v, visible, key_pos, pos, s.sliding_window, bits, beside))
         elif m < n:
             parts.append(self._decode(q, pos, *exact))
         return *(merge(parts) if len(parts) > 1 else parts[0]), None
 
     def _exact(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Keys, values, which of them are there, and their positions, of the exact slots a … b−1."""
+        """The exact slots a … b−1: keys, values, which of them hold a token, and positions."""
         span = slice(a, b)
-        return self.k[:, :, span], self.v[:, :, span], self._held(span), self.slots.pos[:, :, span]
+        return self.k[:, :, span], self.v[:, :, span], self._visible(span), self.slots.pos[:, :, span]
 
     def _decode(
-        self, q: Tensor, pos: Tensor, k: Tensor, v: Tensor, held: Tensor | None, kpos: Tensor
+        self, q: Tensor, pos: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, key_pos: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return self.ctx.ops.decode(q, k, v, held, kpos, pos, self.slots.sliding_window)[:2]
+        return self.ctx.ops.decode(q, k, v, visible, key_pos, pos, self.slots.sliding_window)[:2]
 
-    def _held(self, span: slice) -> Tensor | None:
-        """bool (B,Hkv,n): which of these slots hold a token; None where all do."""
+    def _visible(self, span: slice) -> Tensor | None:
+        """bool (B,Hkv,n): which of these slots hold a token; None: all do."""
         s = self.slots
-        return None if s.even and not s.wraps else s.pos[:, :, span] >= 0
+        return None if s.uniform and not s.wraps else s.pos[:, :, span] >= 0
 
     def unpack(self) -> list[Kept]:
         s, dequantize = self.slots, self.ctx.ops.dequantize
-        bits, dtype = (self.spec.k, self.spec.v), self.ctx.dtype
-        whole = []
-        for near, half, b in zip((self.k, self.v), self.body, bits, strict=True):
-            far = dequantize(*half, b).to(dtype).flatten(2, 3)
-            whole.append(torch.cat((near, far), 2).flatten(0, 2))
-        rows = s.unpack(*whole)
-        for b, row in enumerate(rows):
-            mine = slice(b, b + 1)
-            codes = {"k": self.k[mine], "v": self.v[mine], "pos": s.pos[mine]}
-            codes |= {"cursor": s.cursor[mine], "moved": s.moved[mine], "pin": torch.tensor(s.pin)}
-            codes |= {
-                f"{name}{i}": x[mine] for name, half in zip("kv", self.body, strict=True) for i, x in enumerate(half)
-            }
-            rows[b] = replace(row, codes={name: x.clone() for name, x in codes.items()})
-        return rows
+        decoded = []
+        for exact, planes, bits in zip((self.k, self.v), self.groups, (self.spec.k, self.spec.v), strict=True):
+            grouped = dequantize(*planes, bits).to(self.ctx.dtype).flatten(2, 3)
+            decoded.append(torch.cat((exact, grouped), 2).flatten(0, 2))
+        found, _ = s.unpack(*decoded)
+        return [r.with_state(self._state(b)) for b, r in enumerate(found)]
+
+    def _state(self, b: int) -> GroupState:
+        row = slice(b, b + 1)
+        fields = (x[row].clone() for x in (self.k, self.v, self.slots.pos, self.slots.cursor, self.slots.n_flushed))
+        planes = (tuple(x[row].clone() for x in half) for half in self.groups)
+        return GroupState(*fields, self.slots.n_pinned, *planes)
 
     def tensors(self) -> list[Tensor]:
-        return [self.k, self.v, *self.body[0], *self.body[1], *self.slots.tensors()]
+        return [self.k, self.v, *self.groups[0], *self.groups[1], *self.slots.tensors()]
 
-    def hosted(self) -> list[Tensor]:
+    def host_tensors(self) -> list[Tensor]:
         return []
 
     @property
     def length(self) -> Tensor:
         return self.slots.length
 
-    def live(self) -> tuple[int, int, int]:
+    def used_bytes(self) -> tuple[int, int, int]:
         s, group = self.slots, self.spec.group
-        near, far = sum(n + self.since + s.pin for n in self.count), sum(map(min, self.moved, self.laps))
+        exact = sum(n + self.uncounted + s.n_pinned for n in self.in_window)
+        grouped = sum(map(min, self.n_flushed, self.ring_groups))
         sizes = []
-        for exact, half in zip((self.k, self.v), self.body, strict=True):
-            one = sum(x.nbytes for x in half) // max(1, half[0].shape[:3].numel())  # bytes of a group of one head
-            sizes.append(near * exact.shape[3] * exact.itemsize + far * one)
-        return *sizes, sum(t.nbytes for t in s.tensors()) - 4 * (s.total - near - far * group)
+        for x, planes in zip((self.k, self.v), self.groups, strict=True):
+            per_group = sum(plane.nbytes for plane in planes) // max(1, planes[0].shape[:3].numel())
+            sizes.append(exact * x.shape[3] * x.itemsize + grouped * per_group)
+        return *sizes, sum(t.nbytes for t in s.tensors()) - 4 * (s.total - exact - grouped * group)

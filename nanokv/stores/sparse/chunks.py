@@ -1,14 +1,16 @@
-"""Chunks of tokens of which a step reads only the few that its query needs: what stores that drop nothing and read little share.
+"""Chunks of tokens of which a step reads only the few that its query needs: what the stores that evict nothing and
+read little share.
 
-The tokens of a text lie in one of three places: chunks, held as a method likes and wherever it likes; single exact tokens on the
-device (those a method picks, the end of the prompt, all that comes later); and, as copies, a buffer of the chunks read last.
+A token lies in one of two places: in a chunk, held as the method likes and wherever it likes, or as a single exact
+token on the device (outlier chunks, the end of the prompt, and all later tokens). A buffer holds copies of the chunks
+that were read last.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -16,22 +18,57 @@ import torch
 from torch import Tensor
 
 from nanokv.backends.base import merge
-from nanokv.cache.kept import Kept
-from nanokv.cache.protocol import Context, StoreSpec
+from nanokv.cache.context import Context
+from nanokv.cache.kept import Kept, StoreState
+from nanokv.cache.protocol import StoreSpec
 from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
-from nanokv.stores.dense import BOOKKEEPING, SlotStore
-from nanokv.stores.quant.codec import Codec
+from nanokv.stores.dense import SLOT_COUNTERS, SlotStore, plain_codecs
 
-LEAST = 256  # tokens: no percent reads less
-PIECE = 512  # chunks that a turn of several tokens reads at once
+MIN_BUDGET = 256  # tokens: a percentage never reads fewer
+GATHER_BLOCK = 512  # chunks that a turn of several tokens gathers at once
+FORMER_NAMES = {  # of chunk data, in files of nanokv 0.1
+    "land": "chunk_ids",
+    "take": "top_k",
+    "free": "n_candidates",
+    "first": "first_pos",
+    "chunks": "n_chunks",
+    "marks": "landmarks",
+}
+EXACT_FIELDS = ("k", "v", "pos", "length", "limit", "sink")
+
+
+@dataclass(frozen=True)
+class ChunkState(StoreState):
+    """One row of a ChunkStore: its exact tokens, and what its chunks are held as (empty where the row has none)."""
+
+    exact: Kept
+    chunk_data: Mapping[str, Tensor]
+
+    def select(self, index: Tensor) -> ChunkState:
+        raise ValueError("single tokens cannot be taken out of chunks")
+
+    def tensors(self) -> dict[str, Tensor]:
+        exact = {f"near_{name}": getattr(self.exact, name) for name in EXACT_FIELDS}
+        return exact | {name: x[None] for name, x in self.chunk_data.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ChunkState:
+        exact = Kept(*(tensors[f"near_{name}"] for name in EXACT_FIELDS))
+        data = {name: x[0] for name, x in tensors.items() if not name.startswith("near_")}
+        return cls(exact, {FORMER_NAMES.get(name, name): x for name, x in data.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunked(StoreSpec):
-    """chunk: tokens that are read together. budget: tokens per KV head that a step reads beside the exact ones, or percent of the prompt,
-    256 at least. local: chunks at the prompt's end that stay exact. reuse: whether what a step has read stays for the next one. grow:
-    whenever so many more tokens have come, they become chunks as well; 0: they stay exact.
+    """The options of every store of chunks.
+
+    chunk   tokens that are read together.
+    budget  tokens per KV head that a step reads beside the exact ones; or a percentage of the prompt, never under 256
+    tokens.
+    local   chunks at the prompt's end that stay exact.
+    reuse   whether chunks that a step has read stay in the buffer for the next one.
+    grow    after so many new tokens they become chunks as well; 0: they stay exact.
     """
 
     chunk: int = 8
@@ -39,6 +76,8 @@ class Chunked(StoreSpec):
     local: int = 4
     reuse: bool = True
     grow: int = 0
+    state_type = ChunkState
+    chunk_dim: ClassVar[Mapping[str, int]]  # name of chunk data → the dim that counts chunks
 
     def __post_init__(self):
         given = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(Chunked))
@@ -49,252 +88,255 @@ class Chunked(StoreSpec):
         if not (0 < float(text[:-1]) <= 100 if percent else isinstance(text, int) and text >= 1):
             raise ValueError(f"{given}; budget is a number of tokens such as 256, or percent of the prompt such as 2%")
 
-    def refuses(self, keep: Policy) -> str:
+    def incompatible_policy(self, keep: Policy) -> str:
         if keep.demotes:
-            return super().refuses(keep)
-        return "" if keep.whole else "drops tokens of the prompt, and what is left makes no chunks to choose from"
+            return super().incompatible_policy(keep)
+        return "" if keep.keeps_all_or_edges else "evicts tokens of the prompt, and the others form no chunks"
 
     @property
-    def most(self) -> int:
+    def maintenance_interval(self) -> int:
         return self.grow
 
-    def misfit(self, config: Any) -> str:
+    def incompatible_model(self, config: Any) -> str:
         if self.grow and config.sliding_window:
-            return "under a model's own sliding window what is generated leaves in time, so none of it becomes chunks: leave grow out"
+            return "tokens leave this model's own sliding window, so new ones need not become chunks: leave grow out"
         return ""
 
-    def note(self, n: int) -> str:
-        return "" if any(self.shape(n)) else f"{n} tokens are too few for chunks to choose from, so all lie exact"
+    def notice(self, n: int) -> str:
+        return "" if self.sizes(n)[0] else f"{n} tokens are too few for chunks to choose from, so all stay exact"
 
-    def room(self, ahead: int) -> int:
-        """Slots for exact tokens to come."""
+    def exact_room(self, ahead: int) -> int:
+        """Slots for the exact tokens among `ahead` new ones."""
         return min(ahead, self.grow + self.chunk) if self.grow else ahead
 
-    def spared(self, n_chunks: int) -> int:
-        """How many chunks of each head stay exact besides."""
+    def n_outliers(self, n_chunks: int) -> int:
+        """How many chunks of each head stay exact beside the local ones."""
         return 0
 
-    def shape(self, n: int) -> tuple[int, int, int]:
-        """Of a prompt of n tokens: chunks; how many each head may choose from; how many it reads. 0 where these are not there."""
+    def sizes(self, n: int) -> tuple[int, int, int]:
+        """For a prompt of n tokens: chunks, candidates that each head chooses from, chunks that a step reads. (0, 0,
+        0): too short.
+        """
         chunks = max(0, n // self.chunk - self.local)
-        free = chunks - self.spared(chunks)
+        candidates = chunks - self.n_outliers(chunks)
         budget = self.budget
         if isinstance(budget, str):
-            budget = max(LEAST, int(n * float(budget[:-1]) / 100))
-        k = -(-budget // self.chunk)
-        return (chunks, free, k) if 0 < k <= free else (0, 0, 0)
+            budget = max(MIN_BUDGET, int(n * float(budget[:-1]) / 100))
+        top_k = -(-budget // self.chunk)
+        return (chunks, candidates, top_k) if 0 < top_k <= candidates else (0, 0, 0)
 
     def host_bytes(self, config: Any, dtype: torch.dtype, kept: int, ahead: int) -> int:
-        chunks = self.shape(kept)[0]
-        late = ahead // self.chunk if self.grow and chunks else 0
+        chunks = self.sizes(kept)[0]
+        later = ahead // self.chunk if self.grow and chunks else 0
         width = config.num_key_value_heads * config.head_dim * dtype.itemsize * len(self.on_host)
-        return (chunks + late) * self.chunk * width
+        return (chunks + later) * self.chunk * width
 
     @property
     def on_host(self) -> tuple[str, ...]:
-        """Names of what chunks leave behind that lies in the host's memory, each a row per token of a head's width."""
+        """Names of the chunk data that lies in the host's memory; each has a row per token as wide as a head."""
         return ()
 
-    along: ClassVar[dict[str, int]]  # name → which dim of what `build` makes counts chunks
-
     @abstractmethod
-    def exact(self, kept: Kept, chunks: int) -> Tensor:
-        """Of a whole prompt: (Hkv,m) chunks that stay exact, ascending."""
+    def outlier_chunks(self, kept: Kept, chunks: int) -> Tensor:
+        """(Hkv,m): the chunks of a whole prompt that stay exact, ascending."""
 
     @abstractmethod
     def build(
-        self, kept: Kept, chunks: int, free: Tensor, body: dict[str, Tensor] | None, ctx: Context
+        self, kept: Kept, chunks: int, candidates: Tensor, prompt_data: Mapping[str, Tensor] | None, ctx: Context
     ) -> dict[str, Tensor]:
-        """What the first chunks of these tokens leave behind, of one row; free (Hkv,L): those that a step may choose; body: what those of
-        the prompt left, if they come later.
+        """The chunk data of one row's first `chunks` chunks; candidates (Hkv,L) are those that a step may choose.
+
+        prompt_data: the chunk data of the prompt, where these chunks are of later tokens.
         """
 
-    def split(self, r: Kept, ctx: Context) -> tuple[Kept, dict[str, Tensor]]:
-        """One row → its exact tokens, and what its chunks become; nothing where there are none."""
-        if r.codes is not None:
-            near = Kept(*(r.codes[f"near_{f}"] for f in NEAR), score=r.score)
-            return near, {n: x[0] for n, x in r.codes.items() if not n.startswith("near_")}
+    def split(self, r: Kept, ctx: Context) -> ChunkState:
+        """One row as exact tokens and chunks. There are no chunks where the row is short, or no whole prompt."""
+        if r.state is not None:
+            return replace(r.state, exact=replace(r.state.exact, score=r.score))
         r = replace(r, k=r.k.to(ctx.dtype), v=r.v.to(ctx.dtype))
         (heads, n), window = r.pos.shape[1:], ctx.config.sliding_window
         grows = bool((r.limit < 0).all()) and bool((r.length == n).all())
-        whole = n > 0 and grows and bool((r.pos[..., -1] - r.pos[..., 0] == n - 1).all())
-        whole = whole and (int(r.pos[0, 0, 0]) == 0 or (window is not None and n >= window - 1))  # … and no mere edge
-        chunks, free, k = self.shape(n) if whole else (0, 0, 0)
+        contiguous = n > 0 and grows and bool((r.pos[..., -1] - r.pos[..., 0] == n - 1).all())
+        is_prompt = contiguous and (int(r.pos[0, 0, 0]) == 0 or (window is not None and n >= window - 1))
+        chunks, n_candidates, top_k = self.sizes(n) if is_prompt else (0, 0, 0)
         if not chunks:
-            return r, {}
-        exact = self.exact(r, chunks)
-        mine = torch.zeros(heads, chunks, dtype=torch.bool, device=r.pos.device).scatter(1, exact, True)
-        left, number = (~mine).nonzero()[:, 1].view(heads, free), r.pos.new_tensor
-        numbers = {"first": r.pos[0, 0, 0], "free": number(free), "take": number(k), "chunks": number(chunks)}
-        body = self.build(r, chunks, left, None, ctx) | {"land": left.to(torch.int32)} | numbers
-        inside = exact[..., None] * self.chunk + torch.arange(self.chunk, device=exact.device)
-        tail = torch.arange(chunks * self.chunk, n, device=exact.device).expand(heads, -1)
-        at = torch.cat((inside.flatten(1), tail), 1)[None]
-        k_near, v_near, pos = ctx.ops.compact(r.k, r.v, r.pos, at)
-        near = Kept(k_near, v_near, pos, torch.full_like(r.length, at.shape[2]), r.limit, r.sink, score=r.score)
-        return near, body
+            return ChunkState(r, {})
+        exact = self.outlier_chunks(r, chunks)
+        is_exact = torch.zeros(heads, chunks, dtype=torch.bool, device=r.pos.device).scatter(1, exact, True)
+        candidates, number = (~is_exact).nonzero()[:, 1].view(heads, n_candidates), r.pos.new_tensor
+        data = self.build(r, chunks, candidates, None, ctx) | {
+            "chunk_ids": candidates.to(torch.int32),
+            "first_pos": r.pos[0, 0, 0],
+            "n_candidates": number(n_candidates),
+            "top_k": number(top_k),
+            "n_chunks": number(chunks),
+        }
+        in_outliers = exact[..., None] * self.chunk + torch.arange(self.chunk, device=exact.device)
+        behind = torch.arange(chunks * self.chunk, n, device=exact.device).expand(heads, -1)
+        index = torch.cat((in_outliers.flatten(1), behind), 1)[None]
+        k, v, pos = ctx.ops.compact(r.k, r.v, r.pos, index)
+        exact = Kept(k, v, pos, torch.full_like(r.length, index.shape[2]), r.limit, r.sink, score=r.score)
+        return ChunkState(exact, data)
 
-    def early(self, kept: Kept, ctx: Context) -> Kept:
-        near, body = self.split(kept, ctx)
-        if not body:
+    def prepack(self, kept: Kept, ctx: Context) -> Kept:
+        state = self.split(kept, ctx)
+        if not state.chunk_data:
             return kept
-        body = {name: x.cpu() if name in self.on_host else x for name, x in body.items()}
-        return replace(near, codes=_near(near) | {name: x[None] for name, x in body.items()})
+        data = {name: x.cpu() if name in self.on_host else x for name, x in state.chunk_data.items()}
+        return replace(state.exact, state=ChunkState(_cloned(state.exact), data))
 
     @abstractmethod
-    def body_bytes(self, config: Any, itemsize: int, chunks: int, free: int, n: int) -> int:
-        """Of one row in one layer, on the device: what the chunks themselves take."""
+    def chunk_bytes(self, config: Any, itemsize: int, chunks: int, candidates: int, n: int) -> int:
+        """Bytes on the device of the chunk data of one row in one layer."""
 
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
-        """Of a token that comes later; those of the prompt: `held`."""
+        """Of a later token; `device_bytes` counts those of the prompt."""
         per_head = 2 * config.head_dim * dtype.itemsize + 4
-        return config.num_key_value_heads * per_head, config.num_key_value_heads * BOOKKEEPING
+        return config.num_key_value_heads * per_head, config.num_key_value_heads * SLOT_COUNTERS
 
-    def held(self, config: Any, dtype: torch.dtype, cost: tuple[float, int], kept: int, ahead: int) -> float:
-        (token, fixed), (chunks, free, k) = cost, self.shape(kept)
-        near, heads = kept - free * self.chunk, config.num_key_value_heads
+    def device_bytes(self, config: Any, dtype: torch.dtype, cost: tuple[float, int], kept: int, ahead: int) -> float:
+        (token, fixed), (chunks, candidates, top_k) = cost, self.sizes(kept)
+        exact, heads = kept - candidates * self.chunk, config.num_key_value_heads
         if not chunks:
-            return (near + ahead) * token + fixed
-        buffer = k * heads * (2 * self.chunk * config.head_dim * dtype.itemsize + 4)
-        late = ahead // self.chunk if self.grow else 0  # chunks of what is generated
-        body = (
-            self.body_bytes(config, dtype.itemsize, chunks + late, free + late, kept)
-            + heads * (free + late) * 4
-            + 4 * 4
-        )
-        return (near + self.room(ahead)) * token + fixed + body + buffer
+            return (exact + ahead) * token + fixed
+        buffer = top_k * heads * (2 * self.chunk * config.head_dim * dtype.itemsize + 4)
+        later = ahead // self.chunk if self.grow else 0  # chunks of generated tokens
+        data = self.chunk_bytes(config, dtype.itemsize, chunks + later, candidates + later, kept)
+        numbers = heads * (candidates + later) * 4 + 4 * 4
+        return (exact + self.exact_room(ahead)) * token + fixed + data + numbers + buffer
 
 
 class ChunkStore(ABC):
-    """Rows may differ in all their numbers: what is shorter is padded, and the padding never chosen.
+    """Exact tokens in slots, chunk data of all rows, and the buffer.
 
-    A single token reads the best chunks, a turn of several reads all. A row that keeps only its text's edges, or has fewer chunks than a
-    token reads, lies in the exact part alone. Readers of one store share its buffer.
+    Rows may have different chunk counts; shorter rows are padded, and padding is masked out of the top-k. A single
+    token reads the best chunks, a turn of several tokens reads all. Layers that share this store share its buffer.
     """
 
-    exact: int | None = 0
-    of_k: tuple[str, ...] = ()  # what `build` makes of keys …
-    of_v: tuple[str, ...] = ()  # … and of values
+    lossless_prefix: int | None = 0
+    k_names: tuple[str, ...] = ()  # chunk data that holds keys
+    v_names: tuple[str, ...] = ()  # chunk data that holds values
 
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec: Chunked):
         self.policy, self.ctx, self.spec = policy, ctx, spec
-        self.since = 0  # tokens that came after the last chunk was made
-        self._lay([spec.split(r, ctx) for r in rows], room)
+        self.since_grown = 0  # tokens that came after the last chunk was made
+        self._allocate([spec.split(r, ctx) for r in rows], room)
 
-    def _lay(self, parts: list[tuple[Kept, dict[str, Tensor]]], room: int) -> None:
+    def _allocate(self, rows: list[ChunkState], room: int) -> None:
         """Exact tokens and chunks of every row, in memory of their own."""
-        ctx, bodies, rows = self.ctx, [body for _, body in parts], len(parts)
-        self.take, self.free = ([int(b[f]) if b else 0 for b in bodies] for f in ("take", "free"))
-        self.near, self.chunks, self.k = self._exact([kept for kept, _ in parts], room), 0, 0
-        if not any(bodies):
+        ctx, data = self.ctx, [r.chunk_data for r in rows]
+        self.top_k_of, self.n_candidates_of = (
+            [int(d[name]) if d else 0 for d in data] for name in ("top_k", "n_candidates")
+        )
+        self.exact, self.n_candidates, self.top_k = self._allocate_exact([r.exact for r in rows], room), 0, 0
+        if not any(data):
             return
-        self.k, self.chunks = max(self.take), max(self.free)
-        self.even = min(self.take) == self.k and min(self.free) == self.chunks
-        self.sizes = [{name: x.shape for name, x in b.items()} for b in bodies]
-        names = next(b for b in bodies if b)
-        self.body = {name: self._stack(name, [b.get(name) for b in bodies]) for name in names}
+        self.top_k, self.n_candidates = max(self.top_k_of), max(self.n_candidates_of)
+        self.uniform = min(self.top_k_of) == self.top_k and min(self.n_candidates_of) == self.n_candidates
+        self.shapes = [{name: x.shape for name, x in d.items()} for d in data]
+        names = next(d for d in data if d)
+        self.chunk_data = {name: self._stack(name, [d.get(name) for d in data]) for name in names}
         heads, width = ctx.config.num_key_value_heads, self.spec.chunk * ctx.config.head_dim
-        nothing = -1 - torch.arange(self.k, dtype=torch.int32, device=ctx.device)
-        self.held = nothing.expand(rows, heads, -1).clone()  # chunks in the buffer
-        self.keys, self.values = (ctx.empty(rows, heads, self.k, width).zero_() for _ in range(2))
+        nothing = -1 - torch.arange(self.top_k, dtype=torch.int32, device=ctx.device)
+        self.buffered_ids = nothing.expand(len(rows), heads, -1).clone()  # which chunk each place of the buffer holds
+        self.keys, self.values = (ctx.empty(len(rows), heads, self.top_k, width).zero_() for _ in range(2))
 
-    def _exact(self, rows: list[Kept], room: int) -> SlotStore:
-        """… of them the exact tokens."""
-        self.ahead, plain = room, Codec(self.ctx.config.head_dim, self.ctx.dtype)
-        room = self.spec.room(room) if all(self.free) else room
-        return SlotStore(rows, self.policy, room, self.ctx, (plain, plain))
+    def _allocate_exact(self, rows: list[Kept], room: int) -> SlotStore:
+        self.room = room
+        room = self.spec.exact_room(room) if all(self.n_candidates_of) else room
+        return SlotStore(rows, self.policy, room, self.ctx, plain_codecs(self.ctx))
 
     @property
-    def waits(self) -> bool:
-        """Whether the host looks up what a step fetches, or how much of it is new: as long as no kernel does."""
-        looks = bool(self.hosted()) or self.spec.reuse
-        return bool(self.chunks) and looks and self.ctx.device.type != "cpu" and self.ctx.ops.name != "triton"
+    def needs_host_sync(self) -> bool:
+        """Without a kernel for it, the host looks up what a step fetches, or how much of it is new."""
+        looks_up = bool(self.host_tensors()) or self.spec.reuse
+        return self.n_candidates > 0 and looks_up and self.ctx.device.type != "cpu" and not self.ctx.ops.device_gather
 
-    # ---- what a method says of a step ------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def score(self, q: Tensor, seen: Tensor | None) -> Tensor:
-        """How much a query (B,H,1,D) wants each free chunk, (B,Hkv,L); seen: which of them there are."""
+    # ---- what a method defines ----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def fill(self, ids: Tensor, fresh: Tensor | None, keys: Tensor, values: Tensor) -> None:
-        """Keys and values of chunks ids (B,Hkv,k) into (B,Hkv,k,chunk·D), only where `fresh`. Negative ids: anything."""
+    def score(self, q: Tensor, visible: Tensor | None) -> Tensor:
+        """(B,Hkv,L): the score of each candidate chunk for a query (B,H,1,D). visible (B,Hkv,L): which chunks exist."""
+
+    @abstractmethod
+    def gather(self, chunk_ids: Tensor, is_new: Tensor | None, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values of the chunks (B,Hkv,k) into (B,Hkv,k,chunk·D); only where `is_new`. Negative ids:
+        any number.
+        """
 
     # ---- rows in, rows out --------------------------------------------------------------------------------------------
 
     def _stack(self, name: str, rows: Sequence[Tensor | None]) -> Tensor:
-        """Of every row, padded with zeros to the largest."""
+        """One kind of chunk data of every row, padded with zeros to the largest."""
         there = [x for x in rows if x is not None]
         size = [len(rows), *(max(n) for n in zip(*(x.shape for x in there), strict=True))]
-        if name in self.spec.on_host:
-            out = self.ctx.host(*size, dtype=there[0].dtype)
-        else:
-            out = self.ctx.empty(*size, dtype=there[0].dtype)
-        out.zero_()
+        make = self.ctx.empty_on_host if name in self.spec.on_host else self.ctx.empty
+        out = make(*size, dtype=there[0].dtype).zero_()
         for b, x in enumerate(rows):
             if x is not None:
                 out[b][tuple(map(slice, x.shape))] = x
         return out
 
     def unpack(self) -> list[Kept]:
-        near = self.near.unpack()
-        if not self.chunks:
-            return [replace(r, codes=_near(r)) for r in near]
-        ids, c = self.body["land"], self.spec.chunk
-        pos = self._pos(ids)
-        keys, values = self._whole(ids)
+        exact = self.exact.unpack()
+        if not self.n_candidates:
+            return [r.with_state(ChunkState(_cloned(r), {})) for r in exact]
+        ids, c = self.chunk_data["chunk_ids"], self.spec.chunk
+        positions = self._positions(ids)
+        keys, values = self._gather_all(ids)
         rows = []
-        for b, r in enumerate(near):
-            codes = _near(r)
-            if not self.free[b]:
-                rows.append(replace(r, codes=codes))
+        for b, r in enumerate(exact):
+            state = ChunkState(_cloned(r), {})
+            if not self.n_candidates_of[b]:
+                rows.append(r.with_state(state))
                 continue
-            n = self.free[b] * c
-            k, v, when = (
+            n = self.n_candidates_of[b] * c
+            k, v, pos = (
                 torch.cat((x, y[b : b + 1, :, :n]), 2)
-                for x, y in ((r.k, keys), (r.v, values), (r.pos, pos.to(r.pos.dtype)))
+                for x, y in ((r.k, keys), (r.v, values), (r.pos, positions.to(r.pos.dtype)))
             )
-            at = when.masked_fill(when < 0, torch.iinfo(torch.int32).max).argsort(-1)
-            k, v, when = self.ctx.ops.compact(k, v, when, at)
-            codes |= {name: x[None].clone() for name, x in self._of_row(b).items()}
-            rows.append(replace(r, k=k, v=v, pos=when, length=r.length + n, codes=codes))
+            index = pos.masked_fill(pos < 0, torch.iinfo(torch.int32).max).argsort(-1)
+            k, v, pos = self.ctx.ops.compact(k, v, pos, index)
+            state = replace(state, chunk_data={name: x.clone() for name, x in self._data_of(b).items()})
+            rows.append(replace(r, k=k, v=v, pos=pos, length=r.length + n, state=state))
         return rows
 
-    def _of_row(self, b: int) -> dict[str, Tensor]:
-        """Row b's chunks, without what only pads them."""
-        return {name: self.body[name][b][tuple(map(slice, size))] for name, size in self.sizes[b].items()}
+    def _data_of(self, b: int) -> dict[str, Tensor]:
+        """Row b's chunk data without padding."""
+        return {name: self.chunk_data[name][b][tuple(map(slice, size))] for name, size in self.shapes[b].items()}
 
     def maintain(self, written: int) -> bool:
-        self.since, self.ahead = self.since + written, self.ahead - written
-        if not self.spec.grow or self.since < self.spec.grow or not self.chunks:
+        self.since_grown, self.room = self.since_grown + written, self.room - written
+        if not self.spec.grow or self.since_grown < self.spec.grow or not self.n_candidates:
             return False
-        self.since = 0
-        frozen, near = self.slots.frozen, self.near.unpack()
-        self._lay([self._grown(r, self._of_row(b)) for b, r in enumerate(near)], self.ahead)
+        self.since_grown = 0
+        frozen, exact = self.slots.frozen, self.exact.unpack()
+        self._allocate([self._grown(r, self._data_of(b)) for b, r in enumerate(exact)], self.room)
         if frozen:
             self.freeze()
         return True
 
-    def _grown(self, r: Kept, body: dict[str, Tensor]) -> tuple[Kept, dict[str, Tensor]]:
-        """Exact tokens of one row that now are chunks' go from the one to the others."""
-        if not body:
-            return r, body
-        c, old, (heads, n) = self.spec.chunk, int(body["chunks"]), r.pos.shape[1:]
-        start = int((r.pos[0, 0] < body["first"] + old * c).sum())  # behind what stays exact from the start
+    def _grown(self, r: Kept, data: dict[str, Tensor]) -> ChunkState:
+        """One row after its oldest exact tokens behind the prompt have become chunks."""
+        if not data:
+            return ChunkState(r, data)
+        c, old, (heads, n) = self.spec.chunk, int(data["n_chunks"]), r.pos.shape[1:]
+        start = int((r.pos[0, 0] < data["first_pos"] + old * c).sum())  # outliers of the prompt lie before
         new = max(0, (n - start) // c - self.spec.local)
-        late = replace(r, k=r.k[:, :, start:], v=r.v[:, :, start:], pos=r.pos[:, :, start:])
+        later = replace(r, k=r.k[:, :, start:], v=r.v[:, :, start:], pos=r.pos[:, :, start:])
         ids = torch.arange(new, device=r.pos.device).expand(heads, -1)
-        made = self.spec.build(late, new, ids, body, self.ctx) | {"land": (old + ids).to(torch.int32)}
-        body |= {
-            name: torch.cat((body[name], x.to(body[name].device)), self.spec.along[name]) for name, x in made.items()
+        made = self.spec.build(later, new, ids, data, self.ctx) | {"chunk_ids": (old + ids).to(torch.int32)}
+        data |= {
+            name: torch.cat((data[name], x.to(data[name].device)), self.spec.chunk_dim[name])
+            for name, x in made.items()
         }
-        body |= {name: body[name] + new for name in ("free", "chunks")}
+        data |= {name: data[name] + new for name in ("n_candidates", "n_chunks")}
         k, v, pos = (torch.cat((x[:, :, :start], x[:, :, start + new * c :]), 2) for x in (r.k, r.v, r.pos))
-        return replace(r, k=k, v=v, pos=pos, length=r.length - new * c), body
+        return ChunkState(replace(r, k=k, v=v, pos=pos, length=r.length - new * c), data)
 
     def reserve(self, room: int) -> bool:
-        frozen, self.since = self.slots.frozen, 0
-        self.near = self._exact(self.near.unpack(), room)
+        frozen, self.since_grown = self.slots.frozen, 0
+        self.exact = self._allocate_exact(self.exact.unpack(), room)
         if frozen:
             self.freeze()
         return True
@@ -306,127 +348,127 @@ class ChunkStore(ABC):
 
     @property
     def slots(self) -> Slots:
-        return self.near.slots
+        return self.exact.slots
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        self.near.append(k, v, pos)
+        self.exact.append(k, v, pos)
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        self.near.extend(k, v, pos)
+        self.exact.extend(k, v, pos)
 
-    def read(self, q: Tensor, pos: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        parts = [self.near.read(q, pos)[:2]]
-        if self.chunks:
-            parts += [self._best(q, pos)] if q.shape[2] == 1 else self._all(q, pos)
+    def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        parts = [self.exact.read(q, pos)[:2]]
+        if self.n_candidates:
+            parts += [self._read_best(q, pos)] if q.shape[2] == 1 else self._read_all(q, pos)
         return *(merge(parts) if len(parts) > 1 else parts[0]), None
 
-    def _best(self, q: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        held, fresh = self.place(self.choose(q, pos))
-        self.fill(held, fresh if self.spec.reuse else None, self.keys, self.values)
-        self.held.copy_(held)
-        return self._attend(q, pos, held, self.keys, self.values)
+    def _read_best(self, q: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        ids, is_new = self.assign_buffer(self.choose(q, pos))
+        self.gather(ids, is_new if self.spec.reuse else None, self.keys, self.values)
+        self.buffered_ids.copy_(ids)
+        return self._attend(q, pos, ids, self.keys, self.values)
 
     def choose(self, q: Tensor, pos: Tensor) -> Tensor:
-        """(B,Hkv,k): the chunks that this step reads; negative and unlike each other where a row reads fewer."""
-        seen = self._there(pos)
-        score = self.score(q, seen)
-        score = score if seen is None else score.masked_fill(~seen, -torch.inf)
-        best = score.topk(self.k, -1).indices
-        rank = torch.arange(self.k, dtype=torch.int32, device=q.device)
-        ids = self.body["land"].gather(2, best)
-        if seen is None:
+        """(B,Hkv,k): the chunks that this step reads. A row that reads fewer has distinct negative ids behind them."""
+        visible = self._visible(pos)
+        score = self.score(q, visible)
+        score = score if visible is None else score.masked_fill(~visible, -torch.inf)
+        best = score.topk(self.top_k, -1).indices
+        rank = torch.arange(self.top_k, dtype=torch.int32, device=q.device)
+        ids = self.chunk_data["chunk_ids"].gather(2, best)
+        if visible is None:
             return ids
-        return torch.where(seen.gather(2, best) & (rank < self.body["take"][:, None, None]), ids, -1 - rank)
+        reads = visible.gather(2, best) & (rank < self.chunk_data["top_k"][:, None, None])
+        return torch.where(reads, ids, -1 - rank)
 
-    def _there(self, pos: Tensor) -> Tensor | None:
-        """bool (B,Hkv,L): which free chunks a row has, and its model's own window still shows; None: all."""
-        window, land = self.slots.sliding_window, self.body["land"]
-        if self.even and window is None:
+    def _visible(self, pos: Tensor) -> Tensor | None:
+        """bool (B,Hkv,L): which candidates a row has and the model's own window still shows; None: all."""
+        window, ids = self.slots.sliding_window, self.chunk_data["chunk_ids"]
+        if self.uniform and window is None:
             return None
-        seen = torch.arange(land.shape[2], device=land.device) < self.body["free"][:, None, None]
+        there = torch.arange(ids.shape[2], device=ids.device) < self.chunk_data["n_candidates"][:, None, None]
         if window is None:
-            return seen.expand_as(land)
-        last = self.body["first"][:, None, None] + (land + 1) * self.spec.chunk - 1
-        return seen & (last > pos[:, :, None] - window)  # of one token
+            return there.expand_as(ids)
+        last = self.chunk_data["first_pos"][:, None, None] + (ids + 1) * self.spec.chunk - 1
+        return there & (last > pos[:, :, None] - window)
 
-    def place(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Chunks that are wanted (B,Hkv,k) → which one each slot of the buffer holds from now on, and where that is new.
+    def assign_buffer(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Wanted chunks (B,Hkv,k) → which chunk each place of the buffer holds from now on, and whether it is new
+        there.
 
-        What is there already stays where it is; each of the others takes a slot that nobody wants any more.
+        A chunk that is in the buffer stays where it is. Each other one takes a place that is no longer wanted.
         """
-        same = self.held[..., :, None] == ids[..., None, :]  # (B,Hkv,slot,wanted)
-        fresh, missing = ~same.any(3), ~same.any(2)
-        into, which = (torch.argsort(x.to(torch.int8), stable=True, dim=-1, descending=True) for x in (fresh, missing))
-        new = torch.where(missing.gather(2, which), ids.gather(2, which), self.held.gather(2, into))
-        return self.held.scatter(2, into, new), fresh
+        same = self.buffered_ids[..., :, None] == wanted[..., None, :]  # (B,Hkv,place,wanted)
+        is_new, missing = ~same.any(3), ~same.any(2)
+        into, which = (torch.argsort(x.to(torch.int8), stable=True, dim=-1, descending=True) for x in (is_new, missing))
+        ids = torch.where(missing.gather(2, which), wanted.gather(2, which), self.buffered_ids.gather(2, into))
+        return self.buffered_ids.scatter(2, into, ids), is_new
 
-    def _all(self, q: Tensor, pos: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """A turn passes over everything once, piece by piece: for many tokens that costs less than a choice for each."""
-        land, parts = self.body["land"], []
-        for a in range(0, self.chunks, PIECE):
-            ids = land[:, :, a : a + PIECE]
-            there = a + torch.arange(ids.shape[2], device=ids.device) < self.body["free"][:, None, None]
-            ids = ids if self.even else torch.where(there, ids, -1)
+    def _read_all(self, q: Tensor, pos: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """All chunks, block by block: for the tokens of a turn that costs less than a choice for each of them."""
+        chunk_ids, parts = self.chunk_data["chunk_ids"], []
+        for a in range(0, self.n_candidates, GATHER_BLOCK):
+            ids = chunk_ids[:, :, a : a + GATHER_BLOCK]
+            n_candidates = self.chunk_data["n_candidates"][:, None, None]
+            there = a + torch.arange(ids.shape[2], device=ids.device) < n_candidates
+            ids = ids if self.uniform else torch.where(there, ids, -1)
             keys, values = (self.ctx.empty(*ids.shape, self.keys.shape[3]) for _ in range(2))
-            self.fill(ids, None, keys, values)
+            self.gather(ids, None, keys, values)
             parts.append(self._attend(q, pos, ids, keys, values))
         return parts
 
-    def _whole(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of chunks ids, (B,Hkv,k·chunk,D)."""
+    def _gather_all(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the chunks, (B,Hkv,k·chunk,D)."""
         keys, values = (self.ctx.empty(*ids.shape, self.keys.shape[3]) for _ in range(2))
-        self.fill(ids, None, keys, values)
+        self.gather(ids, None, keys, values)
         return self._tokens(keys), self._tokens(values)
 
     def _tokens(self, x: Tensor) -> Tensor:
+        """(B,Hkv,k,chunk·D) → (B,Hkv,k·chunk,D)."""
         return x.unflatten(3, (self.spec.chunk, -1)).flatten(2, 3)
 
-    def _pos(self, ids: Tensor) -> Tensor:
-        """(B,Hkv,k) → (B,Hkv,k·chunk): where their tokens stand in the text."""
+    def _positions(self, ids: Tensor) -> Tensor:
+        """Chunks (B,Hkv,k) → the positions of their tokens (B,Hkv,k·chunk)."""
         c = self.spec.chunk
-        at = ids[..., None] * c + torch.arange(c, device=ids.device)
-        return self.body["first"][:, None, None] + at.flatten(2)
+        offset = ids[..., None] * c + torch.arange(c, device=ids.device)
+        return self.chunk_data["first_pos"][:, None, None] + offset.flatten(2)
 
     def _attend(self, q: Tensor, pos: Tensor, ids: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The chunks ids, of which negative ones are not there."""
+        """Attention over the chunks with ids ≥ 0."""
         window = self.slots.sliding_window
-        seen = None if self.even and window is None else (ids >= 0).repeat_interleave(self.spec.chunk, 2)
-        k, v, kpos = self._tokens(keys), self._tokens(values), self._pos(ids).to(torch.int32)
-        return self.ctx.ops.decode(q, k, v, seen, kpos, pos, window)[:2]
+        visible = None if self.uniform and window is None else (ids >= 0).repeat_interleave(self.spec.chunk, 2)
+        k, v, key_pos = self._tokens(keys), self._tokens(values), self._positions(ids).to(torch.int32)
+        return self.ctx.ops.decode(q, k, v, visible, key_pos, pos, window)[:2]
 
     def freeze(self) -> None:
-        self.near.freeze()
+        self.exact.freeze()
 
     # ---- the receipt --------------------------------------------------------------------------------------------------
 
     def tensors(self) -> list[Tensor]:
-        mine = [self.held, self.keys, self.values] if self.chunks else []
-        return [*self.near.tensors(), *mine, *(x for name, x in self._body() if name not in self.spec.on_host)]
+        buffer = [self.buffered_ids, self.keys, self.values] if self.n_candidates else []
+        return [*self.exact.tensors(), *buffer, *(x for name, x in self._data() if name not in self.spec.on_host)]
 
-    def hosted(self) -> list[Tensor]:
-        return [x for name, x in self._body() if name in self.spec.on_host]
+    def host_tensors(self) -> list[Tensor]:
+        return [x for name, x in self._data() if name in self.spec.on_host]
 
-    def _body(self) -> list[tuple[str, Tensor]]:
-        return list(self.body.items()) if self.chunks else []
+    def _data(self) -> list[tuple[str, Tensor]]:
+        return list(self.chunk_data.items()) if self.n_candidates else []
 
     @property
     def length(self) -> Tensor:
-        return self.near.length + self.body["free"][:, None] * self.spec.chunk if self.chunks else self.near.length
+        if not self.n_candidates:
+            return self.exact.length
+        return self.exact.length + self.chunk_data["n_candidates"][:, None] * self.spec.chunk
 
-    def live(self) -> tuple[int, int, int]:
-        (k, v, rest), near = self.near.live(), sum(x.nbytes for x in self.near.tensors())
-        for name, x in self._body():
-            k += x.nbytes if name in self.of_k else 0
-            v += x.nbytes if name in self.of_v and name not in self.spec.on_host else 0
-        ours = sum(
-            x.nbytes for name, x in self._body() if name in (*self.of_k, *self.of_v) and name not in self.spec.on_host
-        )
-        return k, v, rest + sum(x.nbytes for x in self.tensors()) - near - ours
-
-
-NEAR = ("k", "v", "pos", "length", "limit", "sink")
+    def used_bytes(self) -> tuple[int, int, int]:
+        (k, v, bookkeeping), on_host = self.exact.used_bytes(), self.spec.on_host
+        here = {name: x.nbytes for name, x in self._data() if name not in on_host}
+        keys, values = (sum(here.get(name, 0) for name in names) for names in (self.k_names, self.v_names))
+        others = sum(x.nbytes for x in self.tensors()) - sum(x.nbytes for x in self.exact.tensors()) - keys - values
+        return k + keys, v + values, bookkeeping + others
 
 
-def _near(r: Kept) -> dict[str, Tensor]:
-    """A row's exact tokens as codes, so that none of them becomes a chunk where they are packed anew."""
-    return {f"near_{f}": getattr(r, f).clone() for f in NEAR}
+def _cloned(r: Kept) -> Kept:
+    """A row's exact tokens, in memory of their own, as the part of a ChunkState."""
+    return Kept(*(getattr(r, name).clone() for name in EXACT_FIELDS))

@@ -1,38 +1,44 @@
-"""Keys as factors of low rank, values on the host, and of both only what a query asks for."""
+"""Keys as factors of low rank and values on the host; a step rebuilds and fetches only the chunks that its query
+needs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept
-from nanokv.cache.protocol import Context
+from nanokv.model.rope import unrotated
 from nanokv.policies.base import Policy
 from nanokv.stores.sparse.chunks import Chunked, ChunkStore
 
-RUN = 32  # channels of a value in 4 bits that share a scale
+V_GROUP = 32  # channels of a 4-bit value that share a scale
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shadow(Chunked):
-    """ShadowKV (Sun et al. 2024, arXiv:2410.21465, Algorithms 1 and 2): before their rotation keys have low rank, jointly over heads, so
-    K ≈ A·B with a row of A per token; V goes to the host. A step scores the mean rotated key of each chunk (its landmark), by
-    softmax per query head and the greatest of a KV head's, rebuilds the keys of the best chunks, rotates them to their places and
-    fetches their values. The `outliers` chunks least like their landmark, the last `local` chunks and what is generated stay exact.
+    """ShadowKV (Sun et al. 2024, arXiv:2410.21465, Algorithms 1 and 2): before rotation keys have low rank, jointly
+    over heads, so K ≈ A·B with one row of A per token; V goes to the host. A step scores each chunk by the softmax
+    over its landmark, the chunk's mean rotated key, per query head, and takes the largest score of a KV head's query
+    heads. It rebuilds the keys of the best chunks, rotates them to their positions and fetches their values. Exact
+    are the `outliers` chunks least similar to their landmark, the last `local` chunks and all generated tokens.
 
-    rank: of K; none: 160 of 1,024 channels, and more where there are few (results/ranks.json). values: host | device | int4, the last two
-    on the device. Deviations from the authors' code: A and B by the Gram matrix's eigenvectors, not an SVD of all tokens; a prompt
-    too short to choose from stays exact (theirs fails below 4,096 tokens); `budget` is a share of the prompt as in the paper's tables;
-    a turn of several tokens reads every chunk; any head size, group, batch and number of new tokens.
+    rank: of K; none: 160 for 1,024 channels, relatively more for fewer channels (results/ranks.json). values: host,
+    device or int4; the last two stay on the device. Deviations from the authors' code: A and B come from the Gram
+    matrix's eigenvectors, not from an SVD of all tokens; a prompt too short to choose from stays exact (theirs fails
+    below 4,096 tokens); `budget` is a percentage of the prompt as in the paper's tables; a turn of several tokens
+    reads every chunk; any head size, group and batch works.
     """
 
     rank: int | None = None
     outliers: int = 48
     values: str = "host"
-    along: ClassVar = {"a": 0, "marks": 1, "v": 1, "words": 1, "scale": 1, "zero": 1, "land": 1}
+    chunk_dim: ClassVar = {"a": 0, "landmarks": 1, "v": 1, "words": 1, "scale": 1, "zero": 1, "chunk_ids": 1}
 
     def __post_init__(self):
         super().__post_init__()
@@ -46,12 +52,12 @@ class Shadow(Chunked):
                 "values host, device or int4"
             )
 
-    def misfit(self, config: Any) -> str:
+    def incompatible_model(self, config: Any) -> str:
         if self.values == "int4" and config.head_dim % 4:
-            return f"four codes share a word, and {config.head_dim} channels are no fours; use values=device"
-        return super().misfit(config)
+            return f"four codes share a word, and 4 does not divide the head dimension {config.head_dim}; use values=device"
+        return super().incompatible_model(config)
 
-    def spared(self, n_chunks: int) -> int:
+    def n_outliers(self, n_chunks: int) -> int:
         return min(self.outliers, n_chunks)
 
     @property
@@ -59,41 +65,41 @@ class Shadow(Chunked):
         return ("v",) if self.values == "host" else ()
 
     def rank_of(self, width: int, n: int) -> int:
-        """For n tokens whose heads have `width` channels together."""
+        """The rank for n tokens whose heads have `width` channels together."""
         rank = self.rank or max(width * 5 // 32, min(160, width // 2))
         return min(rank, width, n)
 
-    def run(self, dim: int) -> int:
-        """Channels of a value that share a scale."""
-        return RUN if dim % RUN == 0 else dim
+    def v_group(self, dim: int) -> int:
+        """How many channels of a 4-bit value share a scale."""
+        return V_GROUP if dim % V_GROUP == 0 else dim
 
-    def body_bytes(self, config: Any, itemsize: int, chunks: int, free: int, n: int) -> int:
+    def chunk_bytes(self, config: Any, itemsize: int, chunks: int, candidates: int, n: int) -> int:
         heads, dim = config.num_key_value_heads, config.head_dim
         rank, tokens = self.rank_of(heads * dim, n), chunks * self.chunk
-        values = {"host": 0, "device": dim * itemsize, "int4": dim // 2 + 4 * (dim // self.run(dim))}[self.values]
-        return (tokens * rank + heads * dim * (rank + free)) * itemsize + tokens * heads * values
+        values = {"host": 0, "device": dim * itemsize, "int4": dim // 2 + 4 * (dim // self.v_group(dim))}[self.values]
+        return (tokens * rank + heads * dim * (rank + candidates)) * itemsize + tokens * heads * values
 
-    def exact(self, kept: Kept, chunks: int) -> Tensor:
+    def outlier_chunks(self, kept: Kept, chunks: int) -> Tensor:
         keys = self._chunks(kept.k, chunks).float()
-        alike = torch.cosine_similarity(keys, keys.mean(2, keepdim=True), -1).amin(2)  # (Hkv,C)
-        return alike.topk(self.spared(chunks), largest=False).indices.sort(-1).values
+        similarity = torch.cosine_similarity(keys, keys.mean(2, keepdim=True), -1).amin(2)  # (Hkv,C)
+        return similarity.topk(self.n_outliers(chunks), largest=False).indices.sort(-1).values
 
     def build(
-        self, kept: Kept, chunks: int, free: Tensor, body: dict[str, Tensor] | None, ctx: Context
+        self, kept: Kept, chunks: int, candidates: Tensor, prompt_data: Mapping[str, Tensor] | None, ctx: Context
     ) -> dict[str, Tensor]:
-        raw, made = ctx.raw(kept.k, kept.pos), {}
-        if body is None:
+        raw, made = unrotated(kept.k, kept.pos[:, 0], ctx.inv_freq), {}
+        if prompt_data is None:
             a, made["b"] = factors(raw, self.rank_of(kept.k.shape[1] * kept.k.shape[3], kept.k.shape[2]))
         else:  # in the prompt's basis (the paper's appendix A.1)
-            a = raw[0].transpose(0, 1).flatten(1) @ body["b"].float().transpose(0, 1).flatten(1).T
-        marks = self._chunks(kept.k, chunks).float().mean(2)
-        marks = marks.gather(1, free[..., None].expand(-1, -1, marks.shape[2]))
+            a = raw[0].transpose(0, 1).flatten(1) @ prompt_data["b"].float().transpose(0, 1).flatten(1).T
+        landmarks = self._chunks(kept.k, chunks).float().mean(2)
+        landmarks = landmarks.gather(1, candidates[..., None].expand(-1, -1, landmarks.shape[2]))
         values = self._chunks(kept.v, chunks)  # (Hkv,C,chunk,D)
-        made |= {"a": a[: chunks * self.chunk].unflatten(0, (chunks, -1)), "marks": marks}
+        made |= {"a": a[: chunks * self.chunk].unflatten(0, (chunks, -1)), "landmarks": landmarks}
         made = {name: x.to(ctx.dtype) for name, x in made.items()}
         if self.values != "int4":
             return made | {"v": values.flatten(2)}
-        parts = ctx.ops.quantize(values.flatten(1, 2), 4, 1, self.run(values.shape[3]))
+        parts = ctx.ops.quantize(values.flatten(1, 2), 4, 1, self.v_group(values.shape[3]))
         parts = (x.unflatten(1, (chunks, -1)).flatten(2) for x in parts)
         return made | dict(zip(("words", "scale", "zero"), parts, strict=True))
 
@@ -106,30 +112,35 @@ class Shadow(Chunked):
 
 
 class ShadowStore(ChunkStore):
-    of_k, of_v = ("a", "b"), ("v", "words", "scale", "zero")
+    k_names, v_names = ("a", "b"), ("v", "words", "scale", "zero")
 
-    def score(self, q: Tensor, seen: Tensor | None) -> Tensor:
-        return self.ctx.ops.landmarks(q, self.body["marks"], seen)
+    def score(self, q: Tensor, visible: Tensor | None) -> Tensor:
+        return self.ctx.ops.landmark_scores(q, self.chunk_data["landmarks"], visible)
 
-    def fill(self, ids: Tensor, fresh: Tensor | None, keys: Tensor, values: Tensor) -> None:
-        body, ops = self.body, self.ctx.ops
-        ops.rebuild(body["a"], body["b"], self.ctx.inv_freq, body["first"], ids, fresh, keys)
-        if "v" in body:
-            ops.fetch(body["v"], ids, fresh, values)
+    def gather(self, chunk_ids: Tensor, is_new: Tensor | None, keys: Tensor, values: Tensor) -> None:
+        data, ops = self.chunk_data, self.ctx.ops
+        ops.rebuild_keys(data["a"], data["b"], self.ctx.inv_freq, data["first_pos"], chunk_ids, is_new, keys)
+        if "v" in data:
+            ops.fetch_chunks(data["v"], chunk_ids, is_new, values)
             return
         parts = []
-        for name in ("words", "scale", "zero"):  # on the device already: nothing is gained by leaving some out
-            parts.append(body[name].new_empty(*ids.shape, body[name].shape[3]))
-            ops.fetch(body[name], ids, None, parts[-1])
+        for name in (
+            "words",
+            "scale",
+            "zero",
+        ):  # they are on the device: skipping those that are not new would gain nothing
+            parts.append(data[name].new_empty(*chunk_ids.shape, data[name].shape[3]))
+            ops.fetch_chunks(data[name], chunk_ids, None, parts[-1])
         words, scale, zero = (x.unflatten(3, (self.spec.chunk, -1)) for x in parts)
         values.copy_(ops.dequantize(words, scale, zero, 4).flatten(3))
 
 
 def factors(k: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Keys before rotation (1,Hkv,N,D) fp32 → A (N,rank), B (Hkv,rank,D): the best K ≈ A·B of that rank over all heads side by side.
+    """Keys before rotation (1,Hkv,N,D) fp32 → A (N,rank), B (Hkv,rank,D): the best K ≈ A·B of that rank over all
+    heads side by side.
 
-    By the eigenvectors of KᵀK: the same plane as the SVD's for a matrix of the channels' size instead of the text's, and later tokens
-    would need no more than k·Bᵀ.
+    The eigenvectors of KᵀK span the same space as the SVD's; that matrix has the size of the channels instead of the
+    text, and later tokens need only k·Bᵀ.
     """
     flat = k[0].transpose(0, 1).flatten(1)  # (N,Hkv·D)
     _, vectors = torch.linalg.eigh(flat.T @ flat)  # ascending

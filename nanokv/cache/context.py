@@ -1,0 +1,36 @@
+"""What the stores of a cache are built with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a store is built with: the model's shape, the backend, the device and the dtype of its tensors."""
+
+    config: Any  # ModelConfig
+    ops: Any  # nanokv.backends.base.Ops
+    device: torch.device
+    dtype: torch.dtype
+    inv_freq: Tensor  # (D/2,) fp32, the model's rotation
+    output_weights: Sequence[Tensor] = ()  # (C, H·D) of each layer, for policies that ask for them
+    constants: dict[str, Tensor] = field(default_factory=dict)  # tensors that all layers share
+
+    def shared_constant(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that all layers share, made when it is first asked for."""
+        if name not in self.constants:
+            self.constants[name] = make().to(self.device)
+        return self.constants[name]
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def empty_on_host(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """In the host's memory, pinned where the device is another one."""
+        return torch.empty(shape, dtype=dtype or self.dtype, pin_memory=self.device.type == "cuda")

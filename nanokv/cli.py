@@ -1,0 +1,141 @@
+"""What the command lines share: a parser, one-line errors, exit statuses, text files, the keyboard and the printed
+answer.
+
+It knows no model and no policy, and it does not import torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weights.registry import settings
+
+if TYPE_CHECKING:
+    from nanokv.answer import Answer
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line. It also accepts underscores in flags: --max_new_tokens."""
+
+    def parse_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        return super().parse_args([self._with_dashes(a) for a in args], namespace)
+
+    def _with_dashes(self, argument: str) -> str:
+        flag, equals, value = argument.partition("=")
+        dashed = flag.replace("_", "-")
+        return dashed + equals + value if dashed in self._option_string_actions else argument
+
+    def error(self, message: str) -> None:
+        sys.exit(fail(self.prog, message))
+
+
+def fail(program: str, message: str) -> int:
+    """Print the error as one line on stderr. Return exit status 2."""
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def exits(
+    program: str,
+    main: Callable[[], int],
+    need_less_memory: str = "give a shorter prompt, a policy with a smaller budget, or a smaller model",
+    interrupted: str = "interrupted",
+) -> int:
+    """Run main() and return the exit status.
+
+    An error that the user can correct is printed as one sentence; NANOKV_DEBUG=1 raises it. A programming error is
+    raised.
+    """
+    try:
+        return main()
+    except BrokenPipeError:  # the program that reads our output has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as e:
+        if settings().debug:
+            raise
+        return fail(program, str(e))
+    except (MemoryError, RuntimeError) as e:  # torch raises either one, with a different message on each device
+        out_of_memory = isinstance(e, MemoryError) or "memory" in str(e)
+        if settings().debug or not out_of_memory:
+            raise
+        return fail(program, f"not enough memory; {need_less_memory}")
+
+
+def shows_progress(quiet: bool = False) -> bool:
+    """Progress bars are drawn on a terminal only."""
+    return sys.stderr.isatty() and not quiet
+
+
+def print_answer(answer: Answer) -> None:
+    """Print one answer while it is generated. Several answers are printed one after the other at the end.
+
+    Ctrl-C ends the answer after the current step, so that the cache stays complete. A second Ctrl-C ends it at once.
+    """
+
+    def interrupt(*_: object) -> None:
+        if answer.interrupted:
+            raise KeyboardInterrupt
+        answer.interrupted = True
+
+    several, previous = len(answer.texts) > 1, signal.signal(signal.SIGINT, interrupt)
+    try:
+        for _, piece in answer:
+            if not several:
+                print(piece, end="", flush=True)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    print("\n\n".join(answer.texts) if several else "", flush=True)
+
+
+def read_text(source: str, read: Callable[[], bytes]) -> str:
+    """The UTF-8 text that read() returns as bytes. `source` names it in an error."""
+    try:
+        return read().decode("utf-8").removesuffix("\n")  # editors and echo add one line break at the end
+    except OSError as e:
+        raise ValueError(f"{source} cannot be read ({e.strerror}); give a text file") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{source} is not UTF-8 (byte {e.start}); convert it first, as with iconv -t utf-8") from None
+
+
+def check_output_file(flag: str, file: str) -> None:
+    """Raise ValueError, before the work begins, if write_text() could not write this file."""
+    folder = Path(file).parent
+    if file == "-":
+        raise ValueError(f"{flag} - is not possible, standard output carries the text; give a file")
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {file}: there is no directory {folder}; make it first")
+    if Path(file).is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag} {file} cannot be written; give a file in a directory of yours")
+
+
+def write_text(flag: str, file: str, text: str) -> None:
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise ValueError(f"{flag} {file} cannot be written ({e.strerror}); the text above is complete") from None
+
+
+def read_lines(first: str | None = None) -> Iterator[str]:
+    """`first`, if it is given, and then what the user types, until the input ends or Ctrl-C. The prompt goes to
+    stderr.
+    """
+    if first is not None:
+        yield first
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = input()
+        except (EOFError, KeyboardInterrupt):
+            return
+        yield line

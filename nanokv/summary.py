@@ -1,0 +1,105 @@
+"""What is reported about one run: the first line and the last lines on stderr, and the record that --json writes.
+
+It reads a finished answer and its session. It prints nothing and writes no file.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanokv.answer import Answer
+from nanokv.cache.report import mib
+from nanokv.device import peak_bytes
+from nanokv.llm import LLM
+
+
+def first_line(llm: LLM, plan: str) -> str:
+    """What runs: the model, the plan, the device, the types, the backend and the runner."""
+    types, backend = llm.dtypes, llm.models.ops.name
+    if llm.device.type != "cpu" and llm.models.ops.plain_decode:
+        backend += " (decode in plain torch)"
+    return (
+        f"{llm.name} · {plan} · {llm.device} · prefill {types['prefill']}, decode {types['decode']} ({llm.why_dtype}) · "
+        f"backend {backend} · runner {llm.models.runner.name}"
+    )
+
+
+def end_block(llm: LLM, answer: Answer) -> str:
+    """The lines after an answer: timings, peak memory, notes on the cache, and the receipt as the last line."""
+    session, report = answer.session, answer.session.report()
+    policy, store = session.plan.names[:2]
+    compile_time = f", compile {answer.compile_s:.2f} s" if answer.compile_s else ""
+    chunked = "; prefilled in chunks, so the whole prompt's cache was alive at once" if session.chunk else ""
+    prefill_rate, decode_rate = _rates(answer)
+    lines = [
+        f"load {llm.load_s:.2f} s{compile_time}",
+        f"prefill {answer.prompt_tokens} tok, {answer.prefill_s:.2f} s, {prefill_rate:.0f} tok/s",
+        f"decode {answer.counted} tok, {answer.decode_s:.2f} s, {decode_rate:.1f} tok/s "
+        f"(without the first step, the warm-up); ended by {', '.join(dict.fromkeys(answer.reasons))}",
+        f"peak memory {mib(peak_bytes(llm.device))}{chunked}",
+    ]
+    if policy != "full" and not report.evicting_layers and not session.plan.keep.demotes:
+        lines.append(f"{policy} had nothing to evict: every layer still holds all {max(report.seen)} tokens")
+    notes = [session.plan.store.notice(n) for n in dict.fromkeys(answer.lengths)]
+    lines += [f"{store}: {note}" for note in notes if note]
+    unused = report.bytes - report.used_bytes
+    if unused > 0.1 * report.bytes:
+        lines.append(f"{mib(unused)} of the cache were reserved for new tokens that did not come (-n)")
+    return "\n".join([*lines, str(report)])
+
+
+def as_record(llm: LLM, answer: Answer) -> dict[str, Any]:
+    """The run as --json writes it. Several answers are a list under "rows"."""
+    report = answer.session.report()
+    prefill_rate, decode_rate = _rates(answer)
+    common = {
+        "model": llm.name,
+        "device": str(llm.device),
+        "dtype": llm.dtypes,
+        "backend": llm.models.ops.name,
+        "runner": llm.models.runner.name,
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "prompt_tokens": answer.prompt_tokens,
+        "load_s": llm.load_s,
+        "compile_s": answer.compile_s,
+        "prefill_s": answer.prefill_s,
+        "decode_s": answer.decode_s,
+        "prefill_tok_s": prefill_rate,
+        "decode_tok_s": decode_rate,
+        "peak_bytes": peak_bytes(llm.device),
+    }
+    rows = [
+        {
+            **common,
+            "policy": str(answer.session.plans[i]),
+            "new_tokens": len(ids),
+            "text": answer.texts[i],
+            "token_ids": ids,
+            "finish_reason": answer.reasons[i],
+            "cache": report.as_dict(i),
+        }
+        for i, ids in enumerate(answer.ids)
+    ]
+    return rows[0] if len(rows) == 1 else {"rows": rows}
+
+
+def _rates(answer: Answer) -> tuple[float, float]:
+    """Tokens per second of prefill and of decode."""
+    amounts = (answer.prompt_tokens, answer.prefill_s), (answer.counted, answer.decode_s)
+    prefill, decode = (tokens / seconds if seconds else 0.0 for tokens, seconds in amounts)
+    return prefill, decode
+
+
+def _commit() -> str | None:
+    """The project's commit, if it runs from a checkout."""
+    command, folder = ["git", "rev-parse", "--verify", "-q", "HEAD"], Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

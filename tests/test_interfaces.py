@@ -1,0 +1,237 @@
+"""The interfaces that no built-in method uses to the full yet, each shown by a toy that needs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from conftest import text
+
+from nanokv import parse
+from nanokv.cache.kept import Kept
+from nanokv.cache.plan import Plan
+from nanokv.cache.prefill import PromptCache
+from nanokv.cache.save import restore, save
+from nanokv.cache.scores import Scores
+from nanokv.engine import Session
+from nanokv.policies.base import Policy
+from nanokv.policies.scorer import Scorer
+from nanokv.stores.quant.int import Int
+
+PROMPT = text(60, seed=5)
+SEEN: list = []  # what the toys were shown
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    SEEN.clear()
+
+
+def start(llm, keep: Policy, prompt=PROMPT, chunk: int | None = None, **more) -> Session:
+    session = Session(llm.models, replace(Plan(), keep=keep, **more), 8, chunk)
+    session.start([prompt])
+    return session
+
+
+# ---- scoring passes -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay(Policy):
+    """KVzip's idea in small: the prompt is fed again behind itself, and the attention of that second reading counts."""
+
+    passes = 2
+    scores = Scores(last_queries=None, over_group="max")
+
+    def keep(self, p):
+        SEEN.append(p)
+        return Kept.top(p, p.attention.sum(0, keepdim=True), 20)
+
+    def replay(self, tokens, i):
+        return torch.cat((tokens[:3], tokens)) if i == 0 else tokens[10:30]
+
+
+@pytest.mark.parametrize("model", ["g3", "llama2", "mistral"])
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_scoring_passes_see_the_prompt_and_leave_nothing_behind(model, chunk, llm_of):
+    llm = llm_of(model)
+    session = start(llm, Replay(), chunk=chunk)
+    replays = [PROMPT[:3] + PROMPT, PROMPT[10:30]]
+    config, window = llm.config, llm.config.sliding_window
+    G = config.num_attention_heads // config.num_key_value_heads
+    for layer, p in enumerate(SEEN):
+        assert p.n_queries == 63 + 20 and p.seen == 60
+        right = torch.zeros(config.num_attention_heads, 60, dtype=torch.float64)
+        for (
+            replayed
+        ) in replays:  # the attention of a text that holds the prompt and then the replay, by a plain forward pass
+            q, k = queries_and_keys(llm, PROMPT + replayed, layer)
+            for h in range(config.num_attention_heads):
+                logits = q[h].double() @ k[h // G].double().T * config.head_dim**-0.5
+                i, j = torch.arange(len(logits))[:, None], torch.arange(len(logits))
+                hidden = (j > i) | (j <= i - window if window else False)
+                right[h] += logits.masked_fill(hidden, -torch.inf).softmax(-1)[60:, :60].sum(0)
+        right = right.unflatten(0, (-1, G)).amax(1)
+        torch.testing.assert_close(p.attention[0].double(), right[:, -len(p) :], atol=1e-4, rtol=1e-4)
+    assert session.report().layers[0].kept == [[20] * config.num_key_value_heads]  # the replayed tokens are not held
+
+
+def queries_and_keys(llm, ids: list[int], layer: int):
+    """(H,T,D) and (Hkv,T,D) of one layer, rotated, as a prompt cache receives them."""
+    found = {}
+
+    class Listens(PromptCache):
+        pass
+
+    cache = Listens(Plan(), llm.config, torch.tensor(ids), llm.models.ops)
+    inner = cache.layers[layer]
+    attend = inner.attend
+
+    def listen(q, k, v, pos):
+        found["q"], found["k"] = q[0], k[0]
+        return attend(q, k, v, pos)
+
+    inner.attend = listen
+    with torch.inference_mode():
+        llm.models.prefill.hidden(torch.tensor([ids]), torch.arange(len(ids))[None], cache)
+    return found["q"], found["k"]
+
+
+def test_passes_change_neither_logits_nor_what_full_keeps(llm_of):
+    @dataclass(frozen=True, kw_only=True)
+    class KeepsAll(Replay):
+        def keep(self, p):
+            return Kept.all(p)
+
+    llm, logits = llm_of("g3"), []
+    for keep in (KeepsAll(), parse("full").keep):
+        session = Session(llm.models, replace(Plan(), keep=keep), 8)
+        logits.append([session.start([PROMPT]), *(session.feed(torch.tensor([[t]])) for t in (1, 2, 3))])
+    assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
+
+
+# ---- choices across layers ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneBudget(Policy):
+    """All layers share one budget, which goes to the tokens of largest value norm."""
+
+    cross_layer = True
+
+    def keep(self, p):
+        raise AssertionError("a policy across layers is never asked about one of them")
+
+    def keep_all(self, prompts):
+        SEEN.append([p.layer for p in prompts])
+        norms = torch.stack([p.v.norm(dim=-1).mean(1)[0] for p in prompts])  # (layers,N)
+        best = norms.flatten().topk(50).indices // norms.shape[1]
+        return [Kept.top(p, p.v.norm(dim=-1), max(1, int((best == i).sum()))) for i, p in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("share", [{}, {2: 0}, {1: 0}])
+def test_keep_all_is_called_once_with_every_layer(share, llm_of):
+    session = start(llm_of("g3"), OneBudget(), share=share)
+    owners = [i for i in range(3) if i not in share]
+    assert [owners] == SEEN
+    kept = [x.kept[0][0] for x in session.report().layers if x.owner == x.layer]
+    assert sum(kept) in range(50, 50 + len(kept)) and len(set(kept)) > 1
+
+
+# ---- bits per layer -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstLayersBetter(Int):
+    """8 bits in the first layer and 2 in the others."""
+
+    group: int = 8
+    residual: int = 8
+
+    def at(self, layer, n_layers):
+        bits = 8 if layer == 0 else 2
+        return replace(self, k=bits, v=bits)
+
+
+def test_a_store_may_have_other_bits_in_other_layers(llm_of, tmp_path):
+    llm = llm_of("g3")
+    plan = replace(Plan(), store=FirstLayersBetter())
+    session = Session(llm.models, plan, 40)
+    session.start([PROMPT])
+    for t in range(20):
+        session.feed(torch.tensor([[t]]))
+    bits = [x.k_bits for x in session.report().layers]
+    assert bits[0] > bits[1] + 4 and bits[1] == bits[2]
+    assert [store.spec.k for store in session.cache.stores.values()] == [8, 2, 2]
+    estimate = 3 * plan.fit(llm.config, torch.float32, 60, 40).device_bytes(llm.config, torch.float32, 60, 40)
+    assert session.report().bytes <= estimate
+    mean = [FirstLayersBetter(k=b, v=b).cost(llm.config, torch.float32, 0)[0] for b in (8, 2, 2)]
+    assert plan.cost(llm.config, torch.float32)[0] == pytest.approx(sum(mean) / 3)
+
+
+# ---- what a policy may ask for --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueAware(Scorer):
+    """Scores a token by |W_o v|, and notes the token ids."""
+
+    scores = Scores(output_weights=True)
+
+    def score(self, p):
+        SEEN.append((p.layer, p.w_o, p.tokens.tolist(), p.seen))
+        heads, D = p.v.shape[1], p.v.shape[3]
+        w = p.w_o.view(p.w_o.shape[0], heads, -1, D)  # (C,Hkv,G,D)
+        return torch.einsum("bhnd,chgd->bhngc", p.v.float(), w.float()).norm(dim=-1).mean(-1)
+
+
+def test_a_policy_may_ask_for_the_output_projection_and_the_token_ids(llm_of):
+    llm = llm_of("g3")
+    session = start(llm, ValueAware(budget=20, every=4))
+    for t in (7, 8, 9, 10):
+        session.feed(torch.tensor([[t]]))
+    weights = [block.self_attn.o_proj.weight for block in llm.models.decode.layers]
+    assert [layer for layer, *_ in SEEN] == [0, 1, 2, 0, 1, 2]  # the prompt, and one rescore
+    assert all(w is weights[layer] for layer, w, _, _ in SEEN)
+    assert all(tokens == (PROMPT if n == 60 else [*PROMPT, 7, 8, 9, 10]) for _, _, tokens, n in SEEN)
+    assert {n for *_, n in SEEN} == {60, 64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proportional(Scorer):
+    """Always keeps a tenth of the prompt."""
+
+    def min_budget(self, prompt_len: int = 0) -> int:
+        return max(1, prompt_len // 10)
+
+    def score(self, p):
+        return p.pos.float()
+
+
+def test_the_least_budget_may_depend_on_the_prompt(llm_of):
+    llm = llm_of("g3")
+    assert start(llm, Proportional(budget="1%")).plans[0].keep.budget == 6
+    with pytest.raises(ValueError, match="always keeps 6 of a prompt of 60 tokens"):
+        start(llm, Proportional(budget=3))
+
+
+# ---- state of stores ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text_of_plan", ["full+fp8", "full+int4:group=8,residual=8", "full+quest:chunk=4,budget=8", "zipcache+mixed:high=4"]
+)
+def test_saved_state_is_the_stores_own_record(text_of_plan, llm_of, tmp_path):
+    llm = llm_of("g3")
+    session = llm.session(8, plan=parse(text_of_plan))
+    session.start([PROMPT])
+    save(llm, session, tmp_path / "a")
+    for part in (p for s in session.cache.stores.values() for r in s.unpack() for p in r.parts if p.state is not None):
+        assert isinstance(part.state, session.plan.store.state_type)
+        again = type(part.state).from_tensors(part.state.tensors())
+        assert {n: x.tolist() for n, x in again.tensors().items()} == {
+            n: x.tolist() for n, x in part.state.tensors().items()
+        }
+    there = restore(llm, tmp_path / "a", 8)
+    assert torch.equal(session.feed(torch.tensor([[3]])), there.feed(torch.tensor([[3]])))
