@@ -35,8 +35,8 @@ class Answer:
     reasons: list[str | None] = field(default_factory=list)
     prefill_s: float = 0.0
     compile_s: float = 0.0
-    decode_s: float = 0.0  # without the first step, which warms up, and without steps that compiled
-    counted: int = 0  # tokens of unfinished rows that came in decode_s
+    decode_s: float = 0.0  # seconds of decode steps, except the first (a warm-up) and those that compiled
+    counted: int = 0  # tokens generated within decode_s, without those of finished rows
     unfed: int | None = None  # row 0's last token, if the next turn must feed it first
     interrupted: bool = False  # may be set from outside at any time; the answer then ends after the step in progress
     logits: torch.Tensor | None = None

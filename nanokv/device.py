@@ -45,7 +45,9 @@ class Precision:
 
 
 def choose_precision(config: ModelConfig, device: torch.device, asked: str) -> Precision:
-    """The types for this device. They come from a table, not from timings: the same command must write the same text again."""
+    """The types for this device. They come from a table, not from timings: the same command must write the same text
+    again.
+    """
     if asked != "auto":
         names = [ALIASES.get(n, n) for n in asked.split("/")]
         if len(names) > 2 or any(n not in DTYPES for n in names):
@@ -61,7 +63,7 @@ def choose_precision(config: ModelConfig, device: torch.device, asked: str) -> P
         why = "the device's own"
     elif torch.cpu._is_amx_tile_supported():
         # 2 cores of an Emerald Rapids: prompts 2,300 GFLOP/s in bf16, 430 in fp32, 410 in fp16; one row streams
-        # 24 GB/s of bf16 (by mv; 16 by linear), 13 of fp16, 28 of fp32, which is twice the bytes
+        # 24 GB/s of bf16 (with torch.mv; 16 with linear), 13 of fp16, 28 of fp32, which is twice the bytes
         first = second = torch.bfloat16
         why = "this CPU multiplies bf16 tiles"
     elif torch.cpu._is_avx512_bf16_supported():
@@ -78,8 +80,8 @@ def choose_precision(config: ModelConfig, device: torch.device, asked: str) -> P
     else:
         first = second = torch.float32
         why = "this CPU has no bf16 arithmetic"
-    rows = device.type == "cpu" and second == torch.bfloat16
-    return Precision(first, second, row_linear if rows else linear, why)
+    streams_bf16 = device.type == "cpu" and second == torch.bfloat16
+    return Precision(first, second, row_linear if streams_bf16 else linear, why)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -92,9 +94,7 @@ def free_bytes(device: torch.device) -> int:
         group = Path("/sys/fs/cgroup")
         if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            used = int((group / "memory.current").read_text()) - int(
-                stat["inactive_file"]
-            )  # of files, which gives way
+            used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # of files, which gives way
             free = min(free, int(limit) - used)
         return free
     except (OSError, KeyError, ValueError):

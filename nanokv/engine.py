@@ -30,7 +30,7 @@ class Models:
     prefill: Llama
     decode: Llama
     ops: Ops
-    runner: Runner  # of single tokens
+    runner: Runner  # runs the decode steps
 
     @property
     def context(self) -> Context:
@@ -79,15 +79,14 @@ class Session:
         self.undecided: list[PromptCache] = []  # prompts whose policy has not decided yet (`decide_after`)
         self.cache: KVCache | None = None
         self.pos: Tensor | None = None  # (B,1): the position of each row's next token
-        self.seen: list[int] = []  # the same on the host
+        self.seen: list[int] = []  # the same positions as Python numbers: how long each row's text is
         self.plans: list[Plan] = []  # the plan as fitted to each row's prompt
-        self.tokens: (
-            list[Tensor] | None
-        ) = []  # each row's token ids so far, kept for policies that rescore; None: not known
-        self.intact = True  # False: an exception left a step half done, and the cache with it
+        # each row's token ids so far, for policies that rescore; None if they are not known
+        self.tokens: list[Tensor] | None = []
+        self.intact = True  # False if an exception interrupted a step, so the cache may be half written
 
     def fitted_plan(self, prompt_len: int, rows: int = 1) -> Plan:
-        """The plan as it will be for a prompt of this length; or as it is, once there is one."""
+        """The plan fitted to a prompt of this length, or to the first row's prompt if the session has one."""
         if self.plans:
             return self.plans[0]
         return self.plan.fit(self.models.prefill.config, self.context.dtype, prompt_len, self.room, rows)
@@ -130,7 +129,7 @@ class Session:
     def _pack(self, caches: list[PromptCache]) -> None:
         rows = [dict(c.kept) for c in caches]
         for c in caches:
-            c.kept = {}  # the rows own what is kept now, and `pack` takes it out of them
+            c.kept = {}  # only `rows` refers to the tensors now, so `pack` can free them layer by layer
         self.cache = KVCache.pack(self.plans, rows, self.room, self.context)
 
     @torch.inference_mode()
@@ -172,7 +171,7 @@ class Session:
         return [ids[:n] for ids, n in zip(self.tokens, self.seen, strict=True)]
 
     def _feed_undecided(self, tokens: Tensor) -> list[Tensor]:
-        """The first tokens, as far as the policy counts them to the prompt → the logits after each (B,1,vocab)."""
+        """Feed the first tokens, which the policy counts as prompt. Return the logits (B,1,vocab) after each."""
         parts, n = [], min(self.plans[0].keep.decide_after, tokens.shape[1])
         for i in range(n):
             pos, column = self.pos.clone(), tokens[:, i : i + 1]

@@ -1,4 +1,5 @@
-"""How a decode step is run: by plain calls, by compiled blocks, or as one captured CUDA graph. All give the same tokens.
+"""How a decode step is run: by plain calls, by compiled blocks, or as one captured CUDA graph. All give the same
+tokens.
 
 A frozen cache has static shapes and is written in place, so the fast runners need no help from the model: a compiled
 block replaces the call of a block, and a graph replays the whole step.
@@ -90,7 +91,7 @@ def _n_compiled() -> int:
 
 
 class Graphed:
-    """One CUDA graph of the whole step, captured at a cache's second step.
+    """One CUDA graph of the whole step, captured at the second step after each change of the cache or its memory.
 
     The first step, which is run for real, is the warm-up: throw-away steps would cost an evicting policy real slots.
     """
@@ -119,7 +120,7 @@ class Graphed:
 
 
 def make(name: str, model: Llama) -> Runner:
-    """auto: plain calls, which start at once. ValueError where what it takes is missing."""
+    """auto: plain calls, which start at once. ValueError if the device or the compiler is missing."""
     name = "eager" if name == "auto" else name
     if name == "graph" and model.embed_tokens.weight.device.type != "cuda":
         raise ValueError(

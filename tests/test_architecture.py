@@ -236,7 +236,15 @@ def waits(function: ast.FunctionDef) -> list[str]:
 
 
 STEP = {
-    "nanokv/cache/slots.py": ["ring", "lowest_score", "rows", "record", "record_at", "record_masked", "ring_on_host"],
+    "nanokv/cache/slots.py": [
+        "ring",
+        "lowest_score",
+        "flat_index",
+        "record",
+        "record_at",
+        "record_masked",
+        "ring_on_host",
+    ],
     "nanokv/cache/decode.py": ["attend", "read", "_sink_queries"],
     "nanokv/cache/rescore.py": ["push"],
     "nanokv/stores/dense.py": [

@@ -29,7 +29,7 @@ class Named:
     """One entry of the registry."""
 
     source: Wheel | Hub
-    shape: str  # key of nanokv.config.PRESETS
+    shape: str  # key of nanokv.model.presets.PRESETS
 
 
 MODELS: dict[str, Named] = {

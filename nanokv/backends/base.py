@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.reference import pack, unpack  # how codes lie in words
+from kernels.reference import pack, unpack  # re-exported for stores: put codes into words and take them out
 
 __all__ = ["Ops", "merge", "pack", "unpack"]
 
@@ -20,7 +20,7 @@ class Ops:
     """
 
     name: str
-    prefill: Callable[..., Tensor]  # a prompt or a chunk of one: out without lse
+    prefill: Callable[..., Tensor]  # attention of a prompt or a part of it; returns no lse
     turn: Callable[..., tuple[Tensor, Tensor]]  # the tokens of a turn among themselves: `reference.prefill`, with lse
     decode: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     decode_quant: Callable[..., tuple[Tensor, Tensor]]
@@ -38,7 +38,7 @@ class Ops:
     swiglu: Callable[[Tensor], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     device_gather: bool = False  # chunks are fetched and rebuilt on the device, without asking the host which ones
-    plain_decode: bool = True  # on a GPU, decode is plain torch, which casts and copies K and V
+    plain_decode: bool = True  # decode is plain torch, which on a GPU casts and copies K and V
     decodes_fp8: Callable[[torch.dtype], bool] = lambda kind: False  # whether `decode` takes K and V of this 8-bit type
 
 

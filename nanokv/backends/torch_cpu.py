@@ -15,7 +15,7 @@ from nanokv.backends import inductor_cpu
 from nanokv.backends.base import merge
 from nanokv.backends.torch_ops import EAGER, compiles_for_cpu, linear
 
-MASKED_BLOCK = 512  # queries per masked call: it bounds the mask, and the keys that a sliding window reads in vain
+MASKED_BLOCK = 512  # queries per masked call; bounds the mask and the keys read outside a sliding window
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,8 +75,8 @@ def sdpa_decode(
     )
     out, lse = out.reshape(B, H, T, D), lse.reshape(B, H, T)
     if visible is not None:  # torch's kernel gives NaN for a query that sees no key
-        none = ~visible.any(-1).expand(-1, -1, T).repeat_interleave(H // k.shape[1], 1)
-        out, lse = out.masked_fill(none[..., None], 0), lse.masked_fill(none, -torch.inf)
+        blind = ~visible.any(-1).expand(-1, -1, T).repeat_interleave(H // k.shape[1], 1)
+        out, lse = out.masked_fill(blind[..., None], 0), lse.masked_fill(blind, -torch.inf)
     return out, lse, None
 
 
@@ -106,9 +106,8 @@ def sdpa_decode_quant(
     (kq, ks, kz), (vq, vs, vz) = k, v
     heads, groups, S, runs = ks.shape[1], ks.shape[2], kq.shape[2], vs.shape[3]
     scaled_q = q.view(B, heads, -1, D).float() * D**-0.5  # (B,Hkv,G,D)
-    score = (kz.float() @ scaled_q.transpose(2, 3))[
-        ..., None
-    ]  # (B,Hkv,groups,G,1): the zero points add one number per group
+    # the zero points add one number per group
+    score = (kz.float() @ scaled_q.transpose(2, 3))[..., None]  # (B,Hkv,groups,G,1)
     scaled_q = _bytewise(scaled_q[:, :, None] * ks.float()[:, :, :, None], bits[0])
     for channels, codes in _numbers(kq, bits[0]):
         score = score + scaled_q[..., channels] @ codes.unflatten(2, (groups, -1)).transpose(3, 4)  # (…,G,tokens)

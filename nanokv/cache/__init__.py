@@ -1,1 +1,1 @@
-"""The cache: values, protocols, prefill and decode. Policies and stores are met through their interfaces alone."""
+"""The cache: values, protocols, prefill and decode. Only `plan.py` knows the methods by name."""

@@ -32,8 +32,8 @@ class Workload:
         if budget.endswith("%"):
             return max(least, int(self.prompt_len * float(budget[:-1]) / 100))
         room = self.room if new_slots is None else min(self.room, new_slots)
-        share = size(budget) / self.rows / self.owners - self.fixed_bytes
-        n = int(share / self.token_bytes) - room
+        per_layer = size(budget) / self.rows / self.owners - self.fixed_bytes
+        n = int(per_layer / self.token_bytes) - room
         if n < least:
             need = (least + room) * self.token_bytes + self.fixed_bytes
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What the stores of a cache are built with."""
+"""`Context`: everything besides tokens that a cache and its stores are built from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Context:
-    """What a store is built with: the model's shape, the backend, the device and the dtype of its tensors."""
+    """What a cache needs to know of the model, the backend and the device, and the constants that its layers share."""
 
     config: Any  # ModelConfig
     ops: Any  # nanokv.backends.base.Ops

@@ -1,7 +1,7 @@
-"""The decode side of a cache: static slots for B rows, one store per layer that owns storage.
+"""The cache while decoding. Each layer that owns storage has one store, with fixed slots for B rows.
 
-One new token is stored and then reads everything. The tokens of a turn attend to what was stored before and causally
-to each other, and are stored afterwards.
+A single new token is stored first and then attends to everything, itself included. The tokens of a turn attend to
+what was stored before and causally to each other, and are stored afterwards.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class KVCache:
         self.plans, self.plan, self.stores, self.layer_scores = plans, plans[0], stores, layer_scores
         self.room, self.ctx = room, ctx
         self.since_rescore = 0  # tokens
-        self.written = 0  # tokens since all stores were packed
-        self.layout = 0  # how often memory or its division has changed: a step captured for another layout is stale
+        self.written = 0  # tokens stored since the cache was made or last reserved room
+        self.layout = 0  # counts changes of the stores' memory; a step captured at another count is stale
         self.layers: list[Owner | Reader] = []
         plan, keep = self.plan, self.plan.keep
         plan.store.link(list(stores.values()))
@@ -78,12 +78,12 @@ class KVCache:
         return min(n, keep.rescore_every - self.since_rescore) if keep.rescore_every else n
 
     def check_room(self, n: int) -> None:
-        """Raise ValueError if n more tokens do not fit: a full cache never overwrites what it promised to keep."""
+        """Raise ValueError if n more tokens do not fit: it would have to overwrite kept tokens."""
         if n > self.room:
             raise ValueError(f"the cache has room for {self.room} more tokens and {n} come; reserve() more first")
 
     def reserve(self, room: int) -> None:
-        """Make room for `room` tokens from here on. Stores whose heads grow move to new memory; what they hold stays."""
+        """Make room for `room` more tokens. A store that cannot extend its memory is packed again with what it holds."""
         if room <= self.room:
             return
         ahead = self.plan.slots_ahead(room, self.since_rescore)
@@ -225,9 +225,13 @@ class Owner:
         others.
         """
         s, T = self.store.slots, q.shape[2]
-        before = s.length[:, :1] - (1 if T == 1 else 0)  # a single token is stored already, a turn is not yet
+        before = s.length[:, :1] - (
+            1 if T == 1 else 0
+        )  # tokens before this step: a single token is stored already, a turn is not
         gap = before + torch.arange(T, device=pos.device) - pos
-        gap = torch.where(s.sink[:, :1] < s.n_sink, 0, gap)  # where the model's own window has passed the sinks
+        gap = torch.where(
+            s.sink[:, :1] < s.n_sink, 0, gap
+        )  # heads whose sinks have left the model's sliding window rotate nothing back
         return rotate(q.transpose(1, 2), angles(self.ctx.inv_freq, gap)).transpose(1, 2)
 
 

@@ -44,7 +44,7 @@ class Prompt:
     rank: int  # how many layers before this one own storage
     owners: int  # how many layers of the model own storage
     seen: int  # tokens of text so far
-    visible: int  # how many of them the model's own sliding window still shows to the next token
+    n_visible: int  # how many of them the model's own sliding window still shows to the next token
     k: Tensor  # (1,Hkv,N,D), rotated
     v: Tensor  # (1,Hkv,N,D)
     pos: Tensor  # (1,Hkv,N) int32 absolute positions, ascending; −1 pads a head that holds fewer tokens
@@ -83,7 +83,7 @@ class Kept:
     v: Tensor  # (1,Hkv,N,D)
     pos: Tensor  # (1,Hkv,N) int32, ascending, padded with −1 behind `length`
     length: Tensor  # (1,Hkv) int32: how many tokens each head really keeps
-    limit: Tensor  # (1,Hkv) int32: slots that a head may ever use; −1: it grows while decoding
+    limit: Tensor  # (1,Hkv) int32: the most tokens a head may hold; −1: no limit, it grows
     sink: Tensor  # (1,Hkv) int32: how many first slots a ring never overwrites
     attention: Tensor | None = None  # (1,Hkv,N) fp32, for policies that update their scores while decoding
     score: float = 0.0  # one number for the whole layer, for rules across layers and for `--explain`
@@ -129,10 +129,10 @@ class Kept:
         return cls(k, v, pos, n.clone(), ones * limit, ones * sink, attention, state=state)
 
     def in_window(self, seen: int, sliding_window: int | None) -> Kept:
-        """The same without the tokens that a model with this window will not see again after `seen` tokens."""
+        """Drop the tokens that lie outside the model's sliding window for every token after the first `seen`."""
         if sliding_window is None:
             return self
-        gone = ((self.pos >= 0) & (self.pos <= seen - sliding_window)).sum(-1)  # the first so many of each head
+        gone = ((self.pos >= 0) & (self.pos <= seen - sliding_window)).sum(-1)  # how many first tokens each head drops
         index = torch.arange(self.pos.shape[2], device=self.pos.device) + gone[..., None]
         valid = index < self.length[..., None]
         index = index.masked_fill(~valid, 0)
@@ -149,7 +149,7 @@ class Kept:
 
     def demote_others(self, p: Prompt) -> Kept:
         """The same, with all other tokens of the prompt as `demoted`."""
-        mine = torch.nn.functional.pad(self.pos, (0, 1), value=-1)  # one entry more, as there may be none
+        mine = torch.nn.functional.pad(self.pos, (0, 1), value=-1)  # searchsorted needs at least one entry
         mine = torch.where(mine < 0, torch.iinfo(torch.int32).max, mine)
         index = torch.searchsorted(mine, p.pos.contiguous()).clamp(max=mine.shape[2] - 1)
         is_kept = mine.gather(2, index) == p.pos
@@ -168,7 +168,7 @@ class Kept:
         """The text's first `sink` and last `recent` tokens, of a row whose heads all hold the same tokens.
 
         ring: a new token overwrites the oldest recent one, so the head stays at sink + recent; otherwise it grows.
-        Sinks that the model's own sliding window has passed are not there to be kept.
+        Sinks that have left the model's sliding window are no longer in the row and are not kept.
         """
         sink = max(0, sink - int(self.pos[0, 0, 0]))
         k, v, pos, n = self.k, self.v, self.pos, self.k.shape[2]

@@ -57,7 +57,7 @@ class Plan:
         model or the prompt.
         """
         if not self.ready:
-            raise ValueError(f"{self} has no map of layers yet; LLM.ready finds or makes the one of a loaded model")
+            raise ValueError(f"{self} has no map of layers yet; call LLM.ready(plan) first")
         if reason := self.store.incompatible_model(config):
             raise ValueError(f"{self.names[1]}: {reason}")
         owners = config.num_hidden_layers - len(self.share)
@@ -77,7 +77,7 @@ class Plan:
         fixed = sum(fixed for _, fixed in costs) // len(owners) + math.ceil(
             self.store.constant_bytes(config) / len(owners)
         )
-        if keep.decode_scores:  # a score beside each position
+        if keep.decode_scores:  # one score per slot, and the spare entry of ragged slots
             return token_bytes + 4 * config.num_key_value_heads, fixed + 4
         if keep.rescore_every:  # the last queries of every layer
             queries = keep.rescore_scores.buffered_queries * config.num_attention_heads * config.head_dim
@@ -132,7 +132,7 @@ AXES = {
 }
 
 
-FORMER_NAMES = ("device",)  # older plans named the place: everything lies on the device unless the store says otherwise
+IGNORED_PARTS = ("device",)  # `parse` ignores these parts of old plans
 
 
 def parse(text: str) -> Plan:
@@ -141,7 +141,7 @@ def parse(text: str) -> Plan:
     for piece in text.split("+"):
         name, _, given = piece.strip().partition(":")
         axis = next((a for a, parts in AXES.items() if name in parts), None)
-        if name in FORMER_NAMES:
+        if name in IGNORED_PARTS:
             continue
         if axis is None:
             names = [n for parts in AXES.values() for n in parts]

@@ -1,8 +1,9 @@
 """The prefill side of a cache: one prompt, dense and growing; each layer is compressed as soon as its last reader has
 attended.
 
-It is told the prompt's length at the start, so it knows when the prompt is complete; whole or in chunks is the same
-code. It knows a policy through `keep` and `keep_all` only. Layers of a finished prompt hold nothing but `kept`.
+The cache knows the prompt's length from the start, so it sees when the prompt is complete. The same code takes a prompt
+whole or in chunks. Of a policy it uses `keep`, `keep_all` and the declarations in `policies/base.py`. After `keep`, the
+dense keys and values of a layer are freed and only its entry in `kept` remains.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class PromptCache:
         self.plan, self.config, self.ops, self.ctx = plan, config, ops, ctx
         self.ids = ids
         self.length = len(ids) + plan.keep.decide_after  # tokens after the prompt may belong to it
-        self.wanted = [plan.keep.scores]  # evals ask several policies about one prefill
+        self.wanted = [plan.keep.scores]  # a list, because evals/dense.py asks for several policies at once
         self.passes_left = plan.keep.passes
         self.inv_freq = inverse_frequencies(config).to(ids.device)
         self.kept: dict[int, Kept] = {}
@@ -87,7 +88,7 @@ class PromptLayer:
         cache, dense = self.cache, self.cache.dense_layer(self.owner)
         if self.owns:
             dense.extend(k, v)
-        keys, values = dense.visible()
+        keys, values = dense.keys_and_values()
         start = keys.shape[2] - q.shape[2]
         out = cache.ops.prefill(q, keys, values, start, cache.config.sliding_window)
         for statistics in dense.statistics.values():
@@ -126,7 +127,7 @@ class DenseLayer:
             self.v[:, :, self.filled : self.filled + n] = v
         self.filled += n
 
-    def visible(self) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """The keys and values so far: the prompt's and, in a scoring pass, that pass's own."""
         k, v = self.k[:, :, : self.filled], self.v[:, :, : self.filled]
         return (k, v) if self.pass_kv is None else (_cat(k, self.pass_kv[0]), _cat(v, self.pass_kv[1]))
@@ -142,7 +143,7 @@ class DenseLayer:
         window, plan, found = cache.config.sliding_window, cache.plan, self.statistics[wanted]
         first = 0 if window is None else max(0, self.length - window + 1)
         pos = torch.arange(first, self.length, dtype=torch.int32, device=self.k.device).expand(1, self.k.shape[1], -1)
-        scores = [x[:, :, first:] for x in found.scores.values()]  # readers came in their order
+        scores = [x[:, :, first:] for x in found.scores.values()]  # in the order of the layers
         if found.joins_groups_last(cache):
             scores = [x.unflatten(1, (self.k.shape[1], -1)).amax(2) for x in scores]
         n_queries = self.length if wanted.last_queries is None else min(wanted.last_queries, self.length)
@@ -152,7 +153,7 @@ class DenseLayer:
             rank=plan.rank(layer),
             owners=cache.config.num_hidden_layers - len(plan.share),
             seen=self.length,
-            visible=self.length - first,
+            n_visible=self.length - first,
             k=self.k[:, :, first:],
             v=self.v[:, :, first:],
             pos=pos,
@@ -168,7 +169,7 @@ class DenseLayer:
 
 
 class Statistics:
-    """What one policy wants to know of the queries that read a layer, as they come."""
+    """Collects the statistics that one policy wants of the queries that read a layer."""
 
     def __init__(self, wanted: Scores):
         self.wanted = wanted
@@ -178,9 +179,10 @@ class Statistics:
         self.pass_queries = 0  # queries of scoring passes, per reader
 
     def add(self, reader: int, q: Tensor, pos: Tensor, start: int, dense: DenseLayer, cache: PromptCache) -> None:
-        """q (1,H,T,D) at pos (1,T): a reader's next queries, of which `start` keys lie before the first one."""
-        wanted, (keys, _) = self.wanted, dense.visible()
+        """Add a reader's next queries q (1,H,T,D) at pos (1,T). `start` keys come before the first of them."""
+        wanted, (keys, _) = self.wanted, dense.keys_and_values()
         if dense.pass_length is not None:
+            # every reader scores the same queries, so only the first reader counts them
             self.pass_queries += q.shape[2] if reader == min(self.scores, default=reader) else 0
             self._join(reader, self._score(q, keys, start, cache)[:, :, : dense.length])
             return
@@ -196,7 +198,9 @@ class Statistics:
         if dense.complete:
             self.scores[reader] = self._score(last, keys, dense.length - last.shape[2], cache)
         else:
-            self.last_queries[reader] = last.clone() if before is None else last
+            self.last_queries[reader] = (
+                last.clone() if before is None else last
+            )  # a clone, so that all of q is not kept alive
 
     def _score(self, q: Tensor, k: Tensor, start: int, cache: PromptCache) -> Tensor:
         wanted, window = self.wanted, cache.config.sliding_window
@@ -204,7 +208,7 @@ class Statistics:
         return cache.ops.attention_scores(q, k, start, window, over_group, wanted.over_queries, wanted.noise(0))
 
     def joins_groups_last(self, cache: PromptCache) -> bool:
-        """Whether scores come in pieces, so that sums must be complete before the largest of a group's heads is taken."""
+        """Whether scores arrive in pieces and must be summed before the maximum over a group's heads is taken."""
         in_pieces = cache.plan.keep.passes > 0 or self.wanted.last_queries is None
         return in_pieces and self.wanted.over_group == "max" and self.wanted.over_queries == "sum"
 
@@ -216,7 +220,7 @@ class Statistics:
         self.scores[reader] = new
 
     def _add_moments(self, reader: int, q: Tensor, pos: Tensor, start: int, length: int, inv_freq: Tensor) -> None:
-        """Add to the moments of the queries before rotation. A text no longer than what is skipped counts whole."""
+        """Add to the moments of the queries before rotation. If the text is too short to skip any, all count."""
         skip = self.wanted.query_moments if length > self.wanted.query_moments else 0
         raw = unrotated(q, pos, inv_freq)[:, :, max(0, skip - start) :]
         old = self.sums.get(reader, (0, 0, 0))

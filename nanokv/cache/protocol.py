@@ -1,7 +1,7 @@
 """The one page to read: what the model sees of a cache, and what a store must do.
 
 A plan is keep × store × share: which tokens stay (`Policy`), how they lie in memory and are read (`StoreSpec`,
-`Store`), and which layers own storage (a map in `plan.py`). Between prefill and decode passes a plain value, `Kept`.
+`Store`), and which layers own storage (a map in `plan.py`). Prefill hands decode one plain value, `Kept`.
 Shapes: see the legend in `model/llama.py`.
 """
 
@@ -27,7 +27,9 @@ class Layer(Protocol):
     owns: bool  # False: the layer reads another one's keys and values; the model then skips k_proj and v_proj
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, pos: Tensor) -> Tensor:
-        """q (B,H,T,D), k and v (B,Hkv,T,D) rotated to pos (B,T) → (B,H,T,D). k and v are None where `owns` is False."""
+        """Attend q (B,H,T,D), rotated to pos (B,T), to k and v (B,Hkv,T,D) → (B,H,T,D). Both are None if `owns` is
+        False.
+        """
 
 
 class Cache(Protocol):
@@ -35,17 +37,17 @@ class Cache(Protocol):
 
 
 class Store(Protocol):
-    """One layer's kept tokens and every one that follows, for B rows."""
+    """The tokens that one layer holds, for B rows. `policy.next_slots` picks slots unless all heads fill up alike."""
 
     slots: Slots
     needs_host_sync: bool  # a step over this store waits for the host, so it cannot be compiled or captured
-    lossless_prefix: int | None  # unpack() returns the first n tokens bit for bit. None means all tokens.
+    lossless_prefix: int | None  # so many first tokens come back from unpack() bit for bit; None: all
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         """Store one new token per row: k, v (B,Hkv,1,D), pos (B,1). In place, static shapes, no host sync."""
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        """Store the tokens of a turn after they have attended: k, v (B,Hkv,T,D), pos (B,T), T > 1. The host may work."""
+        """Store a turn's tokens after they attended: k, v (B,Hkv,T,D), pos (B,T), T > 1. May sync with the host."""
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attention of q (B,H,T,D) over all stored tokens → out, natural logsumexp (B,H,T), and scores if the policy
@@ -55,7 +57,7 @@ class Store(Protocol):
         """
 
     def maintain(self, written: int) -> bool | None:
-        """Upkeep between steps: `written` tokens have come. → True if the store's memory has moved."""
+        """Do what is due after `written` more tokens. Return True if the store's memory has moved."""
 
     def freeze(self) -> None:
         """From now on every step has the same shapes."""
@@ -64,7 +66,7 @@ class Store(Protocol):
         """What is held, one value per row, in temporal order."""
 
     def reserve(self, room: int) -> bool:
-        """Make slots for `room` more tokens and keep what is held. False if only packing again can do it."""
+        """Make slots for `room` more tokens and keep what is held. False if the store must be packed again instead."""
 
     def refill(self, rows: list[Kept], room: int) -> bool:
         """Hold these rows instead, in the same memory. False if they do not fit; `room` as for `pack`."""
@@ -90,8 +92,8 @@ class StoreSpec(ABC):
     eviction_granularity = 1  # tokens that share a scale and can only leave together
     pads_heads = True  # all heads take the slots of the longest one
     has_low_precision_tier = False  # it has a place for `Kept.demoted`
-    maintenance_interval = 0  # at most so many tokens may come between two calls of `maintain`; 0: any number
-    implies = ()  # names of stores that may stand beside this one in a plan, because it holds tokens as they do
+    maintenance_interval = 0  # most tokens between two calls of `maintain`; 0: no limit
+    implies = ()  # a plan may also name these stores, because this one holds tokens in the same way
     state_type = None  # the StoreState with which its rows are saved
 
     def at(self, layer: int, n_layers: int) -> StoreSpec:
@@ -145,4 +147,4 @@ class StoreSpec(ABC):
         """The store of one layer, with slots for `room` more tokens in every head that grows."""
 
     def link(self, stores: Sequence[Store]) -> None:  # noqa: B027 most stores have nothing to link
-        """Called with all layers' stores, in order, whenever one was packed: for stores that prefetch the next layer."""
+        """Receive all layers' stores, in order, after one was packed. Stores that prefetch the next layer use it."""

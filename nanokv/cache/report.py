@@ -48,7 +48,7 @@ class Report:
     def as_dict(self, row: int = 0) -> dict:
         """For --json. `kept` per KV head is the row's own; bytes are of the whole cache, which all rows share."""
         totals = {k: getattr(self, k) for k in ("bytes", "used_bytes", "host_bytes", "full_bytes", "ratio")}
-        totals["live_bytes"] = self.used_bytes  # the key's first name
+        totals["live_bytes"] = self.used_bytes  # the former name of `used_bytes`, for older readers of the JSON
         return {**totals, "layers": [{**asdict(x), "kept": x.kept[row]} for x in self.layers]}
 
     def __str__(self) -> str:

@@ -24,7 +24,7 @@ class QueryBuffer:
         self.q = ctx.empty(rows, ctx.config.num_attention_heads, size, ctx.config.head_dim).zero_()
 
     def push(self, q: Tensor, pos: Tensor) -> None:
-        """q (B,H,T,D) at pos (B,T). All rows advance together, so the first row's positions name the places."""
+        """q (B,H,T,D) at pos (B,T). All rows advance together, so row 0's positions pick the places."""
         if self.size:
             self.q.index_copy_(2, pos[0, -self.size :] % self.size, q[:, :, -self.size :])
 
@@ -51,7 +51,7 @@ def held_as_prompt(
         rank=plan.rank(layer),
         owners=config.num_hidden_layers - len(plan.share),
         seen=n,
-        visible=min(n, config.sliding_window - 1) if config.sliding_window else n,
+        n_visible=min(n, config.sliding_window - 1) if config.sliding_window else n,
         k=kept.k,
         v=kept.v,
         pos=kept.pos,

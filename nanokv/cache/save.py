@@ -104,7 +104,7 @@ def _kept(tensors: Mapping[str, Tensor], owner: str, score: float, plan: Plan, n
             values[field] = torch.cat((x, x.new_zeros(*x.shape[:2], n - x.shape[2], x.shape[3])), 2)
         kept = Kept(
             *(values[field] for field in FIELDS),
-            attention=values.get("attention", values.get("votes")),  # the name of older files
+            attention=values.get("attention", values.get("votes")),  # older files call it "votes"
             score=score,
             demoted=kept,
             state=state_type.from_tensors(state) if state else None,

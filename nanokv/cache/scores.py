@@ -12,17 +12,15 @@ from torch import Tensor
 class Scores:
     """The statistics of attention that a policy wants. `Ops.attention_scores` computes the scores for every policy.
 
-    last_queries   how many of the prompt's last queries are scored (the observation window); None: all of them; 0:
-    none.
-    over_group     how the G query heads of a KV head are joined: mean or max.
-    over_queries   how the queries of a head are joined. sum: the attention that a key received. count_low: how many
-    queries gave the
-                   key less than an even share of their attention. last_hit: 1 + the position of the last query that
-                   gave it an even share or more; 0 if none did.
-    gumbel_seed    if given, scores are taken of (logits + Gumbel noise) / temperature.
-    query_moments  if given, the mean and covariance of the queries before rotation are wanted too, without the text's
-    first so many.
-    output_weights whether the policy wants the output projection, for methods that measure |W_o v|.
+    last_queries    how many of the prompt's last queries are scored (the observation window). None: all; 0: none.
+    over_group      how the scores of the G query heads of a KV head are joined: mean or max.
+    over_queries    how the scores of a head's queries are joined. sum: the attention that a key received.
+                    count_low: how many queries gave the key less than an even share of their attention.
+                    last_hit: 1 + the position of the last query that gave it at least an even share; 0 if none did.
+    gumbel_seed     if given, the softmax is taken of (logits + Gumbel noise) / temperature.
+    query_moments   if given, mean and covariance of the unrotated queries are computed; this many first queries of
+                    the text are left out.
+    output_weights  whether the policy gets the output projection, to measure |W_o v|.
     """
 
     last_queries: int | None = 0

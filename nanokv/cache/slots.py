@@ -15,29 +15,28 @@ from nanokv.cache.kept import Kept
 
 
 class Slots:
-    """Static slots per (row, KV head); the valid ones are always the prefix [0, length).
+    """Every (row, KV head) has a fixed number of slots, and its valid slots are the first `length` ones.
 
-    The order of slots means nothing: `pos` says which token each one holds. What differs between rows, heads or steps
-    is a tensor. `max_used` and `uniform` are what the host knows besides, so that plain calls may slice instead of
-    mask. All heads have as many slots as the largest one; or, `ragged`, each has its own number, one head's slots
-    behind the other's.
+    The slots are in no particular order: `pos` says which token each one holds. `GroupSlots` breaks both rules.
+    Numbers that differ between rows, heads or steps are tensors. The host also knows `max_used` and `uniform`, so
+    plain calls can slice instead of mask. All heads have as many slots as the largest one. If `ragged`, each head has
+    its own number of slots, and the slots of the next head follow.
     """
 
     def __init__(self, rows: Sequence[Kept], room: int, sliding_window: int | None, ragged: bool = False):
         self.ragged, self.sliding_window, self.frozen = ragged, sliding_window, False
         length, asked_limit, sink, limit = self._measure(rows, room)
-        self.cursor = length  # tokens ever written
+        self.cursor = length  # tokens counted so far: those it was filled with and all later ones
         self.asked_limit, self.sink, self.limit = asked_limit, sink, limit
         size = limit if ragged else torch.full_like(limit, self._slots_per_head())
         ends = size.flatten().cumsum(0).view_as(size)
-        self.first_row = ends[..., None] - size[..., None]  # (B,Hkv,1) int64: where each head's slots begin
+        self.first_index = ends[..., None] - size[..., None]  # (B,Hkv,1) int64: where each head's slots begin
         self.total = int(size.sum())
         self.flat_pos = length.new_full((self.total,), -1)
         self.flat_attention: Tensor | None = None  # fp32, only under a policy that scores decode steps
         if rows[0].attention is not None:
-            spare = (
-                1 if ragged else 0
-            )  # receives what the `attention` setter writes for slots that a head does not have
+            # one spare entry takes what the `attention` setter writes for slots that a head does not have
+            spare = 1 if ragged else 0
             self.flat_attention = self.flat_pos.new_zeros(self.total + spare, dtype=torch.float32)
         self._fill(rows)
 
@@ -47,7 +46,7 @@ class Slots:
 
     def _slots_of(self, b: int, n: int) -> Tensor:
         """(Hkv,n): the slots of row b's first n tokens, in the order in which they were written."""
-        return torch.arange(n, device=self.first_row.device).expand(self.first_row.shape[1], -1)
+        return torch.arange(n, device=self.first_index.device).expand(self.first_index.shape[1], -1)
 
     def _measure(self, rows: Sequence[Kept], room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B,Hkv) each: length, the limit that the policy asked for (−1: grows), sinks, and the slots that a head
@@ -55,9 +54,9 @@ class Slots:
         """
         length, asked, sink = (torch.cat([getattr(r, f) for r in rows]) for f in ("length", "limit", "sink"))
         limit = torch.where(asked < 0, length + room, asked)
-        # a ring takes no more slots than there can be tokens; `reserve` packs again with the asked limit
+        # a ring gets only as many slots as tokens can come; after `reserve` it is packed with the asked limit
         limit = torch.minimum(limit, torch.maximum(length + room, sink + 1))
-        if self.sliding_window is not None:  # a slot behind the sinks has left the window by the time its turn comes
+        if self.sliding_window is not None:  # a ring this long overwrites only tokens outside the window
             limit = torch.minimum(limit, sink + self.sliding_window)
         return length, asked, sink, limit
 
@@ -67,16 +66,16 @@ class Slots:
         for b, r in enumerate(rows):
             n = r.pos.shape[2]
             valid = torch.arange(n, device=r.pos.device) < r.length[0, :, None]
-            row = (self.first_row[b] + self._slots_of(b, n))[valid]
+            row = (self.first_index[b] + self._slots_of(b, n))[valid]
             self.flat_pos[row] = r.pos[0][valid]
             if self.flat_attention is not None:
                 self.flat_attention[row] = r.attention[0][valid]
-        self.distinct_writes = int((self.limit - self.sink).min())  # so many tokens surely land in distinct slots
+        self.distinct_writes = int((self.limit - self.sink).min())  # so many tokens in a row never share a slot
         self.max_used = self.host_cursor = int(self.cursor.max())
         same = (bool((x == x[0, 0]).all()) for x in (self.cursor, self.limit, self.sink))
         self.uniform = not self.ragged and all(same)  # all heads hold equally many tokens, and the host knows how many
-        self.n_sink = int(self.sink.max())  # of every head, where `uniform`
-        # some head will overwrite what it holds, sooner or later
+        self.n_sink = int(self.sink.max())  # the largest sink count of any head; if `uniform`, that of every head
+        # whether some head overwrites tokens when it is full
         self.overwrites = self.sliding_window is not None or bool((self.asked_limit >= 0).any())
         if self.frozen:
             self.freeze()
@@ -89,7 +88,7 @@ class Slots:
         for mine, new in ((self.cursor, length), (self.asked_limit, asked), (self.sink, sink), (self.limit, limit)):
             mine.copy_(new)
         if self.ragged:
-            self.first_row.copy_(limit.flatten().cumsum(0).view_as(limit)[..., None] - limit[..., None])
+            self.first_index.copy_(limit.flatten().cumsum(0).view_as(limit)[..., None] - limit[..., None])
         self.flat_pos.fill_(-1)
         if self.flat_attention is not None:
             self.flat_attention.zero_()
@@ -113,7 +112,7 @@ class Slots:
         if not self.ragged:
             self.attention[:, :, :n] = new
             return
-        row, mine = self._head_rows(n)
+        row, mine = self._head_indices(n)
         self.flat_attention.index_copy_(0, row.masked_fill(~mine, self.total).flatten(), new.flatten())
 
     def padded(self, flat: Tensor, empty: float) -> Tensor:
@@ -122,13 +121,13 @@ class Slots:
         """
         if not self.ragged:
             return flat.view(*self.cursor.shape, -1)
-        row, mine = self._head_rows(self.capacity)
+        row, mine = self._head_indices(self.capacity)
         return flat[row.clamp(max=self.total - 1)].masked_fill(~mine, empty)
 
-    def _head_rows(self, n: int) -> tuple[Tensor, Tensor]:
+    def _head_indices(self, n: int) -> tuple[Tensor, Tensor]:
         """(B,Hkv,n): the rows of each head's first n slots, and which of them it has."""
-        slot = torch.arange(n, device=self.first_row.device)
-        return self.first_row + slot, slot < self.limit[..., None]
+        slot = torch.arange(n, device=self.first_index.device)
+        return self.first_index + slot, slot < self.limit[..., None]
 
     @property
     def length(self) -> Tensor:
@@ -164,7 +163,7 @@ class Slots:
         for b, n in enumerate(self.length):
             valid = torch.arange(int(n.max()), device=n.device) < n[:, None]  # (Hkv,N)
             order = pos[b].masked_fill(pos[b] < 0, torch.iinfo(torch.int32).max).argsort(-1)[:, : valid.shape[1]]
-            row = (order + self.first_row[b]).masked_fill(~valid, 0)
+            row = (order + self.first_index[b]).masked_fill(~valid, 0)
             found.append(
                 Kept(
                     k[row][None],
@@ -180,16 +179,16 @@ class Slots:
         return found, sources
 
     def ring_on_host(self) -> int:
-        """`ring` for one token, as the host knows it where the heads are uniform."""
+        """`ring` for one token, computed on the host; heads must be uniform."""
         cursor, sink = self.host_cursor, self.n_sink
         return cursor if cursor < self.largest_head else sink + (cursor - sink) % (self.largest_head - sink)
 
-    def rows(self, slot: Tensor) -> Tensor:
+    def flat_index(self, slot: Tensor) -> Tensor:
         """Slots (B,Hkv,T) as rows of a store seen as (slots, ·): int64 (B·Hkv·T,)."""
-        return (slot + self.first_row).flatten()
+        return (slot + self.first_index).flatten()
 
     def record(self, row: Tensor, pos: Tensor) -> None:
-        """Note that the slots `row` (as `rows` gives them) now hold the tokens at pos (B,T)."""
+        """Note that the slots `row` (as `flat_index` gives them) now hold the tokens at pos (B,T)."""
         B, T = pos.shape
         when = pos[:, None].expand(B, self.cursor.shape[1], T)
         self.flat_pos.index_copy_(0, row, when.flatten().to(torch.int32))
@@ -205,8 +204,8 @@ class Slots:
         self._count(1)
 
     def record_masked(self, slot: Tensor, pos: Tensor, valid: Tensor) -> None:
-        """Note that the slots (B,Hkv,T) hold the tokens at pos (B,Hkv,T); of each head only its first, valid ones."""
-        self.flat_pos.index_copy_(0, self.rows(slot), torch.where(valid, pos, -1).flatten().to(torch.int32))
+        """Note that the slots (B,Hkv,T) hold the tokens at pos (B,Hkv,T); only each head's first `valid` ones count."""
+        self.flat_pos.index_copy_(0, self.flat_index(slot), torch.where(valid, pos, -1).flatten().to(torch.int32))
         self.cursor += valid.sum(-1, dtype=torch.int32)
         if not self.frozen:
             self.max_used = min(self.max_used + pos.shape[2], self.largest_head)
@@ -215,7 +214,7 @@ class Slots:
         self.cursor += n
         if self.frozen:
             return
-        if self.uniform:  # a number that grows each step would recompile a compiled step, which is never `uniform`
+        if self.uniform:  # only `ring_on_host` reads this number, and only while all heads are uniform
             self.host_cursor += n
         self.max_used = min(self.max_used + n, self.largest_head)
 
@@ -226,5 +225,5 @@ class Slots:
         self.max_used, self.uniform, self.frozen = self.capacity, False, True
 
     def tensors(self) -> list[Tensor]:
-        kept = [self.cursor, self.limit, self.asked_limit, self.sink, self.first_row, self.flat_pos]
+        kept = [self.cursor, self.limit, self.asked_limit, self.sink, self.first_index, self.flat_pos]
         return kept if self.flat_attention is None else [*kept, self.flat_attention]

@@ -1,1 +1,3 @@
-"""The Llama family: shapes, weights, rotation. Knows a cache only as `attend`; no policy and no store may enter."""
+"""The Llama family: shapes, weights, rotation. It sees a cache only through `attend`; no policy and no store may
+enter.
+"""

@@ -1,4 +1,4 @@
-"""The shape of a model. `ModelConfig` has config.json's field names; PRESETS holds the shapes of the named models."""
+"""The shape of a model, read from config.json. `presets.py` holds the shapes of the named models."""
 
 from __future__ import annotations
 
@@ -196,19 +196,3 @@ def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: rope_scaling {kind} lacks {', '.join(missing)}")
     values = {k: _float(scaling, k, 0, where) for k in required}
     return {"rope_theta": theta, "rope_scaling": RopeScaling(kind, **values)}
-
-
-_LLAMA2 = ModelConfig(
-    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=32, head_dim=128, max_position_embeddings=4096,
-)  # fmt: skip
-
-_LLAMA3 = replace(
-    _LLAMA2, vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=8192,
-    rope_theta=500000.0,
-)  # fmt: skip
-_LLAMA31 = replace(_LLAMA3, max_position_embeddings=131072, rope_scaling=RopeScaling("llama3", 8.0))
-_MISTRAL = replace(
-    _LLAMA2, model_type="mistral", vocab_size=32768, intermediate_size=14336, num_key_value_heads=8,
-    max_position_embeddings=32768, rope_theta=1e6,
-)  # fmt: skip

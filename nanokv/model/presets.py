@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nanokv.model.config import _LLAMA2, _LLAMA3, ModelConfig, RopeScaling
+from nanokv.model.config import ModelConfig, RopeScaling
+
+_LLAMA2 = ModelConfig(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=32, head_dim=128, max_position_embeddings=4096,
+)  # fmt: skip
+
+_LLAMA3 = replace(
+    _LLAMA2, vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=8192,
+    rope_theta=500000.0,
+)  # fmt: skip
 
 _SMOLLM2 = ModelConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -18,7 +28,6 @@ _MISTRAL = replace(
     max_position_embeddings=32768, rope_theta=1e6,
 )  # fmt: skip
 
-# shapes by exact name, for --random-weights and for sizes before anything is downloaded
 PRESETS: dict[str, ModelConfig] = {
     "smollm2-135m": _SMOLLM2,
     "smollm2-360m": replace(

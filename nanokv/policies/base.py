@@ -27,22 +27,19 @@ class Policy(ABC):
     scores                the statistics of the prompt's attention that `keep` wants.
     rescore_scores        the same at a rescore.
     decode_scores         the statistics that `update_scores` wants of each decode step; None: none.
-    eviction              what makes room for a new token. none: nothing, heads grow. ring: heads with a limit
-    overwrite their oldest token
-                          behind the sinks. score: `next_slots` chooses by score.
+    eviction              what makes room for a new token. none: nothing does, and heads grow. ring: a head with a
+                          limit overwrites its oldest token behind the sinks. score: `next_slots` picks the lowest.
     rescore_every         tokens between two calls of `keep` on what is held while decoding; 0: never.
     decide_after          how many tokens after the prompt still attend to all of it before `keep` is called.
-    passes                extra forward passes over `replay` whose queries are scored instead of the prompt's own;
-    their keys are dropped.
-    cross_layer           whether `keep_all` is called once with every layer's prompt instead of `keep` layer by
-    layer. The whole prompt's
-                          keys and values stay in memory until then.
+    passes                number of extra forward passes over `replay`. Their queries are scored instead of the
+                          prompt's, and their keys are dropped.
+    cross_layer           whether `keep_all` is called once for all layers, instead of `keep` for each. Until then the
+                          keys and values of the whole prompt stay in memory.
     protected_sinks       how many of the text's first tokens are never evicted.
-    positions_in_cache    whether a token's position is its place in the cache (StreamingLLM) instead of its place in
-    the text.
+    positions_in_cache    whether positions count places in the cache (StreamingLLM) instead of places in the text.
     keeps_all_or_edges    whether a layer keeps either the whole prompt or its first and last tokens only.
     demotes               whether evicted tokens go on as `Kept.demoted`, at lower precision.
-    scores_once           whether a token that was kept or demoted is never scored again.
+    scores_once           whether a token that was once kept or demoted is never scored again.
     default_store         the store of a plan that names none.
     """
 
@@ -70,7 +67,7 @@ class Policy(ABC):
         return bool(self.rescore_every or self.decode_scores) or self.eviction == "score"
 
     def fit(self, work: Workload) -> Policy:
-        """This policy with percentages, bytes and per-family thresholds as numbers. ValueError if that is impossible."""
+        """Turn percentages, bytes and per-family thresholds into numbers. ValueError if that is impossible."""
         return self
 
     def with_budget(self, budget: int | str) -> Policy:
@@ -78,7 +75,7 @@ class Policy(ABC):
         raise ValueError("this policy takes no budget; use one with budget= (see --list-policies)")
 
     def max_kept(self, n: int) -> int:
-        """An upper bound, once fitted, of the tokens that a KV head keeps of a prompt of n: for memory estimates."""
+        """For memory estimates: the most tokens that a KV head keeps of n, on a fitted policy."""
         return n
 
     @abstractmethod
@@ -101,6 +98,7 @@ class Policy(ABC):
         """attention (readers,B,Hkv,n): scores of the first n slots by the queries at pos (B,1) → the new
         `s.attention` of these slots.
 
-        Called after each decode step, only if `decode_scores` asks for scores.
+        In each decode step every owning layer calls this when its last reader has attended, if `decode_scores` is
+        given.
         """
         return attention.sum(0)

@@ -38,7 +38,7 @@ class H2O(EvictingScorer):
         return self.initial_scores(p).masked_fill(p.recent(int(self.layer_budget(p) * self.recent)), torch.inf)
 
     def slot_scores(self, s: Slots, pos: Tensor) -> Tensor:
-        recent = (s.asked_limit.double() * self.recent).int()[..., None]  # in double, as `score` has it
+        recent = (s.asked_limit.double() * self.recent).int()[..., None]  # float64, to round as Python does in `score`
         return s.attention.masked_fill(s.pos > pos[:, None] - recent, torch.inf)
 
     def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:

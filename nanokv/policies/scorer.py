@@ -34,7 +34,7 @@ class Scorer(Policy):
     same chunks unless they compete. Deviation: the last chunk is cut where the budget ends. demote=true: evicted
     tokens move to the low-precision tier of the store `mixed` (MiKV, Yang et al. 2024, arXiv:2402.18096). every=n:
     after every n new tokens the held ones are scored again, so a head never holds more than budget + n (of competing
-    heads: their mean).
+    heads this bounds their mean).
     """
 
     budget: int | str = 1024
@@ -140,11 +140,11 @@ class Scorer(Policy):
         if self.layers == "flat" or p.owners == 1:
             return self.budget
         least = self.min_budget(p.seen)
-        past, last = self.budget - least, p.owners - 1
-        top = min(2 * past - past / self.beta, max(past, p.visible - least))
-        line = [top - rank * 2 * (top - past) / last for rank in range(p.owners)]
+        extra, last = self.budget - least, p.owners - 1
+        top = min(2 * extra - extra / self.beta, max(extra, p.n_visible - least))
+        line = [top - rank * 2 * (top - extra) / last for rank in range(p.owners)]
         budgets = [int(x) for x in line]
-        rest = past * p.owners - sum(budgets)  # goes to the layers with the largest remainders
+        rest = extra * p.owners - sum(budgets)  # one more token each for the layers that rounding cut most
         rounded_up = sorted(range(p.owners), key=lambda rank: budgets[rank] - line[rank])[:rest]
         return least + budgets[p.rank] + (p.rank in rounded_up)
 
@@ -188,7 +188,7 @@ class EvictingScorer(Scorer):
         return self.best(p, self.layer_budget(p), evict=True, attention=self.initial_scores(p))
 
     def initial_scores(self, p: Prompt) -> Tensor:
-        """(1,Hkv,N): the scores that decode steps go on from."""
+        """(1,Hkv,N): the scores to which decode steps add."""
         return p.attention.sum(0, keepdim=True)
 
     def next_slots(self, s: Slots, pos: Tensor) -> Tensor:

@@ -51,5 +51,5 @@ class SnapKV(Scorer):
         recent = p.recent(self.window)
         # p.attention has one plane per layer that reads these keys; the window's own columns are not pooled
         attention = p.attention.sum(0, keepdim=True).masked_fill(recent, 0)
-        pool = F.max_pool1d if self.pool == "max" else F.avg_pool1d  # avg counts zeros beyond the edge, as theirs does
+        pool = F.max_pool1d if self.pool == "max" else F.avg_pool1d  # avg_pool1d counts padding as zeros, as theirs
         return pool(attention, self.kernel, stride=1, padding=self.kernel // 2).masked_fill(recent, torch.inf)

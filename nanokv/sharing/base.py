@@ -1,4 +1,4 @@
-"""What every way to share layers is: it decides which layers own no cache and read an earlier one's."""
+"""`Sharing` decides which layers own no cache and read an earlier layer's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from nanokv.model.llama import Llama
 class Sharing(ABC):
     """The options of a search for layers that can share a cache.
 
-    layers: how many layers own no cache. map: a file with the result of an earlier search; none: the usual place.
+    layers: how many layers own no cache. map: a file with the result of an earlier search; none: the default file,
+    see `map_file`.
     """
 
     layers: int = 4

@@ -21,7 +21,7 @@ from nanokv.model.llama import Llama
 from nanokv.sharing.base import Sharing
 from nanokv.text.tokenizer import Tokenizer
 
-TEXTS, TOKENS = 30, 64  # the paper uses as many texts, each of as many tokens
+TEXTS, TOKENS = 30, 64  # as in the paper: 30 texts of 64 tokens
 
 
 @dataclass(frozen=True)

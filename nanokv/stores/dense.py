@@ -20,12 +20,12 @@ from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
 from nanokv.stores.quant.codec import Codec, CodeState
 
-SLOT_COUNTERS = 4 * 4 + 8  # bytes per row and head: cursor, limit, asked_limit, sink (int32) and first_row (int64)
+SLOT_COUNTERS = 4 * 4 + 8  # bytes per row and head: cursor, limit, asked_limit, sink (int32) and first_index (int64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(StoreSpec):
-    """K and V unquantised (the layout that every engine has; no paper)."""
+    """Stores K and V as they are (no paper)."""
 
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
         per_head = 2 * config.head_dim * dtype.itemsize + 4  # K, V and an int32 position
@@ -39,7 +39,7 @@ class Dense(StoreSpec):
 class PerToken(StoreSpec):
     """A store that rounds each token alone, when it comes, and never again.
 
-    pin: the first so many held tokens stay exact, because attention sinks suffer most from rounding (IntactKV,
+    pin: this many first tokens stay exact, because attention sinks suffer most from rounding (IntactKV,
     arXiv:2403.01241). Heads that evict their first tokens pin none. Sinks that a policy never evicts are exact in any
     case.
     """
@@ -83,8 +83,8 @@ def plain_codecs(ctx: Context) -> tuple[Codec, Codec]:
 class SlotStore:
     """Tensors of K and V in slots.
 
-    The first `n_pinned` slots are held exactly as well, in tensors with one slot more; that one receives what goes
-    elsewhere.
+    `pinned` holds exact copies of the first `n_pinned` slots. Its one extra slot takes the writes for all other slots,
+    so that every write has a target.
     """
 
     needs_host_sync = False
@@ -100,7 +100,7 @@ class SlotStore:
     ):
         self.slots, self.policy, self.ctx = Slots(rows, room, ctx.config.sliding_window), policy, ctx
         self.codecs, self.rounds = codecs, codecs[0].rounds
-        # a ring holds later and later tokens behind its sinks; a policy that evicts by score may give any slot away
+        # a ring reuses all slots behind its sinks; eviction by score may reuse any slot
         sinks = 0 if policy.eviction == "score" else self.slots.n_sink
         exact = sinks if self.slots.overwrites else max(pin, sinks)
         self.n_pinned = min(exact, self.slots.capacity) if self.rounds else 0
@@ -154,13 +154,13 @@ class SlotStore:
     def scatter(self, slot: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> None:
         """Write the tokens at pos (B,T) into the slots (B,Hkv,T)."""
         self._write(slot, k, v)
-        self.slots.record(self.slots.rows(slot), pos)
+        self.slots.record(self.slots.flat_index(slot), pos)
 
     def _encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return (*self.codecs[0].encode(k), *self.codecs[1].encode(v))
 
     def _write(self, slot: Tensor, k: Tensor, v: Tensor) -> None:
-        row, codes_k, codes_v = self.slots.rows(slot), self.codecs[0].encode(k), self.codecs[1].encode(v)
+        row, codes_k, codes_v = self.slots.flat_index(slot), self.codecs[0].encode(k), self.codecs[1].encode(v)
         for *planes, x, y in zip(*self.planes, codes_k, codes_v, strict=True):
             self.ctx.ops.append(x, y, row, *planes)
         if self.pinned:
@@ -192,7 +192,7 @@ class SlotStore:
     ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """`read`, in up to three parts: the sinks where `q_sink` is given, the pinned tokens, the others.
 
-        Where there is more than one part, or `each_head`, scores are of each query head: (B,H,S).
+        If tokens are pinned, or with `each_head`, the scores are those of each query head: (B,H,S).
         """
         n = self.slots.max_used
         sinks = 0 if q_sink is None else min(self.slots.n_sink, n)
@@ -208,7 +208,7 @@ class SlotStore:
     def _read_span(
         self, planes: list[list[Tensor]], q: Tensor, pos: Tensor, a: int, b: int, each_head: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The slots a … b−1, of which all or none are pinned."""
+        """Attend to the slots a … b−1; either all of them are pinned or none is."""
         wanted = self.policy.decode_scores if q.shape[2] == 1 else None
         s, (codec_k, codec_v) = self.slots, self.codecs
         length = None if s.uniform else (s.length - a).clamp(0, b - a)

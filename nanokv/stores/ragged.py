@@ -44,7 +44,7 @@ class RaggedStore(SlotStore):
 
     def _fill(self, rows: list[Kept]) -> None:
         self.k.zero_(), self.v.zero_()  # a masked slot must still hold a number: 0 · NaN is NaN
-        first, limit = self.slots.first_row.flatten().tolist(), self.slots.limit.flatten().tolist()
+        first, limit = self.slots.first_index.flatten().tolist(), self.slots.limit.flatten().tolist()
         self.spans = list(
             zip(first, limit, strict=True)
         )  # the host's copy, per (row, head): first slot, number of slots
@@ -55,7 +55,7 @@ class RaggedStore(SlotStore):
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         s = self.slots
-        row = s.rows(self.policy.next_slots(s, pos))
+        row = s.flat_index(self.policy.next_slots(s, pos))
         self.ctx.ops.append(k, v, row, self.k, self.v)
         s.record(row, pos)
         if not s.frozen:
@@ -67,12 +67,12 @@ class RaggedStore(SlotStore):
         spans = self.spans if s.frozen else [(a, n) for (a, _), n in zip(self.spans, self.lengths, strict=True)]
         length = s.length if s.frozen or q.is_cuda else None  # on a GPU a copy of the host's lengths would wait
         if q_sink is None:
-            return self._decode(q, pos, spans, s.first_row, length, wanted)
+            return self._decode(q, pos, spans, s.first_index, length, wanted)
         m = s.n_sink
         sinks = [(a, min(n, m)) for a, n in spans]
         others = [(a + min(n, m), max(0, n - m)) for a, n in spans]
-        at_sinks = self._decode(q_sink, pos, sinks, s.first_row, None if length is None else length.clamp(max=m))
-        behind = self._decode(q, pos, others, s.first_row + m, None if length is None else (length - m).clamp(min=0))
+        at_sinks = self._decode(q_sink, pos, sinks, s.first_index, None if length is None else length.clamp(max=m))
+        behind = self._decode(q, pos, others, s.first_index + m, None if length is None else (length - m).clamp(min=0))
         return *merge([at_sinks[:2], behind[:2]]), None
 
     def _decode(
@@ -80,11 +80,11 @@ class RaggedStore(SlotStore):
         q: Tensor,
         pos: Tensor,
         spans: Sequence[tuple[int, int]],
-        first_row: Tensor,
+        first_index: Tensor,
         length: Tensor | None,
         wanted: Scores | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attention over the slots that `spans` names, per head."""
         s, decode = self.slots, self.ctx.ops.decode_ragged
-        given = q, self.k, self.v, spans, first_row, length, s.flat_pos, pos, s.sliding_window
+        given = q, self.k, self.v, spans, first_index, length, s.flat_pos, pos, s.sliding_window
         return decode(*given) if wanted is None else decode(*given, wanted.over_group, wanted.noise(0))

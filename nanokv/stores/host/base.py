@@ -43,7 +43,7 @@ class HostStore(SlotStore):
         return (self.ctx.empty_on_host if name in self.spec.on_host else self.ctx.empty)(*shape, dtype=dtype)
 
     def _write(self, slot: Tensor, k: Tensor, v: Tensor) -> None:
-        row = self.slots.rows(slot)
+        row = self.slots.flat_index(slot)
         for (plane,), x in zip(self.planes, (k, v), strict=True):
             new = x.reshape(-1, x.shape[3]).to(plane.device)
             plane.view(-1, x.shape[3]).index_copy_(0, row.to(plane.device), new)

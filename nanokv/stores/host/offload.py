@@ -85,7 +85,7 @@ class OffloadStore(HostStore):
         if not self.needs_host_sync:
             return super().append(k, v, pos)
         slot, staged = self.policy.next_slots(self.slots, pos), self.wait()
-        row = self.slots.rows(slot)
+        row = self.slots.flat_index(slot)
         self._write(slot, k, v)
         for mine, x in zip(staged, (k, v), strict=True):
             mine.view(-1, x.shape[3]).index_copy_(0, row, x.reshape(-1, x.shape[3]))

@@ -1,4 +1,4 @@
-"""Groups of tokens that share scales, behind a window of exact tokens: the memory and the schedule of the int stores."""
+"""Groups of tokens that share scales, and a window of exact tokens: memory and schedule of the int stores."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ class GroupSlots(Slots):
         super().__init__(rows, room, sliding_window)
 
     def _slots_per_head(self) -> int:
-        """Also decides how the slots are divided."""
-        self.n_pinned = max(self.least_pinned, int(self.sink.max()))  # sinks stay; a ring of groups would evict them
+        """Divide the slots, set the numbers that describe the division, and return the slots per head."""
+        self.n_pinned = max(
+            self.least_pinned, int(self.sink.max())
+        )  # sinks must be pinned, because a ring of groups would evict them
         wraps = (self.limit < self.cursor + self.room) | (self.limit == self.asked_limit)
         if self.sliding_window is not None:
             wraps |= self.limit == self.sink + self.sliding_window
@@ -77,7 +79,7 @@ class GroupSlots(Slots):
             full = nth >= self.limit[..., None]
             oldest = self.slot_of(nth - (self.limit - self.sink)[..., None])
             evicted = torch.where(full, oldest, self.ring(pos.shape[1]))
-            self.flat_pos.index_fill_(0, self.rows(evicted), -1)
+            self.flat_pos.index_fill_(0, self.flat_index(evicted), -1)
         super().record(row, pos)
 
     def tensors(self) -> list[Tensor]:
@@ -137,10 +139,9 @@ class GroupedStore:
             self._fill(rows)
         else:
             self._resume(rows)
-        self.uncounted = (
-            0  # tokens in each window that `in_window` does not count yet: it is updated only when a group is due
-        )
-        self.precounted = 0  # tokens that `extend` has counted and `maintain` is still to be told of
+        # tokens in every window that `in_window` lacks, because it is updated only when a group is due
+        self.uncounted = 0
+        self.precounted = 0  # tokens that `extend` has counted; the next `maintain` must not count them again
         # the host's copy, per (row, head): tokens in the window, groups flushed, groups that there is memory for
         self.in_window = (s.cursor - s.n_pinned - s.n_flushed * group).flatten().tolist()
         self.n_flushed, self.ring_groups = s.n_flushed.flatten().tolist(), s.ring_groups.flatten().tolist()
@@ -175,7 +176,7 @@ class GroupedStore:
         for b, r in enumerate(rows):
             state = r.state
             s.cursor[b], s.n_flushed[b] = state.cursor[0], state.n_flushed[0]
-            n = min(state.k.shape[2], s.n_exact)  # smaller than the window only where there are no groups yet
+            n = min(state.k.shape[2], s.n_exact)  # less than n_exact only if the saved row had no groups
             for mine, old in ((self.k, state.k), (self.v, state.v)):
                 mine[b, :, :n] = old[0, :, :n]
             m = min(state.k_groups[0].shape[2], self.n_groups)
@@ -203,7 +204,7 @@ class GroupedStore:
         slot = s.ring(k.shape[2])
         head = torch.arange(s.cursor.numel(), device=slot.device).view_as(s.cursor)[..., None]
         self.ctx.ops.append(k, v, (slot + head * s.n_exact).flatten(), self.k, self.v)
-        s.record(s.rows(slot), pos)
+        s.record(s.flat_index(slot), pos)
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         a, T = 0, k.shape[2]

@@ -22,7 +22,7 @@ class Int(StoreSpec):
     channel over `group` tokens, and V per token over `group` channels; scale and zero point are fp16. The most recent
     tokens, the residual window, stay exact until a group of them is complete.
 
-    pin: the first so many held tokens stay exact for ever (IntactKV, arXiv:2403.01241), and so do sinks that a policy
+    pin: this many first tokens stay exact for ever (IntactKV, arXiv:2403.01241), and so do sinks that a policy
     never evicts. kivi4 and kivi2 are the paper's groups of 32 with 32 exact tokens; int8, int4 and int2 take groups
     of 64 (of V: the largest part of 64 that divides a head). Deviations from the authors' code: at least `residual`
     tokens are exact at all times and at most residual + group − 1, where their K drops to none after each flush and

@@ -125,7 +125,7 @@ class MixedStore:
             self.recent.append(k, v, pos)
             return
         slot, full = self.policy.next_slots(s, pos), (s.cursor >= s.limit)[..., None]
-        row = s.rows(slot)
+        row = s.flat_index(slot)
         planes = (planes[0] for planes in self.recent.planes)
         evicted = [x.view(-1, x.shape[3])[row].view_as(new) for x, new in zip(planes, (k, v), strict=True)]
         self.low.append_masked(*evicted, s.flat_pos[row].view_as(full), full)

@@ -27,7 +27,7 @@ from nanokv.stores.dense import SLOT_COUNTERS, SlotStore, plain_codecs
 
 MIN_BUDGET = 256  # tokens: a percentage never reads fewer
 GATHER_BLOCK = 512  # chunks that a turn of several tokens gathers at once
-FORMER_NAMES = {  # of chunk data, in files of nanokv 0.1
+OLD_TENSOR_NAMES = {  # of chunk data, in files of nanokv 0.1
     "land": "chunk_ids",
     "take": "top_k",
     "free": "n_candidates",
@@ -40,7 +40,7 @@ EXACT_FIELDS = ("k", "v", "pos", "length", "limit", "sink")
 
 @dataclass(frozen=True)
 class ChunkState(StoreState):
-    """One row of a ChunkStore: its exact tokens, and what its chunks are held as (empty where the row has none)."""
+    """One row of a ChunkStore: its exact tokens, and its chunk data (empty if it has no chunks)."""
 
     exact: Kept
     chunk_data: Mapping[str, Tensor]
@@ -56,7 +56,7 @@ class ChunkState(StoreState):
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ChunkState:
         exact = Kept(*(tensors[f"near_{name}"] for name in EXACT_FIELDS))
         data = {name: x[0] for name, x in tensors.items() if not name.startswith("near_")}
-        return cls(exact, {FORMER_NAMES.get(name, name): x for name, x in data.items()})
+        return cls(exact, {OLD_TENSOR_NAMES.get(name, name): x for name, x in data.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,7 @@ class Chunked(StoreSpec):
     """The options of every store of chunks.
 
     chunk   tokens that are read together.
-    budget  tokens per KV head that a step reads beside the exact ones; or a percentage of the prompt, never under 256
-    tokens.
+    budget  tokens per KV head that a step reads beside the exact ones, or a percentage of the prompt (at least 256).
     local   chunks at the prompt's end that stay exact.
     reuse   whether chunks that a step has read stay in the buffer for the next one.
     grow    after so many new tokens they become chunks as well; 0: they stay exact.
@@ -91,7 +90,7 @@ class Chunked(StoreSpec):
     def incompatible_policy(self, keep: Policy) -> str:
         if keep.demotes:
             return super().incompatible_policy(keep)
-        return "" if keep.keeps_all_or_edges else "evicts tokens of the prompt, and the others form no chunks"
+        return "" if keep.keeps_all_or_edges else "evicts single tokens of the prompt, and the others form no chunks"
 
     @property
     def maintenance_interval(self) -> int:
@@ -163,7 +162,8 @@ class Chunked(StoreSpec):
             return ChunkState(r, {})
         exact = self.outlier_chunks(r, chunks)
         is_exact = torch.zeros(heads, chunks, dtype=torch.bool, device=r.pos.device).scatter(1, exact, True)
-        candidates, number = (~is_exact).nonzero()[:, 1].view(heads, n_candidates), r.pos.new_tensor
+        candidates = (~is_exact).nonzero()[:, 1].view(heads, n_candidates)
+        number = r.pos.new_tensor  # makes a 0-d int32 tensor
         data = self.build(r, chunks, candidates, None, ctx) | {
             "chunk_ids": candidates.to(torch.int32),
             "first_pos": r.pos[0, 0, 0],
@@ -190,7 +190,7 @@ class Chunked(StoreSpec):
         """Bytes on the device of the chunk data of one row in one layer."""
 
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
-        """Of a later token; `device_bytes` counts those of the prompt."""
+        """The cost of a generated token; `device_bytes` adds the prompt's."""
         per_head = 2 * config.head_dim * dtype.itemsize + 4
         return config.num_key_value_heads * per_head, config.num_key_value_heads * SLOT_COUNTERS
 
@@ -248,7 +248,7 @@ class ChunkStore(ABC):
 
     @property
     def needs_host_sync(self) -> bool:
-        """Without a kernel for it, the host looks up what a step fetches, or how much of it is new."""
+        """Whether the host must read chunk ids during a step, because no kernel fetches on the device."""
         looks_up = bool(self.host_tensors()) or self.spec.reuse
         return self.n_candidates > 0 and looks_up and self.ctx.device.type != "cpu" and not self.ctx.ops.device_gather
 
@@ -321,7 +321,9 @@ class ChunkStore(ABC):
         if not data:
             return ChunkState(r, data)
         c, old, (heads, n) = self.spec.chunk, int(data["n_chunks"]), r.pos.shape[1:]
-        start = int((r.pos[0, 0] < data["first_pos"] + old * c).sum())  # outliers of the prompt lie before
+        start = int(
+            (r.pos[0, 0] < data["first_pos"] + old * c).sum()
+        )  # this many first exact tokens are the prompt's outliers
         new = max(0, (n - start) // c - self.spec.local)
         later = replace(r, k=r.k[:, :, start:], v=r.v[:, :, start:], pos=r.pos[:, :, start:])
         ids = torch.arange(new, device=r.pos.device).expand(heads, -1)
