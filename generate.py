@@ -244,7 +244,7 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
     cli.print_answer(result)
     if args.explain:
         print(explain(session), file=sys.stderr)
-    lines = end_block(llm, result)  # like the record, made before --compare raises the peak memory
+    lines = end_block(llm, result)  # made now, as the record is: --compare would raise the peak memory
     record = as_record(llm, result) if args.json else {}
     error = None
     if reference and not result.interrupted:

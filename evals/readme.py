@@ -28,7 +28,10 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def compatible() -> str:
-    """Which policies run in which stores, by the check of `Plan`. tests/test_stores.py runs every pair."""
+    """Which policies run in which stores, by the check of `Plan`.
+
+    tests/test_stores.py runs every pair, and tests/test_chunked.py the stores on the host.
+    """
     rows: dict[tuple[str, ...], list[str]] = {}
     for keep, policy in POLICIES.items():
         rows.setdefault(tuple(n for n, store in STORES.items() if not store.incompatible_policy(policy)), []).append(

@@ -157,7 +157,8 @@ def attention_scores(
     "count_low": how many queries gave less than 1/(number of keys they see); "last_hit": one more than the token of
     the last query that gave at least that, 0 if none did. noise (seed, tau, h): Gumbel noise is added to the logits,
     and the sum divided by tau. The noise depends on the seed, the query head counted from h, and the tokens of query
-    and key alone. Returns (B,Hkv,S) fp32. The (H,w,S) weights exist for one block of queries at a time.
+    and key alone. Returns (B,Hkv,S) fp32, or (B,H,S) with over_group "each", which joins no heads. The (H,w,S)
+    weights exist for one block of queries at a time.
     """
     B, H, Hkv, S = q.shape[0], q.shape[1], k.shape[1], k.shape[2]
     scores = q.new_zeros(B, H if over_queries == "sum" else Hkv, S, dtype=torch.float32)

@@ -1,5 +1,5 @@
-"""The two loops: prefill a prompt through a `PromptCache`, then decode on a `KVCache`. Deals in token ids only; knows
-no text, no method and no file.
+"""The two loops: prefill a prompt through a `PromptCache`, then decode on a `KVCache`. This module deals in token ids
+only; it knows no text, no method and no file.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ class Session:
     def start(
         self, prompts: Sequence[Sequence[int]], copies: int = 1, progress: Callable[[int], None] | None = None
     ) -> Tensor:
-        """Prefill one prompt after the other → logits (B,vocab), B = prompts × copies. Copies share one prefill."""
+        """Prefill one prompt after the other → logits (B,vocab), B = prompts × copies. Copies share one prefill,
+        unless the policy decides only after later tokens (`decide_after`).
+        """
         config, device = self.models.prefill.config, self.context.device
         n = len(prompts) * copies
         logits, caches = [], []
@@ -192,7 +194,7 @@ class Session:
         self.seen = [s + n for s in self.seen]
 
     def reserve(self, room: int) -> None:
-        """Slots for `room` more tokens from here on."""
+        """Make room for `room` more tokens from here on."""
         if self.cache is None:
             self.room = max(self.room, room)
         else:

@@ -474,13 +474,13 @@ def test_what_cannot_be_is_refused_in_a_sentence():
         assert "\n" not in str(e.value)
 
 
-# ---- places ----------------------------------------------------------------------------------------------------------
+# ---- on the host ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["g3", "mistral"])
-@pytest.mark.parametrize("plan", [p for p in PLANS if parse(p).names[1] == "dense"])
+@pytest.mark.parametrize("plan", [p for p in PLANS if parse(p).names[1] in ("dense", "ragged")])
 def test_offloaded_slots_give_the_same_bits(plan, model, llm_of):
-    plan = parse(plan)
+    plan = replace(parse(plan), store=STORES["dense"])
     llm, prompt, more = llm_of(model), text(60, seed=5), text(STEPS, seed=6)
     here, held = run(llm, plan, [prompt], [more])
     there, again = run(llm, replace(plan, store=STORES["offload"]), [prompt], [more])

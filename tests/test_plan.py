@@ -80,7 +80,7 @@ def test_defaults_are_filled_in():
         ("snapkv:heads=all", "heads is flat or ada"),
         ("snapkv:select=word", "select is token or chunk"),
         ("snapkv:floor=2", "floor 0 … 1"),
-        ("snapkv:every=8", "every=8 is too often, as the last 32 tokens are scored"),
+        ("snapkv:every=8", "every=8 is too often: a rescore needs 32 new queries"),
         ("snapkv:every=-1", "snapkv: every=-1; give a number of tokens, or 0 for never"),
         ("h2o:every=5", "never rescores; leave it out"),
         ("h2o:recent=2", "a share of the budget"),

@@ -68,8 +68,8 @@ class KVCache:
         return cls(plans, stores, scores, room, ctx)
 
     def next_piece(self, n: int) -> int:
-        """How many of n tokens may come at once: one if the policy scores each step, and none beyond its next
-        rescore.
+        """How many of n tokens may come at once: one if the policy scores each step. Otherwise a piece ends at the
+        store's next due `maintain` and at the policy's next rescore.
         """
         keep, interval = self.plan.keep, self.plan.store.maintenance_interval
         n = min(n, interval - self.written % interval) if interval else n

@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 class StoreState(ABC):
-    """What one store has written down about a row's tokens, so that saving or packing them again never rounds a
-    second time.
+    """A row's tokens in a store's own form, such as codes and scales, so that saving or packing them again never
+    rounds a second time.
 
     Each store that rounds has a record type of its own; `StoreSpec.state_type` names it.
     """

@@ -55,7 +55,7 @@ class PromptCache:
             layer.begin_pass(n)
 
     def attended(self, owner: int) -> None:
-        """All readers of `owner` have attended to the complete prompt, or to the scoring pass in progress."""
+        """Compress what can be compressed, once all readers of `owner` have attended to the prompt or a scoring pass."""
         keep = self.plan.keep
         if self.passes_left:
             return
@@ -103,7 +103,7 @@ class DenseLayer:
 
     def __init__(self, length: int, wanted: Sequence[Scores]):
         self.length, self.filled = length, 0
-        self.k: Tensor | None = None  # (1,Hkv,length,D); a whole prompt's own tensors, not a copy
+        self.k: Tensor | None = None  # (1,Hkv,length,D); not a copy if the prompt came in one piece
         self.v: Tensor | None = None
         self.statistics = {scores: Statistics(scores) for scores in wanted}
         self.pass_length: int | None = None  # tokens of the scoring pass in progress
@@ -173,7 +173,7 @@ class Statistics:
 
     def __init__(self, wanted: Scores):
         self.wanted = wanted
-        self.scores: dict[int, Tensor] = {}  # reader → attention scores (1,Hkv,T)
+        self.scores: dict[int, Tensor] = {}  # reader → scores (1,Hkv,T); (1,H,T) if `joins_groups_last`
         self.last_queries: dict[int, Tensor] = {}  # reader → its last queries so far (1,H,w,D)
         self.sums: dict[int, tuple[Tensor, Tensor, int]] = {}  # reader → Σq (1,H,D), Σqqᵀ (1,H,D,D), number of queries
         self.pass_queries = 0  # queries of scoring passes, per reader

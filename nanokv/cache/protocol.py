@@ -37,14 +37,14 @@ class Cache(Protocol):
 
 
 class Store(Protocol):
-    """The tokens that one layer holds, for B rows. `policy.next_slots` picks slots unless all heads fill up alike."""
+    """The tokens that one layer holds, for B rows. Their slots are those that `policy.next_slots` gives."""
 
     slots: Slots
     needs_host_sync: bool  # a step over this store waits for the host, so it cannot be compiled or captured
     lossless_prefix: int | None  # so many first tokens come back from unpack() bit for bit; None: all
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        """Store one new token per row: k, v (B,Hkv,1,D), pos (B,1). In place, static shapes, no host sync."""
+        """Store one new token per row: k, v (B,Hkv,1,D), pos (B,1). In place, with static shapes."""
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         """Store a turn's tokens after they attended: k, v (B,Hkv,T,D), pos (B,T), T > 1. May sync with the host."""
@@ -93,7 +93,7 @@ class StoreSpec(ABC):
     pads_heads = True  # all heads take the slots of the longest one
     has_low_precision_tier = False  # it has a place for `Kept.demoted`
     maintenance_interval = 0  # most tokens between two calls of `maintain`; 0: no limit
-    implies = ()  # a plan may also name these stores, because this one holds tokens in the same way
+    implies = ()  # stores that a plan may name beside this one without effect: it holds tokens in the same way
     state_type = None  # the StoreState with which its rows are saved
 
     def at(self, layer: int, n_layers: int) -> StoreSpec:

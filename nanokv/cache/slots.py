@@ -17,10 +17,11 @@ from nanokv.cache.kept import Kept
 class Slots:
     """Every (row, KV head) has a fixed number of slots, and its valid slots are the first `length` ones.
 
-    The slots are in no particular order: `pos` says which token each one holds. `GroupSlots` breaks both rules.
-    Numbers that differ between rows, heads or steps are tensors. The host also knows `max_used` and `uniform`, so
-    plain calls can slice instead of mask. All heads have as many slots as the largest one. If `ragged`, each head has
-    its own number of slots, and the slots of the next head follow.
+    Tokens lie in them in no particular order: `pos` says which token each slot holds. `GroupSlots` differs: its valid
+    slots are not the first ones, and each slot has its place in the order. Numbers that differ between rows, heads or
+    steps are tensors. The host also knows `max_used` and `uniform`, so plain calls can slice instead of mask. All
+    heads have as many slots as the head that needs most. If `ragged`, each head has only the slots that it needs, and
+    the next head's slots begin where they end.
     """
 
     def __init__(self, rows: Sequence[Kept], room: int, sliding_window: int | None, ragged: bool = False):
@@ -54,7 +55,7 @@ class Slots:
         """
         length, asked, sink = (torch.cat([getattr(r, f) for r in rows]) for f in ("length", "limit", "sink"))
         limit = torch.where(asked < 0, length + room, asked)
-        # a ring gets only as many slots as tokens can come; after `reserve` it is packed with the asked limit
+        # a ring gets no slots that would stay empty; when `reserve` packs it again, it may grow to the asked limit
         limit = torch.minimum(limit, torch.maximum(length + room, sink + 1))
         if self.sliding_window is not None:  # a ring this long overwrites only tokens outside the window
             limit = torch.minimum(limit, sink + self.sliding_window)
@@ -70,7 +71,7 @@ class Slots:
             self.flat_pos[row] = r.pos[0][valid]
             if self.flat_attention is not None:
                 self.flat_attention[row] = r.attention[0][valid]
-        self.distinct_writes = int((self.limit - self.sink).min())  # so many tokens in a row never share a slot
+        self.distinct_writes = int((self.limit - self.sink).min())  # this many consecutive tokens never share a slot
         self.max_used = self.host_cursor = int(self.cursor.max())
         same = (bool((x == x[0, 0]).all()) for x in (self.cursor, self.limit, self.sink))
         self.uniform = not self.ragged and all(same)  # all heads hold equally many tokens, and the host knows how many
@@ -125,7 +126,7 @@ class Slots:
         return flat[row.clamp(max=self.total - 1)].masked_fill(~mine, empty)
 
     def _head_indices(self, n: int) -> tuple[Tensor, Tensor]:
-        """(B,Hkv,n): the rows of each head's first n slots, and which of them it has."""
+        """(B,Hkv,n): the flat indices of each head's first n slots, and which of these slots the head has."""
         slot = torch.arange(n, device=self.first_index.device)
         return self.first_index + slot, slot < self.limit[..., None]
 
@@ -155,8 +156,8 @@ class Slots:
         return torch.where(self.cursor < self.limit, self.cursor, oldest.to(torch.int32))[..., None]
 
     def unpack(self, k: Tensor, v: Tensor) -> tuple[list[Kept], list[Tensor]]:
-        """Keys and values (slots,D) in the store's order → one value per row in temporal order, and the row (Hkv,N)
-        of each token.
+        """Keys and values (slots,D) in the store's order → one Kept per row in temporal order, and per row the flat
+        index (Hkv,N) of each token's slot.
         """
         found, sources = [], []
         pos, attention = self.pos, None if self.flat_attention is None else self.attention
@@ -184,7 +185,7 @@ class Slots:
         return cursor if cursor < self.largest_head else sink + (cursor - sink) % (self.largest_head - sink)
 
     def flat_index(self, slot: Tensor) -> Tensor:
-        """Slots (B,Hkv,T) as rows of a store seen as (slots, ·): int64 (B·Hkv·T,)."""
+        """Slots (B,Hkv,T) → int64 (B·Hkv·T,): their numbers when the slots of all rows and heads are counted through."""
         return (slot + self.first_index).flatten()
 
     def record(self, row: Tensor, pos: Tensor) -> None:

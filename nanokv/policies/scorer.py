@@ -24,17 +24,17 @@ from nanokv.policies.base import Policy
 class Scorer(Policy):
     """Keep the `budget` tokens of highest score in each KV head.
 
-    layers=pyramid (PyramidKV, Cai et al. 2024, arXiv:2406.02069, §3): deeper layers get a smaller budget, on a line
-    from 2 − 1/beta to 1/beta of the mean. Deviations: the budgets are rounded so that their sum is exactly that of
-    `flat`, where the authors' code overspends by about 1 %; a short prompt gets a flatter line instead of none.
-    heads=ada (Ada-KV, Feng et al. 2024, arXiv:2407.11550, §3): the heads of a layer compete for the layer's budget.
-    Each head is guaranteed `floor` of its share and at least one token. Deviation: the guaranteed tokens are taken
-    first, so the sum is exact; the authors blend two budgets and round. select=chunk (ChunkKV, Liu et al. 2025,
-    arXiv:2502.00299, §3): tokens are kept or evicted in chunks of `chunk` by their mean score; all heads keep the
-    same chunks unless they compete. Deviation: the last chunk is cut where the budget ends. demote=true: evicted
-    tokens move to the low-precision tier of the store `mixed` (MiKV, Yang et al. 2024, arXiv:2402.18096). every=n:
-    after every n new tokens the held ones are scored again, so a head never holds more than budget + n (of competing
-    heads this bounds their mean).
+    layers=pyramid (PyramidKV, Cai et al. 2024, arXiv:2406.02069, §3): deeper layers get a smaller budget. What a
+    layer gets beyond the smallest budget falls on a line from 2 − 1/beta to 1/beta of its mean over the layers.
+    Deviations: the budgets are rounded so that their sum is exactly that of `flat`, where the authors' code
+    overspends by about 1 %; a short prompt gets a flatter line instead of none. heads=ada (Ada-KV, Feng et al. 2024,
+    arXiv:2407.11550, §3): the heads of a layer compete for the layer's budget. Each head is guaranteed `floor` of its
+    share and at least one token. Deviation: the guaranteed tokens are taken first, so the sum is exact; the authors
+    blend two budgets and round. select=chunk (ChunkKV, Liu et al. 2025, arXiv:2502.00299, §3): tokens are kept or
+    evicted in chunks of `chunk` by their mean score; all heads keep the same chunks unless they compete. Deviation:
+    the last chunk is cut where the budget ends. demote=true: evicted tokens move to the low-precision tier of the
+    store `mixed` (MiKV, Yang et al. 2024, arXiv:2402.18096). every=n: after every n new tokens the held ones are
+    scored again, so a head never holds more than budget + n (of competing heads this bounds their mean).
     """
 
     budget: int | str = 1024
@@ -65,7 +65,9 @@ class Scorer(Policy):
             raise ValueError(f"every={self.every}; give a number of tokens, or 0 for never")
         if self.every and not self.decode_scores and self.every < self.scores.buffered_queries:
             n = self.scores.buffered_queries
-            raise ValueError(f"every={self.every} is too often, as the last {n} tokens are scored; give more, or 0")
+            raise ValueError(
+                f"every={self.every} is too often: a rescore needs {n} new queries; give at least {n}, or 0"
+            )
         check_budget(self.budget, self.min_budget(), self.min_budget_reason)
 
     def min_budget(self, prompt_len: int = 0) -> int:

@@ -23,9 +23,10 @@ class SimLayerKV(Policy):
     tokens, averaged over heads. variant=prefill: layers whose laziness, by the prompt's last `window` queries,
     exceeds `threshold` are lazy. decode: the same by the first token after the prompt, which still sees everything
     (the released code). light: all but the `full` least lazy layers are lazy. A lazy layer keeps sink + recent
-    tokens, as a ring (`roll`) or, in the released code, growing. Deviations from the authors' code: a prompt within
-    sink + recent is never lazy (theirs counts sinks twice and then doubles them); each row of a batch decides alone;
-    scores are fp32; light applies scale and causality, which the paper's snippet lacks.
+    tokens. With `roll` it then stays at that number, as a ring; without it, as in the released code, it grows.
+    Deviations from the authors' code: in a prompt of at most sink + recent tokens no layer is lazy (theirs counts
+    sinks twice and then doubles them); each row of a batch decides alone; scores are fp32; light applies scale and
+    causality, which the paper's snippet lacks.
     """
 
     variant: str = "prefill"  # prefill | decode | light
@@ -43,7 +44,8 @@ class SimLayerKV(Policy):
             raise ValueError(f"simlayer:variant={self.variant}; variants are prefill, decode and light")
         if self.sink < 0 or min(1 if x is None else x for x in (self.recent, self.window)) < 1:
             raise ValueError(
-                f"simlayer:sink={self.sink},recent={self.recent},window={self.window} is out of range; at least 0, 1, 1"
+                f"simlayer:sink={self.sink},recent={self.recent},window={self.window} is out of range; "
+                "sink ≥ 0, recent and window ≥ 1"
             )
         if not (self.full >= 0 if isinstance(self.full, int) else re.fullmatch(r"(100|\d?\d(\.\d+)?)%", self.full)):
             raise ValueError(f"simlayer:full={self.full}; give a number of layers or a percent such as 50%")

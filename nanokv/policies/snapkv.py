@@ -49,7 +49,7 @@ class SnapKV(Scorer):
 
     def score(self, p: Prompt) -> Tensor:
         recent = p.recent(self.window)
-        # p.attention has one plane per layer that reads these keys; the window's own columns are not pooled
+        # p.attention has one plane per layer that reads these keys; in the pooling the window's own tokens count as 0
         attention = p.attention.sum(0, keepdim=True).masked_fill(recent, 0)
-        pool = F.max_pool1d if self.pool == "max" else F.avg_pool1d  # avg_pool1d counts padding as zeros, as theirs
+        pool = F.max_pool1d if self.pool == "max" else F.avg_pool1d  # avg_pool1d pads with zeros, as the authors do
         return pool(attention, self.kernel, stride=1, padding=self.kernel // 2).masked_fill(recent, torch.inf)

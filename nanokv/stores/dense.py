@@ -40,8 +40,8 @@ class PerToken(StoreSpec):
     """A store that rounds each token alone, when it comes, and never again.
 
     pin: this many first tokens stay exact, because attention sinks suffer most from rounding (IntactKV,
-    arXiv:2403.01241). Heads that evict their first tokens pin none. Sinks that a policy never evicts are exact in any
-    case.
+    arXiv:2403.01241). In a layer where any head overwrites tokens, `pin` has no effect. Sinks that a policy never
+    evicts are exact in any case.
     """
 
     pin: int = 0
@@ -169,7 +169,7 @@ class SlotStore:
             self.ctx.ops.append(k, v, row.flatten(), *self.pinned)
 
     def append_masked(self, k: Tensor, v: Tensor, pos: Tensor, valid: Tensor) -> None:
-        """Store tokens (B,Hkv,T) behind what each head holds. Of each head only its first, `valid` tokens count."""
+        """Store tokens (B,Hkv,T) behind what each head holds. valid (B,Hkv,T): which of them count; these come first."""
         s = self.slots
         slot = s.cursor[..., None] + torch.arange(pos.shape[2], device=pos.device)
         self._write(slot, k, v)

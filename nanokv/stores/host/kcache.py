@@ -21,8 +21,8 @@ class KCache(Hosted):
     and only the values of the `n` tokens of largest weight, averaged over the query heads of a KV head, are fetched.
 
     Deviations: the weights of the fetched tokens are normalised to sum to one (norm=false: they stay as they are, as
-    in the paper); the text's first `sink` and last `recent` tokens are always fetched; a turn of several tokens
-    fetches all values.
+    in the paper); among the `n` are always the text's first `sink` tokens, the new token and the `recent` tokens
+    before it; a turn of several tokens fetches all values.
     """
 
     n: int = 128

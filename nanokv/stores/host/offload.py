@@ -53,7 +53,7 @@ class OffloadStore(HostStore):
     next_layer: OffloadStore
 
     def prefetch(self) -> None:
-        """Start to copy this layer's slots to the device, behind all work that was queued for the same half."""
+        """Start to copy this layer's slots to the device, after all work that has been queued so far."""
         staging = self.staging
         staging.stream = staging.stream or torch.cuda.Stream(self.ctx.device)
         staging.owner[self.half] = self

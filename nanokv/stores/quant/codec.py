@@ -36,11 +36,11 @@ class Codec:
         return (x,)
 
     def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """(B,Hkv,T,D) in `dtype`, as `rotate` would make the vectors."""
+        """Planes → the vectors (B,Hkv,T,D) in `dtype`, still rotated; `rotate_back` undoes the rotation."""
         return planes[0]
 
     def rotate(self, x: Tensor) -> Tensor:
-        """A vector as the codec sees it. Products are kept, so a query is rotated once instead of every key."""
+        """Rotate x as the codec does before it rounds. Inner products stay, so the query is rotated, not every key."""
         return x
 
     def rotate_back(self, x: Tensor) -> Tensor:

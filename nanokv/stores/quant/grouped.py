@@ -148,8 +148,8 @@ class GroupedStore:
         self._update_reach()
 
     def _encode(self, k: Tensor, v: Tensor) -> tuple[Planes, Planes]:
-        """K and V (…,group,D) → words (…,group,·), scale and zero point; these are (…,1,D) for K and (…,group,runs)
-        for V.
+        """K and V (…,group,D) → words (…,group,·), scale and zero point. These two are (…,1,D) for K and, for V,
+        (…,group,m) for its m groups of channels.
         """
         quantize, spec = self.ctx.ops.quantize, self.spec
         return quantize(k, spec.k, spec.group, 1), quantize(v, spec.v, 1, spec.v_group(k.shape[-1]))
@@ -254,7 +254,7 @@ class GroupedStore:
         s.n_flushed[b, h] += 1
 
     def _update_reach(self) -> None:
-        """How far any head reaches: in exact slots (`reach`) and in groups (`used_groups`)."""
+        """Note how far any head reaches: in exact slots (`reach`) and in groups (`used_groups`)."""
         self.reach = self.slots.n_pinned + max(self.in_window)
         self.used_groups = min(self.n_groups, max(self.n_flushed))
 

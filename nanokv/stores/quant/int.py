@@ -20,7 +20,7 @@ from nanokv.stores.quant.grouped import GroupedStore, GroupState
 class Int(StoreSpec):
     """KIVI (Liu et al. 2024, arXiv:2402.02750, §4): a few channels of K are large for all tokens, so K is rounded per
     channel over `group` tokens, and V per token over `group` channels; scale and zero point are fp16. The most recent
-    tokens, the residual window, stay exact until a group of them is complete.
+    tokens stay exact: whenever their window holds residual + group tokens, the oldest `group` of them are rounded.
 
     pin: this many first tokens stay exact for ever (IntactKV, arXiv:2403.01241), and so do sinks that a policy
     never evicts. kivi4 and kivi2 are the paper's groups of 32 with 32 exact tokens; int8, int4 and int2 take groups

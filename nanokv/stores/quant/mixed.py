@@ -28,10 +28,10 @@ class Mixed(StoreSpec):
     """MiKV's two precisions (Yang et al. 2024, arXiv:2402.18096, §3): `high` bits for tokens that the policy keeps,
     `low` bits for those that it demotes. The two tiers are read apart and merged by their logsumexp.
 
-    Each token is rounded once. With high=16 an evicted token moves to the low-precision tier as it is. With fewer
-    bits a token is scored once and for all: new tokens stay exact until the policy scores them. Deviation: the codes
-    are TurboQuant's (a rotation and Lloyd-Max levels; 8 bits: fp8's), where MiKV balances channels by the prompt's
-    queries, and ZipCache by its values, before a uniform code.
+    Each token is rounded once. With high=16 a token is exact until the policy demotes it, and is then rounded to
+    `low` bits. With fewer bits a token is scored only once: it stays exact until the policy scores it, and then goes
+    to one of the two tiers for good. Deviation: the codes are TurboQuant's (a rotation and Lloyd-Max levels; 8 bits:
+    fp8's), where MiKV balances channels by the prompt's queries, and ZipCache by its values, before a uniform code.
     """
 
     high: int = 16
@@ -80,8 +80,8 @@ class AppendOnly(Policy):
 
 
 class MixedStore:
-    """Up to three sets of slots: `recent` (exact; the policy decides on these), `high` (kept once and for all) and
-    `low` (demoted).
+    """Two or three sets of slots. `recent` is exact, and the policy decides on its tokens; `low` holds the demoted
+    ones. `high` exists only if tokens are scored once: it holds those that were kept.
     """
 
     needs_host_sync = False
@@ -177,8 +177,8 @@ class MixedStore:
         return True
 
     def _extended(self, store: SlotStore, spec: StoreSpec, rows: Sequence[Kept]) -> SlotStore:
-        """A new tier that holds what `store` holds and these tokens. They are few, so memory is exactly as large as
-        needed.
+        """A new tier that holds what `store` holds and these tokens. It has no free slots; it is made again at each
+        rescore.
         """
         n = max(r.pos.shape[2] for r in rows)
         if n == 0:

@@ -1,9 +1,9 @@
-"""Chunks of tokens of which a step reads only the few that its query needs: what the stores that evict nothing and
-read little share.
+"""What the sparse stores share: they evict nothing, hold tokens in chunks, and a step reads only the few chunks that
+its query needs.
 
 A token lies in one of two places: in a chunk, held as the method likes and wherever it likes, or as a single exact
-token on the device (outlier chunks, the end of the prompt, and all later tokens). A buffer holds copies of the chunks
-that were read last.
+token on the device (outlier chunks, the end of the prompt, and later tokens until `grow` makes chunks of them). A
+buffer holds copies of the chunks that were read last.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ class ChunkStore(ABC):
         self._allocate([spec.split(r, ctx) for r in rows], room)
 
     def _allocate(self, rows: list[ChunkState], room: int) -> None:
-        """Exact tokens and chunks of every row, in memory of their own."""
+        """Allocate memory for the exact tokens, the chunks and the buffer of all rows, and fill it."""
         ctx, data = self.ctx, [r.chunk_data for r in rows]
         self.top_k_of, self.n_candidates_of = (
             [int(d[name]) if d else 0 for d in data] for name in ("top_k", "n_candidates")
@@ -260,8 +260,8 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def gather(self, chunk_ids: Tensor, is_new: Tensor | None, keys: Tensor, values: Tensor) -> None:
-        """Write keys and values of the chunks (B,Hkv,k) into (B,Hkv,k,chunk·D); only where `is_new`. Negative ids:
-        any number.
+        """Write keys and values of the chunks (B,Hkv,k) into (B,Hkv,k,chunk·D); only where `is_new` if that is given.
+        What stands at negative ids does not matter, as long as it is a number.
         """
 
     # ---- rows in, rows out --------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ class Quest(Chunked):
     step reads the pages of highest score.
 
     It saves reading, not memory. Deviations from the authors' code: the query heads of a KV head read the same pages,
-    by the mean of their bounds; the first two layers choose as well; the prompt's last page and generated tokens are
-    always read.
+    by the mean of their bounds; the first two layers choose pages too, where theirs read everything; the prompt's
+    last page is always read, and so are generated tokens until `grow` makes pages of them.
     """
 
     chunk: int = 16

@@ -23,10 +23,11 @@ V_GROUP = 32  # channels of a 4-bit value that share a scale
 @dataclass(frozen=True, kw_only=True)
 class Shadow(Chunked):
     """ShadowKV (Sun et al. 2024, arXiv:2410.21465, Algorithms 1 and 2): before rotation keys have low rank, jointly
-    over heads, so K ≈ A·B with one row of A per token; V goes to the host. A step scores each chunk by the softmax
-    over its landmark, the chunk's mean rotated key, per query head, and takes the largest score of a KV head's query
-    heads. It rebuilds the keys of the best chunks, rotates them to their positions and fetches their values. Exact
-    are the `outliers` chunks least similar to their landmark, the last `local` chunks and all generated tokens.
+    over heads, so K ≈ A·B with one row of A per token; V goes to the host. A chunk's landmark is the mean of its
+    rotated keys. Each query head takes the softmax over all landmarks, and a chunk's score is the largest weight that
+    a query head of the KV head gives it. A step rebuilds the keys of the best chunks, rotates them to their positions
+    and fetches their values. These stay exact: the `outliers` chunks that hold the tokens least similar to their
+    landmark, the last `local` chunks, and generated tokens until `grow` makes chunks of them.
 
     rank: of K; none: 160 for 1,024 channels, relatively more for fewer channels (results/ranks.json). values: host,
     device or int4; the last two stay on the device. Deviations from the authors' code: A and B come from the Gram
