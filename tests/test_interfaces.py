@@ -111,6 +111,15 @@ def test_passes_change_neither_logits_nor_what_full_keeps(llm_of):
     assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
 
 
+def test_passes_and_a_late_decision_exclude_each_other(llm_of):
+    @dataclass(frozen=True, kw_only=True)
+    class Both(Replay):
+        decide_after = 1
+
+    with pytest.raises(ValueError, match="may ask for one"):
+        start(llm_of("g3"), Both())
+
+
 # ---- choices across layers ------------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,8 @@ class PromptCache:
         """ids (T,): the prompt's tokens. ctx: the context of the cache that the tokens are for; its stores may then
         prepack each layer.
         """
+        if plan.keep.passes and plan.keep.decide_after:
+            raise ValueError(f"{plan.names[0]} asks for scoring passes and for later tokens; a policy may ask for one")
         self.plan, self.config, self.ops, self.ctx = plan, config, ops, ctx
         self.ids = ids
         self.length = len(ids) + plan.keep.decide_after  # tokens after the prompt may belong to it
