@@ -82,7 +82,7 @@ def test_lazy_layers_and_four_bits_take_a_fifth_of_the_memory(half):
     for _ in range(3):
         session.feed(torch.tensor([[1]]))
     report = session.report()
-    assert len(report.short) == 15 and report.used_bytes <= report.full_bytes / 4.8
+    assert len(report.evicting_layers) == 15 and report.used_bytes <= report.full_bytes / 4.8
     assert report.bytes == storages(session.cache, {}, (Context, type(half.config)))
 
 
@@ -103,7 +103,7 @@ def test_four_policies_on_four_thousand_tokens(plan, half, count):
     assert report.bytes == storages(session.cache, {}, (Context, type(half.config)))
     assert {n for layer in report.layers for n in layer.kept[0]} == PLANS[plan](session.seen[0])
     if plan == "simlayer":
-        assert 5 <= len(report.short) <= 25
+        assert 5 <= len(report.evicting_layers) <= 25
 
 
 class LiveBytes(TorchDispatchMode):
