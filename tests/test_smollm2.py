@@ -143,7 +143,7 @@ def layers_alive(llm, plan: str, ids: list[int], chunk: int | None = None) -> li
 
     def held(block, x, pos, angle, layer):
         tensors: dict[int, int] = {}
-        storages([cache.runs, cache.kept], tensors, (type(cache),))
+        storages([cache.dense, cache.kept], tensors, (type(cache),))
         seen.append(sum(tensors.values()))
         return block(x, pos, angle, layer)
 
