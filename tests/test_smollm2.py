@@ -117,7 +117,7 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= self.least:
-                self.notice(x.untyped_storage())
+                self.note(x.untyped_storage())
         return out
 
     def note(self, storage) -> None:
