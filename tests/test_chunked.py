@@ -459,7 +459,7 @@ def test_what_cannot_be_is_refused_in_a_sentence():
         ("streaming+quest", "form no chunks"),
         ("int4+offload", "choose one"),
         ("shadow+kcache", "choose one"),
-        ("offload+kcache", "both decide where it lies"),
+        ("offload+kcache", "both decide how they are stored"),
         ("shadow:budget=0", "percent of the prompt"),
         ("shadow:budget=200%", "percent of the prompt"),
         ("shadow:values=disk", "host, device or int4"),
