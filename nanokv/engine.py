@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from nanokv.backends.base import Ops
+from nanokv.cache.context import Context
 from nanokv.cache.decode import KVCache
 from nanokv.cache.kept import Kept
 from nanokv.cache.plan import Plan
 from nanokv.cache.prefill import PromptCache
-from nanokv.cache.protocol import Context
 from nanokv.cache.report import Report
 from nanokv.model.llama import Llama
 from nanokv.runner import Runner
@@ -81,8 +81,9 @@ class Session:
         self.pos: Tensor | None = None  # (B,1): the position of each row's next token
         self.seen: list[int] = []  # the same positions as Python numbers: how long each row's text is
         self.plans: list[Plan] = []  # the plan as fitted to each row's prompt
-        # each row's token ids so far, for policies that rescore; None if they are not known
+        # each row's token ids, for policies that rescore: up to some step, and those fed since; None if not known
         self.tokens: list[Tensor] | None = []
+        self.fed: list[Tensor] = []  # (B,T) each
         self.intact = True  # False if an exception interrupted a step, so the cache may be half written
 
     def fitted_plan(self, prompt_len: int, rows: int = 1) -> Plan:
@@ -140,7 +141,8 @@ class Session:
         if not self.undecided:
             self.cache.check_room(tokens.shape[1])
         self.intact = False
-        self._remember(tokens)
+        if self.plan.keep.rescore_every:
+            self.fed.append(tokens)
         parts = self._feed_undecided(tokens) if self.undecided else []
         tokens = tokens[:, len(parts) :]
         if parts and tokens.shape[1]:
@@ -158,18 +160,16 @@ class Session:
             if every_logit or not tokens.shape[1]:
                 parts.append(out)
             self._advance(T)
-            self.cache.maintain(T, self.seen, self._tokens_seen())
+            self.cache.maintain(T, self.seen, self._tokens_seen)
         self.intact = True
         return torch.cat(parts, 1) if every_logit else parts[-1][:, -1]
 
-    def _remember(self, tokens: Tensor) -> None:
-        """Keep the token ids of each row, if the policy may ask for them at a rescore."""
-        if self.tokens is not None and self.plan.keep.rescore_every:
-            self.tokens = [torch.cat((old, new)) for old, new in zip(self.tokens, tokens, strict=True)]
-
     def _tokens_seen(self) -> list[Tensor] | None:
+        """Each row's token ids so far; the cache asks for them only at a rescore."""
         if self.tokens is None:
             return None
+        new, self.fed = self.fed, []
+        self.tokens = [torch.cat((ids, *(x[b] for x in new))) for b, ids in enumerate(self.tokens)]
         return [ids[:n] for ids, n in zip(self.tokens, self.seen, strict=True)]
 
     def _feed_undecided(self, tokens: Tensor) -> list[Tensor]:

@@ -66,7 +66,7 @@ def note(session, held: list[dict], t: int) -> None:
     cache = session.cache
     upkeep = type(cache).maintain.__get__(cache)
 
-    def maintain(written: int, seen: list[int], tokens=None) -> None:
+    def maintain(written: int, seen: list[int], tokens) -> None:
         for row, n in enumerate(seen):
             held[row][n - 1] = positions(cache, row)
         upkeep(written, seen, tokens)

@@ -72,7 +72,7 @@ def watch(session, held: dict) -> None:
     cache = session.cache
     upkeep = type(cache).maintain.__get__(cache)
 
-    def maintain(written: int, seen: list[int], tokens=None) -> None:
+    def maintain(written: int, seen: list[int], tokens) -> None:
         held[seen[0] - 1] = {i: values(store) for i, store in cache.stores.items()}
         upkeep(written, seen, tokens)
 

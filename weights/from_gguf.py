@@ -200,7 +200,7 @@ class GGUF:
 
         try:
             value = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        except NotImplementedError:
+        except NotImplementedError:  # how the gguf library says that it cannot dequantise a format
             kind = tensor.tensor_type.name
             raise ValueError(
                 f"{self.file}: {tensor.name} is {kind}, which cannot be read; use another quantisation of the model"

@@ -6,7 +6,7 @@ what was stored before and causally to each other, and are stored afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -103,10 +103,13 @@ class KVCache:
             self.stores[i].freeze()
         self.plan.store.link(list(self.stores.values()))
 
-    def maintain(self, written: int, seen: Sequence[int], tokens: Sequence[Tensor] | None = None) -> None:
+    def maintain(
+        self, written: int, seen: Sequence[int], tokens: Callable[[], list[Tensor] | None] = lambda: None
+    ) -> None:
         """Upkeep between steps: `written` tokens have come, and each row's text is now `seen` long.
 
-        tokens: each row's token ids so far (seen,), for policies that rescore; None where they are not known.
+        tokens() gives each row's token ids so far (seen,), or None where they are not known. It is called only when
+        the policy rescores.
         """
         for store in self.stores.values():
             self.layout += bool(store.maintain(written))
@@ -115,7 +118,7 @@ class KVCache:
         if self.plan.keep.rescore_every and self.since_rescore >= self.plan.keep.rescore_every:
             self.since_rescore = 0
             self.layout += 1
-            self._rescore(seen, tokens)
+            self._rescore(seen, tokens())
 
     def _rescore(self, seen: Sequence[int], tokens: Sequence[Tensor] | None) -> None:
         """Ask the policy what stays of what each layer holds, as it was asked after the prompt."""

@@ -94,7 +94,7 @@ class PromptLayer:
         start = keys.shape[2] - q.shape[2]
         out = cache.ops.prefill(q, keys, values, start, cache.config.sliding_window)
         for statistics in dense.statistics.values():
-            statistics.add(self.index, q, pos, start, dense, cache)
+            statistics.add(self.index, q, pos, keys, dense, cache)
         if self.is_last_reader and dense.complete:
             cache.attended(self.owner)
         return out
@@ -180,9 +180,9 @@ class Statistics:
         self.sums: dict[int, tuple[Tensor, Tensor, int]] = {}  # reader → Σq (1,H,D), Σqqᵀ (1,H,D,D), number of queries
         self.pass_queries = 0  # queries of scoring passes, per reader
 
-    def add(self, reader: int, q: Tensor, pos: Tensor, start: int, dense: DenseLayer, cache: PromptCache) -> None:
-        """Add a reader's next queries q (1,H,T,D) at pos (1,T). `start` keys come before the first of them."""
-        wanted, (keys, _) = self.wanted, dense.keys_and_values()
+    def add(self, reader: int, q: Tensor, pos: Tensor, keys: Tensor, dense: DenseLayer, cache: PromptCache) -> None:
+        """Add a reader's next queries q (1,H,T,D) at pos (1,T). keys (1,Hkv,N,D): all keys so far, theirs last."""
+        wanted, start = self.wanted, keys.shape[2] - q.shape[2]
         if dense.pass_length is not None:
             # every reader scores the same queries, so only the first reader counts them
             self.pass_queries += q.shape[2] if reader == min(self.scores, default=reader) else 0
@@ -200,9 +200,8 @@ class Statistics:
         if dense.complete:
             self.scores[reader] = self._score(last, keys, dense.length - last.shape[2], cache)
         else:
-            self.last_queries[reader] = (
-                last.clone() if before is None else last
-            )  # a clone, so that all of q is not kept alive
+            # a clone, so that all of q is not kept alive
+            self.last_queries[reader] = last.clone() if before is None else last
 
     def _score(self, q: Tensor, k: Tensor, start: int, cache: PromptCache) -> Tensor:
         wanted, window = self.wanted, cache.config.sliding_window

@@ -8,7 +8,7 @@ reduced the mean error of three prompts' last logits from 0.13–0.18 to 0.05–
 measured separately.
 
 B rows · H query heads · Hkv key/value heads · G = H/Hkv · T new tokens · S slots · N kept tokens · D head dim ·
-C hidden size · L candidate chunks · pos position in the row's own text, from 0 · q (B,H,T,D) · k, v (B,Hkv,T,D).
+C hidden size · pos position in the row's own text, from 0 · q (B,H,T,D) · k, v (B,Hkv,T,D).
 """
 
 from __future__ import annotations
