@@ -22,22 +22,24 @@ from nanokv.stores import STORES
 LENGTHS, STEPS = (60, 43, 77), 4
 
 
-def counted(llm: LLM, plan: Plan, steps: int = STEPS) -> tuple[list[int], int, float]:
-    """Graphs after each of three lengths, kinds of layers, and the largest difference to eager logits."""
+def counted(llm: LLM, plan: Plan, steps: int = STEPS) -> tuple[list[int], int, list[float]]:
+    """Graphs after each of three lengths, kinds of layers, and the largest difference to eager logits at each."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = replace(llm.models, runner=Compiled(llm.models.decode, counter))
-    counts, kinds, worst = [], set(), 0.0
+    counts, kinds, differences = [], set(), []
     for n in LENGTHS:
         more, logits = text(steps, seed=n), []
         for models in (llm.models, compiled):
             session = Session(models, plan, steps)
             session.start([text(n, seed=5)])
+            if session.cache is not None and models is llm.models:
+                session.cache.freeze()  # as a compiled step does, so that both read the same slots in the same order
             logits.append(torch.cat([session.feed(torch.tensor([[t]])) for t in more]))
         counts.append(counter.frame_count)
         kinds |= {kind(layer) for layer in session.cache.layers}
-        worst = max(worst, (logits[0] - logits[1]).abs().max().item())
-    return counts, len(kinds), worst
+        differences.append((logits[0] - logits[1]).abs().max().item())
+    return counts, len(kinds), differences
 
 
 def kind(layer) -> tuple:
@@ -47,9 +49,12 @@ def kind(layer) -> tuple:
     return layer.owns, *sets, getattr(store.slots, "wraps", None)
 
 
-def check(store: str, counts: list[int], kinds: int, worst: float, more: int = 0) -> None:
-    # in fp32; where a store rounds, another order of a sum may flip a code: up to 1.03e-3 was seen, int8 on an AMD EPYC
-    assert worst < (1e-4 if store in ("dense", "ragged", "shadow", "quest") else 2e-3)
+def check(store: str, counts: list[int], kinds: int, differences: list[float], more: int = 0) -> None:
+    # In fp32. Where a store rounds, another order of a sum may flip a code: int8 differs by 1.03e-3 at one length and by
+    # less than 6e-5 at the two others. So two of the three lengths must agree closely there.
+    rounds = store not in ("dense", "ragged", "shadow", "quest")
+    assert sorted(differences)[1 if rounds else 2] < 1e-4
+    assert max(differences) < 2e-3
     assert counts[2] == counts[1] <= 2 * kinds + more + 1  # and the head's
 
 
@@ -89,8 +94,8 @@ def test_an_owner_and_its_reader_are_two_kinds_of_blocks(store, llm_of):
 def test_a_cache_that_is_not_frozen_compiles_as_it_grows(llm_of, monkeypatch):
     """That the counts above can fail."""
     monkeypatch.setattr(KVCache, "freeze", lambda self: None)
-    counts, _, worst = counted(llm_of("g3"), of("full", "dense"))
-    assert worst < 1e-4 and counts[-1] > 3
+    counts, _, differences = counted(llm_of("g3"), of("full", "dense"))
+    assert max(differences) < 1e-4 and counts[-1] > 3
 
 
 @pytest.mark.parametrize(
