@@ -69,7 +69,7 @@ def parser() -> cli.Parser:
     a("--json", metavar="FILE", help="write the result and the cache report")
     a("--explain", action="store_true", help="show for each layer which positions are still cached")
     a("--xray", metavar="FILE.html", help="write the text as a page; a token is darker the more heads still hold it")
-    a("--compare", metavar="PLAN", help="measure the difference from another plan, such as full, on its greedy text")
+    a("--compare", metavar="PLAN", help="measure the difference from another plan, such as full, on what that writes")
     a("--quiet", action="store_true", help="print nothing but errors on stderr")
 
     a = p.add_argument_group("speed").add_argument
@@ -223,8 +223,9 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
     from tqdm import tqdm
 
     from nanokv.cache.save import restore, save
-    from nanokv.inspect.explain import explain, xray
+    from nanokv.inspect.explain import explain
     from nanokv.inspect.fidelity import against
+    from nanokv.inspect.xray import xray
     from nanokv.summary import as_record, end_block, first_line
     from nanokv.text.chat import encode_prompt
 
@@ -252,7 +253,7 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
         limits = args.max_new_tokens, eos, args.allow_overflow, args.chunk
         try:
             fidelity = against(llm, reference, prompt, question, *limits)
-            log(args, f"against {args.compare}, on what greedy writes there: {fidelity}")
+            log(args, f"compared with {args.compare}, on the text that it writes greedily: {fidelity}")
             record["compare"] = asdict(fidelity)
         except ValueError as e:  # the answer is valid, so its receipt is printed and its files are written first
             error = f"--compare {args.compare}: {e}"

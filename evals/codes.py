@@ -28,7 +28,7 @@ def codes(llm: LLM, plans: Mapping[str, Plan], length: int) -> list[dict]:
             spec = replace(spec, residual=0)
         errors, sizes = {"k": [], "v": []}, torch.zeros(2)
         for rows in dense:
-            store = spec.pack(rows, plan.keep, 1, session.context)
+            store = spec.pack(rows, plan.policy, 1, session.context)
             restored, elements = store.unpack()[0], int(store.length.sum()) * llm.config.head_dim
             sizes += torch.tensor(store.used_bytes()[:2]) * 8 / elements
             end = length // spec.eviction_granularity * spec.eviction_granularity  # the end of the last complete group

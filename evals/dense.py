@@ -26,21 +26,21 @@ class DenseRun(PromptCache):
     def __init__(self, plans: Sequence[Plan], config: ModelConfig, ids: Tensor, ops: Ops, ctx: Context):
         super().__init__(plans[0], config, ids, ops, ctx)
         self.plans = plans
-        self.wanted = list({plan.keep.scores for plan in plans})
+        self.wanted = list({plan.policy.scores for plan in plans})
         self.rows: list[dict[int, Kept]] = [{} for _ in plans]
         self.prompts: list[list[Prompt]] = [[] for _ in plans]  # for policies that choose across layers
 
-    def attended(self, owner: int) -> None:
+    def compress(self, owner: int) -> None:
         dense, n_owners = self.dense.pop(owner), len(self.layers) - len(self.plan.share)
         for plan, row, prompts in zip(self.plans, self.rows, self.prompts, strict=True):
-            prompt = dense.as_prompt(owner, self, plan.keep.scores)
-            if not plan.keep.cross_layer:
-                row[owner] = plan.keep.keep(prompt)
+            prompt = dense.as_prompt(owner, self, plan.policy.scores)
+            if not plan.policy.cross_layer:
+                row[owner] = plan.policy.keep(prompt)
                 continue
             prompts.append(prompt)
             if len(prompts) == n_owners:
                 prompts.sort(key=lambda p: p.layer)
-                row |= zip((p.layer for p in prompts), plan.keep.keep_all(prompts), strict=True)
+                row |= zip((p.layer for p in prompts), plan.policy.keep_all(prompts), strict=True)
                 prompts.clear()
 
 
@@ -55,11 +55,11 @@ def begin(llm: LLM, plans: Sequence[Plan], ids: Sequence[int], room: int) -> Ite
     fitted = [plan.fit(llm.config, models.context.dtype, len(ids), room) for plan in plans]
     groups: dict[tuple, list[int]] = {}
     for i, plan in enumerate(fitted):
-        alone = plan.keep.decide_after or plan.keep.passes
+        alone = plan.policy.decide_after or plan.policy.passes
         groups.setdefault((i,) if alone else tuple(sorted(plan.share.items())), []).append(i)
     for members in groups.values():
-        keep = fitted[members[0]].keep
-        if keep.decide_after or keep.passes:
+        policy = fitted[members[0]].policy
+        if policy.decide_after or policy.passes:
             yield members[0], lambda i=members[0]: _start_session(llm, plans[i], ids, room)
             continue
         tokens = torch.tensor(ids, device=llm.device)

@@ -244,7 +244,7 @@ def _takes_budget(plan: Plan) -> bool:
 def registered() -> list[str]:
     """Name every policy, full first, and every store that supports the full cache. Aliases of a store count once."""
     stores = {
-        spec: name for name, spec in STORES.items() if name != "dense" and not spec.incompatible_policy(Plan().keep)
+        spec: name for name, spec in STORES.items() if name != "dense" and not spec.incompatible_policy(Plan().policy)
     }
     return [*POLICIES, *(f"full+{name}" for name in stores.values())]
 

@@ -40,7 +40,7 @@ def decode(
     over_group: str | None = None,
     noise: tuple[int, float, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Attend from new tokens to all tokens stored before them.
+    """Attend from new tokens to all stored tokens. A single new token is stored already, so it sees itself.
 
     q (B,H,T,D), k and v (B,Hkv,S,D); length (B,Hkv) int: the number of valid slots per head, or (B,Hkv,S) bool: which
     slots are valid, or None: all; key_pos (B,Hkv,S) and query_pos (B,T): absolute positions, read only if

@@ -1,5 +1,5 @@
 """The two loops: prefill a prompt through a `PromptCache`, then decode on a `KVCache`. This module deals in token ids
-only; it knows no text, no method and no file.
+only; it knows no strings, no method and no file.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from nanokv.runner import Runner
 
 @dataclass(frozen=True)
 class Models:
-    """One set of weights in the type that suits prompts and in the one that suits single tokens; often the same
-    object.
+    """One set of weights in the dtype that suits many tokens at once (prompts and turns) and in the one that suits single
+    tokens; often the same object.
     """
 
     prefill: Llama
@@ -47,14 +47,14 @@ def prefill(
     Afterwards `cache.kept` holds what stays; under a policy with `decide_after`, only after that many more tokens
     went through it. `progress(n)` is called after every n tokens.
     """
-    ids, keep = cache.ids, cache.plan.keep
+    ids, policy = cache.ids, cache.plan.policy
     step = chunk or len(ids)
     for a in range(0, len(ids), step):
         hidden = _feed(model, cache, ids[a : a + step], a)
         if progress:
             progress(min(step, len(ids) - a))
-    for i in range(keep.passes):
-        replay = keep.replay(ids, i)
+    for i in range(policy.passes):
+        replay = policy.replay(ids, i)
         cache.begin_pass(len(replay))
         for a in range(0, len(replay), step):
             _feed(model, cache, replay[a : a + step], len(ids) + a)
@@ -68,7 +68,7 @@ def _feed(model: Llama, cache: PromptCache, tokens: Tensor, start: int) -> Tenso
 
 
 class Session:
-    """Texts in progress, one per row, on one compressed cache that later turns continue."""
+    """Token sequences in progress, one per row, on one compressed cache that later turns continue."""
 
     def __init__(self, models: Models, plan: Plan, room: int, chunk: int | None = None):
         """room: tokens that will follow the prompt. chunk: prompt tokens per forward pass; None: the whole prompt at
@@ -81,9 +81,11 @@ class Session:
         self.pos: Tensor | None = None  # (B,1): the position of each row's next token
         self.seen: list[int] = []  # the same positions as Python numbers: how long each row's text is
         self.plans: list[Plan] = []  # the plan as fitted to each row's prompt
-        # each row's token ids, for policies that rescore: up to some step, and those fed since; None if not known
-        self.tokens: list[Tensor] | None = []
-        self.fed: list[Tensor] = []  # (B,T) each
+        # only policies that rescore need the token ids of the text
+        self.tokens: (
+            list[Tensor] | None
+        ) = []  # each row's ids up to the last rescore; None if a loaded cache lacks them
+        self.fed: list[Tensor] = []  # (B,T) each: the ids fed since then
         self.intact = True  # False if an exception interrupted a step, so the cache may be half written
 
     def fitted_plan(self, prompt_len: int, rows: int = 1) -> Plan:
@@ -105,7 +107,7 @@ class Session:
         for prompt in prompts:
             plan = self.plan.fit(config, self.context.dtype, len(prompt), self.room, n)
             ids = torch.tensor(prompt, device=device)
-            repeats = copies if plan.keep.decide_after else 1  # an undecided prompt goes on differently for each copy
+            repeats = copies if plan.policy.decide_after else 1  # an undecided prompt goes on differently for each copy
             for _ in range(repeats):
                 cache = PromptCache(plan, config, ids, self.models.ops, self.context)
                 out = prefill(self.models.prefill, cache, self.chunk, progress)
@@ -115,7 +117,7 @@ class Session:
             self.seen += [len(prompt)] * copies
             self.tokens += [ids] * copies
         self.pos = torch.tensor(self.seen, device=device)[:, None]
-        if self.plans[0].keep.decide_after:
+        if self.plans[0].policy.decide_after:
             self.undecided = caches
         else:
             self._pack(caches)
@@ -141,7 +143,7 @@ class Session:
         if not self.undecided:
             self.cache.check_room(tokens.shape[1])
         self.intact = False
-        if self.plan.keep.rescore_every:
+        if self.plan.policy.rescore_every:
             self.fed.append(tokens)
         parts = self._feed_undecided(tokens) if self.undecided else []
         tokens = tokens[:, len(parts) :]
@@ -174,7 +176,7 @@ class Session:
 
     def _feed_undecided(self, tokens: Tensor) -> list[Tensor]:
         """Feed the first tokens, which the policy counts as prompt. Return the logits (B,1,vocab) after each."""
-        parts, n = [], min(self.plans[0].keep.decide_after, tokens.shape[1])
+        parts, n = [], min(self.plans[0].policy.decide_after, tokens.shape[1])
         for i in range(n):
             pos, column = self.pos.clone(), tokens[:, i : i + 1]
             out = []

@@ -1,7 +1,7 @@
 """Text in, text out: a model with its tokenizer, plan and devices, and one answer at a time with its timings.
 
-`load` finds and reads a model; `LLM.stream` is the short way, `LLM.turn` the one with rows, questions and
-continuations.
+`load` finds and reads a model. `LLM.stream` is the short way; `LLM.answer` also takes several prompts, a question after the
+prompt, and later turns.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class LLM:
         return layers
 
     def report(self) -> Report | None:
-        """The receipt of the last text."""
+        """The receipt (bytes and tokens held) of the newest session; None before its prompts are compressed."""
         return None if self.last is None else self.last.report()
 
     def answer(
@@ -197,8 +197,8 @@ class LLM:
         progress: Callable[[int], None] | None = None,
         on_compressed: Callable[[], None] | None = None,
     ) -> Answer:
-        """Start a session with `prompts`, or continue it if there are none, and answer. Iterate over the result for
-        pieces of text.
+        """Start a session with `prompts`, or continue it if there are none, and answer. The prompts are prefilled before
+        this returns; iterate over the result for (row, piece of text).
 
         prompts        token ids, one prompt per row.
         then           token ids that every row is fed on the compressed cache, after the prompt.
@@ -216,14 +216,14 @@ class LLM:
         if (not prompts and not then) or (prompts and session.seen):
             raise ValueError("a new session begins with prompts, a later turn goes on with `then`")
         longest = max([len(p) for p in prompts] or session.seen) + len(then)
-        context = self.config.max_position_embeddings
+        max_len = self.config.max_position_embeddings
         if prompts and not all(prompts):
             raise ValueError("the prompt is empty; give a text with -p, --prompt-file or on standard input (-p -)")
         if limit < 1:
             raise ValueError(f"max-new-tokens is {limit}; give at least 1")
-        if longest + limit > context and not overflow:
+        if longest + limit > max_len and not overflow:
             raise ValueError(
-                f"{longest} tokens of prompt and {limit} new ones are more than the {context} of this model's context; "
+                f"{longest} tokens of prompt and {limit} new ones are more than the {max_len} of this model's context; "
                 "shorten one of them, or go on regardless with --allow-overflow"
             )
         if prompts:
@@ -237,8 +237,8 @@ class LLM:
         return answer
 
     def _check_memory(self, session: Session, prompts: Sequence[Sequence[int]], room: int, copies: int) -> None:
-        """Raise ValueError if the cache cannot fit: what all layers keep, and the dense prompt of the layers that are
-        whole at a time.
+        """Raise ValueError if the cache cannot fit: what all layers keep, plus the uncompressed prompt of one layer, or of
+        all layers if the policy or --chunk delays their compression.
         """
         context, plan = self.models.context, session.plan
         config, dtype, on_cpu = self.config, context.dtype, self.device.type == "cpu"
@@ -247,8 +247,8 @@ class LLM:
         layers, need, n = config.num_hidden_layers - len(plan.share), 0.0, len(prompts) * copies
         for p in prompts:
             fitted = plan.fit(config, dtype, len(p), room, n)
-            keep = fitted.keep
-            all_dense = session.chunk or keep.decide_after or keep.cross_layer or keep.passes
+            policy = fitted.policy
+            all_dense = session.chunk or policy.decide_after or policy.cross_layer or policy.passes
             here, on_host = (f(config, dtype, len(p), room) for f in (fitted.device_bytes, fitted.host_bytes))
             # on a CPU the host's memory is the same one; elsewhere two layers of it are in the staging buffer
             here += on_host * (1 if on_cpu else min(1, 2 / layers))

@@ -42,13 +42,15 @@ def end_block(llm: LLM, answer: Answer) -> str:
         f"(without the first step, the warm-up); ended by {', '.join(dict.fromkeys(answer.reasons))}",
         f"peak memory {mib(peak_bytes(llm.device))}{chunked}",
     ]
-    if policy != "full" and not report.evicting_layers and not session.plan.keep.demotes:
+    if policy != "full" and not report.evicting_layers and not session.plan.policy.demotes:
         lines.append(f"{policy} had nothing to evict: every layer still holds all {max(report.seen)} tokens")
     notes = [session.plan.store.notice(n) for n in dict.fromkeys(answer.lengths)]
     lines += [f"{store}: {note}" for note in notes if note]
     unused = report.bytes - report.used_bytes
     if unused > 0.1 * report.bytes:
-        lines.append(f"{mib(unused)} of the cache were reserved for new tokens that did not come (-n)")
+        lines.append(
+            f"{mib(unused)} of the cache are empty slots: room for more new tokens (-n), or padding up to the longest head or row"
+        )
     return "\n".join([*lines, str(report)])
 
 

@@ -119,7 +119,7 @@ def test_valid_slots_are_a_prefix_and_hold_what_the_rule_says(plan, model, llm_o
                     held = s.pos[row, head].tolist()
                     assert all(p >= 0 for p in held[:n]) and all(p == -1 for p in held[n:]) and n <= limit
                     looked = (
-                        session.cache.plan.keep.rescore_every and session.cache.since_rescore == 0
+                        session.cache.plan.policy.rescore_every and session.cache.since_rescore == 0
                     )  # nothing need be as new as that
                     assert len(set(held[:n])) == n and (looked or max(held[:n]) == session.seen[row] - 1)
         session.feed(torch.tensor([[step], [step]]))
@@ -202,7 +202,7 @@ def test_copies_of_one_prompt_go_their_own_ways(llm_of):
 
 def shared(plan: str) -> Plan:
     part = parse(plan)
-    return Plan(part.keep, part.store, {2: 0}, part.names)
+    return Plan(part.policy, part.store, {2: 0}, part.names)
 
 
 class Swapped:
@@ -310,7 +310,7 @@ def test_nothing_of_a_session_outlives_it(llm_of):
 )
 def test_a_turn_longer_than_the_models_window_has_an_answer(plan, share, llm_of):
     llm, part = llm_of("mistral"), parse(plan)
-    session = llm.session(80, None, Plan(part.keep, part.store, share, part.names))
+    session = llm.session(80, None, Plan(part.policy, part.store, share, part.names))
     session.start([text(10, seed=5)])
     assert session.feed(torch.tensor([text(60, seed=6)]), every_logit=True).isfinite().all()
 
@@ -337,7 +337,7 @@ def test_a_saved_cache_goes_on_as_the_one_that_was_saved(plan, llm_of, tmp_path)
     again = restore(llm, tmp_path / "c", 20)
     for t in text(17, seed=6):
         torch.testing.assert_close(*(s.feed(torch.tensor([[t]])) for s in (session, again)), atol=1e-5, rtol=1e-5)
-    if plan.keep.rescore_every:
+    if plan.policy.rescore_every:
         with pytest.raises(ValueError, match="save right after the prompt"):
             save(llm, session, tmp_path / "d")
     else:

@@ -603,7 +603,7 @@ def test_compare_says_how_far_the_answer_is_from_another_plans(model, capsys, tm
     base = ["--model", model, "--dtype", "float32", "-p", prompt, "-n", 12, "--ignore-eos", "--json", file]
     status, out, err = call(capsys, *base, "--compare", "full")
     same = json.loads(file.read_text())["compare"]
-    assert status == 0 and "against full" in err and "same greedy choice everywhere" in err
+    assert status == 0 and "compared with full" in err and "same greedy choice everywhere" in err
     assert (
         same["kl_mean"] == 0 and same["top1"] == 1 and same["first"] is None and same["tokens"] == 11
     )  # the first is the prompt's own
@@ -618,7 +618,7 @@ def test_compare_says_how_far_the_answer_is_from_another_plans(model, capsys, tm
     status, _, err = call(
         capsys, *base, "--policy", "streaming:recent=20", "--question", " and then?", "--compare", "full"
     )
-    assert status == 0 and "against full" in err
+    assert status == 0 and "compared with full" in err
     status, out, err = call(capsys, *base, "--compare", "fulll")
     assert status == 2 and "did you mean full" in err and not out
     assert call(capsys, *base, "--compare", "full", "--num-samples", 2, "--temperature", 1)[0] == 2

@@ -65,7 +65,7 @@ PLANS = [
 @pytest.mark.parametrize("model", ["llama31", "g3", "mistral"])
 def test_one_run_gives_every_plan_what_its_own_run_gives(model, llm_of):
     llm, ids, then = llm_of(model), text(70, 3), text(9, 4)
-    plans = [parse(p) for p in PLANS] + [Plan(share={2: 0}), Plan(parse(PLANS[1]).keep, share={2: 0})]
+    plans = [parse(p) for p in PLANS] + [Plan(share={2: 0}), Plan(parse(PLANS[1]).policy, share={2: 0})]
     seen = []
     for i, start in begin(llm, plans, ids, 9):
         alone = Session(llm.models, plans[i], 9)
@@ -208,7 +208,7 @@ def test_a_plan_that_cannot_serve_a_text_says_why(llm_of):
 def test_plans_are_named_once_for_every_budget():
     plans = quality.named(["full", "snapkv:window=8", "streaming:budget=99", "simlayer"], ["25%", "64"])
     assert list(plans) == ["full", "snapkv:window=8 25%", "snapkv:window=8 64", "streaming:budget=99", "simlayer"]
-    assert plans["snapkv:window=8 64"].keep.budget == 64
+    assert plans["snapkv:window=8 64"].policy.budget == 64
     from nanokv.policies import POLICIES
     from nanokv.stores import STORES
 

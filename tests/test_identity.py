@@ -210,9 +210,9 @@ def test_every_scorer_takes_every_split_of_its_budget(name, split, llm_of):
     plan = parse(f"{name}:budget=24,{split},{extra}")
     logits, held = run(llm, plan, [prompt], [more])
     torch.testing.assert_close(logits[0], masked(llm, prompt + more, 60, held[0]), atol=1e-4, rtol=1e-4)
-    left = plan.keep.rescore_every if name == "scissorhands" else 0  # it keeps fewer, to have room
+    left = plan.policy.rescore_every if name == "scissorhands" else 0  # it keeps fewer, to have room
     counts = [[len(p) - 1 for p in layer] for layer in held[0][60].values()]  # the first step's own token left out
-    if not isinstance(plan.keep, EvictingScorer):
+    if not isinstance(plan.policy, EvictingScorer):
         assert sum(map(sum, counts)) == 3 * 2 * (24 - left)
     assert (len({tuple(c) for c in counts}) > 1) == ("pyramid" in split or "ada" in split)
 
@@ -232,6 +232,6 @@ SHARED += ["snapkv:budget=20,window=4,every=5", "adakv:budget=20,window=4,every=
 def test_shared_layers_equal_a_full_cache_with_substituted_keys_and_a_mask(plan, llm_of):
     """The model computes every layer's keys and values for the oracle, which throws the readers' away."""
     llm, prompt, more, part = llm_of("g3"), text(60, seed=5), text(STEPS, seed=6), parse(plan)
-    logits, held = run(llm, Plan(part.keep, part.store, {2: 0}, part.names), [prompt], [more])
+    logits, held = run(llm, Plan(part.policy, part.store, {2: 0}, part.names), [prompt], [more])
     assert sorted(held[0][61]) == [0, 1]
     torch.testing.assert_close(logits[0], masked(llm, prompt + more, 60, held[0], {2: 0}), atol=1e-4, rtol=1e-4)

@@ -28,8 +28,8 @@ def forget():
     SEEN.clear()
 
 
-def start(llm, keep: Policy, prompt=PROMPT, chunk: int | None = None, **more) -> Session:
-    session = Session(llm.models, replace(Plan(), keep=keep, **more), 8, chunk)
+def start(llm, policy: Policy, prompt=PROMPT, chunk: int | None = None, **more) -> Session:
+    session = Session(llm.models, replace(Plan(), policy=policy, **more), 8, chunk)
     session.start([prompt])
     return session
 
@@ -105,8 +105,8 @@ def test_passes_change_neither_logits_nor_what_full_keeps(llm_of):
             return Kept.all(p)
 
     llm, logits = llm_of("g3"), []
-    for keep in (KeepsAll(), parse("full").keep):
-        session = Session(llm.models, replace(Plan(), keep=keep), 8)
+    for policy in (KeepsAll(), parse("full").policy):
+        session = Session(llm.models, replace(Plan(), policy=policy), 8)
         logits.append([session.start([PROMPT]), *(session.feed(torch.tensor([[t]])) for t in (1, 2, 3))])
     assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
 
@@ -220,7 +220,7 @@ class Proportional(Scorer):
 
 def test_the_least_budget_may_depend_on_the_prompt(llm_of):
     llm = llm_of("g3")
-    assert start(llm, Proportional(budget="1%")).plans[0].keep.budget == 6
+    assert start(llm, Proportional(budget="1%")).plans[0].policy.budget == 6
     with pytest.raises(ValueError, match="always keeps 6 of a prompt of 60 tokens"):
         start(llm, Proportional(budget=3))
 

@@ -25,7 +25,7 @@ def test_defaults_are_filled_in():
     assert (
         str(fitted) == "simlayer:variant=prefill,threshold=0.65,sink=4,recent=1024,window=32,roll=true,full=50%+dense"
     )
-    released = parse("simlayer:variant=decode").fit(PRESETS["llama3-8b"], torch.float16, 4000, 10).keep
+    released = parse("simlayer:variant=decode").fit(PRESETS["llama3-8b"], torch.float16, 4000, 10).policy
     assert (
         released.threshold,
         released.window,
@@ -39,7 +39,7 @@ def test_defaults_are_filled_in():
         1,
         1,
     )
-    light = parse("simlayer:variant=light").fit(PRESETS["tinyllama-1.1b"], torch.float16, 4000, 10).keep
+    light = parse("simlayer:variant=light").fit(PRESETS["tinyllama-1.1b"], torch.float16, 4000, 10).policy
     assert (light.full, light.recent) == (11, 1020)
 
 
@@ -117,7 +117,7 @@ def test_bytes_are_not_promised_where_heads_are_padded():
     plan = parse("adakv:budget=64MiB+dense")
     with pytest.raises(ValueError, match="use store ragged, or give tokens or percent"):
         plan.fit(PRESETS["llama3-8b"], torch.bfloat16, 8000, 10)
-    assert parse("adakv:budget=64MiB").fit(PRESETS["llama3-8b"], torch.bfloat16, 8000, 10).keep.budget > 100
+    assert parse("adakv:budget=64MiB").fit(PRESETS["llama3-8b"], torch.bfloat16, 8000, 10).policy.budget > 100
 
 
 def test_a_policy_whose_heads_differ_takes_the_store_that_frees_their_bytes():
@@ -136,12 +136,12 @@ def test_budgets_are_tokens_percent_of_the_prompt_or_bytes_of_the_whole_cache():
     config = PRESETS["llama3-8b"]
 
     def kept(budget: str, prompt: int = 8000, room: int = 100) -> int:
-        return parse(f"snapkv:budget={budget}").fit(config, torch.bfloat16, prompt, room).keep.budget
+        return parse(f"snapkv:budget={budget}").fit(config, torch.bfloat16, prompt, room).policy.budget
 
     assert kept("512") == 512 and kept("25%") == 2000 and kept("25%", prompt=40) == 32
     per_token = 32 * 8 * (2 * 128 * 2 + 4)
     assert kept("256MiB") == pytest.approx(256 * 2**20 / per_token - 100, abs=1)
-    assert parse("streaming").with_budget("512").fit(config, torch.bfloat16, 8000, 100).keep.recent == 508
+    assert parse("streaming").with_budget("512").fit(config, torch.bfloat16, 8000, 100).policy.recent == 508
     with pytest.raises(ValueError, match="give 17MiB or more"):
         kept("1MiB")
     for name in ("full", "simlayer"):

@@ -29,13 +29,13 @@ def compress(plan: Plan | str, config: ModelConfig, T: int, seed: int = 0, chunk
     dice = torch.Generator().manual_seed(seed)
     cache = PromptCache(plan, config, torch.arange(T), EAGER)
     H, Hkv, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
-    q, k, v = (torch.randn(L, 1, n, T + plan.keep.decide_after, 16, generator=dice) * 1.5 for n in (H, Hkv, Hkv))
+    q, k, v = (torch.randn(L, 1, n, T + plan.policy.decide_after, 16, generator=dice) * 1.5 for n in (H, Hkv, Hkv))
     for a in range(0, T, chunk or T):
         b = min(a + (chunk or T), T)
         for i, layer in enumerate(cache.layers):
             kv = (k[i, :, :, a:b], v[i, :, :, a:b]) if layer.owns else (None, None)
             layer.attend(q[i, :, :, a:b], *kv, torch.arange(a, b)[None])
-    for t in range(T, T + plan.keep.decide_after):
+    for t in range(T, T + plan.policy.decide_after):
         for i, layer in enumerate(cache.layers):
             layer.attend(q[i, :, :, t : t + 1], k[i, :, :, t : t + 1], v[i, :, :, t : t + 1], torch.tensor([[t]]))
     return cache.kept, q[:, 0], k[:, 0]
@@ -110,7 +110,7 @@ def test_simlayer_trims_exactly_the_layers_above_the_threshold(variant):
     n = 60 + (variant == "decode")
     scores = [oracle.laziness(oracle.attention(q[i, :, -window:], k[i]), 2, 20) for i in range(8)]
     assert all(len(positions(whole[i], 0)) == n for i in range(8))
-    assert [whole[i].score for i in range(8)] == pytest.approx(scores, abs=1e-5)
+    assert [whole[i].layer_score for i in range(8)] == pytest.approx(scores, abs=1e-5)
     middle = sorted(scores)[3]
     kept, _, _ = compress(f"{base}{middle + 1e-4}", config, 60)
     lazy = [i for i in range(8) if scores[i] > middle + 1e-4]
@@ -140,17 +140,17 @@ def test_simlayer_leaves_prompts_within_sinks_and_recent_alone():
 def test_readers_of_a_shared_layer_vote_together():
     config, window = shape(), 6
     plan = parse(f"snapkv:budget=20,window={window},kernel=3")
-    shared = Plan(plan.keep, plan.store, {2: 0}, plan.names)
+    shared = Plan(plan.policy, plan.store, {2: 0}, plan.names)
     kept, q, k = compress(shared, config, 57)
     assert sorted(kept) == [0, 1]
     both = oracle.attention(q[0, :, -window:], k[0]) + oracle.attention(q[2, :, -window:], k[0])
     mine = both.unflatten(0, (2, -1))[1]
     assert positions(kept[0], 1) == oracle.snapkv(mine, 20, window, 3, "max")
     lazy, q, k = compress(
-        Plan(parse("simlayer:threshold=0.99,window=6,sink=2,recent=20").keep, plan.store, {2: 0}), config, 57
+        Plan(parse("simlayer:threshold=0.99,window=6,sink=2,recent=20").policy, plan.store, {2: 0}), config, 57
     )
     scores = [oracle.laziness(oracle.attention(q[i, :, -6:], k[0]), 2, 20) for i in (0, 2)]
-    assert lazy[0].score == pytest.approx(min(scores), abs=1e-5)
+    assert lazy[0].layer_score == pytest.approx(min(scores), abs=1e-5)
 
 
 def test_the_models_window_hides_old_tokens_from_every_policy():

@@ -22,7 +22,7 @@ STEPS = 200
 def stepped(text: str, T: int, steps: int = STEPS, share: dict | None = None, seed: int = 0):
     """Random q, k, v through prompt and steps → ([step][layer][head]: positions held when it attends, q (L,H,·,D), k, the cache)."""
     config, part = shape(layers=3 if share else 2), parse(text)
-    plan = Plan(part.keep, part.store, share or {}, part.names).fit(config, torch.float32, T, steps)
+    plan = Plan(part.policy, part.store, share or {}, part.names).fit(config, torch.float32, T, steps)
     dice, L = torch.Generator().manual_seed(seed), config.num_hidden_layers
     q, k, v = (torch.randn(L, 1, n, T + steps, 16, generator=dice) * 1.5 for n in (6, 2, 2))
     first = PromptCache(plan, config, torch.arange(T), EAGER)
@@ -214,7 +214,7 @@ def test_pyramid_follows_the_line_and_sums_to_the_flat_budget(budget, T, beta):
 
 def test_pyramid_counts_the_layers_that_own_storage():
     part = parse("pyramidkv:budget=20,window=4,kernel=3")
-    kept, *_ = compress(Plan(part.keep, part.store, {2: 0, 5: 4}), shape(layers=7), 60)
+    kept, *_ = compress(Plan(part.policy, part.store, {2: 0, 5: 4}), shape(layers=7), 60)
     assert sorted(kept) == [0, 1, 3, 4, 6]
     counts = [kept[i].length[0, 0].item() for i in sorted(kept)]
     assert sum(counts) == 5 * 20 and counts == sorted(counts, reverse=True) and counts[0] > counts[-1]

@@ -54,7 +54,7 @@ def of(keep: str, store: str, share: dict | None = None) -> Plan:
     if POLICIES[keep].eviction == "score":  # it may let the first tokens go: see the refusals below
         how = how.replace("fp8:pin=2", "fp8").replace(",pin=3", "")
     part = parse(f"{ALL[keep].partition('+')[0]}+{how}")
-    return Plan(part.keep, part.store, share or {}, part.names)
+    return Plan(part.policy, part.store, share or {}, part.names)
 
 
 def run(llm, plan: Plan, prompt: list[int], more: list[int], chunk: int | None = None):
@@ -277,7 +277,7 @@ RUNS = [
     for s in TINY
     if s not in ("dense", "ragged", "mixed")
     for keep in ("full", "streaming:sink=2,recent=14")
-    if not STORES[s].incompatible_policy(parse(keep).keep)
+    if not STORES[s].incompatible_policy(parse(keep).policy)
 ]
 RUNS += [
     "snapkv:budget=20,window=4,every=5+turbo:pin=2",
@@ -317,7 +317,7 @@ def test_more_room_saving_and_batches_change_nothing(plan, llm_of, tmp_path):
         both = batch.feed(torch.tensor([[m[t]] for m in more]))
         second = other.feed(torch.tensor([[more[1][t]]]))
         torch.testing.assert_close(both, torch.cat((right, second)), atol=5e-2, rtol=5e-2)
-    if plan.keep.rescore_every == 0:
+    if plan.policy.rescore_every == 0:
         save(llm, alone, tmp_path / "d")
         later = restore(llm, tmp_path / "d", 3)
         torch.testing.assert_close(*(s.feed(torch.tensor([[3]])) for s in (alone, later)), atol=1e-5, rtol=1e-5)
@@ -347,7 +347,9 @@ def test_under_a_sliding_window_only_rounding_differs(plan, llm_of):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("plan", [p for p in RUNS if not (parse(p).keep.rescore_every or parse(p).keep.decode_scores)])
+@pytest.mark.parametrize(
+    "plan", [p for p in RUNS if not (parse(p).policy.rescore_every or parse(p).policy.decode_scores)]
+)
 def test_a_turn_sees_what_was_stored_and_itself(plan, llm_of):
     llm, prompt, more = llm_of("g3"), text(60, seed=5), text(25, seed=6)
     session = llm.session(30, None, parse(plan))
@@ -441,7 +443,7 @@ def test_positions_in_the_cache_turn_the_query_for_the_sinks_alone(store, llm_of
         store_of = session.cache.stores[1]
         other = dense.store.pack(
             [Kept(*(getattr(r, f) for f in ("k", "v", "pos", "length", "limit", "sink"))) for r in store_of.unpack()],
-            dense.keep,
+            dense.policy,
             1,
             session.context,
         )
@@ -481,7 +483,7 @@ def test_zipcache_divides_by_how_many_queries_could_see_a_token():
     votes = torch.tensor([[[6.0, 2.0, 1.5, 1.2, 1.1, 0.8]]])
     x = torch.zeros(1, 1, 6, 4)
     p = Prompt(0, 0, 1, 6, 6, x, x, torch.arange(6, dtype=torch.int32)[None, None], votes, 6, EAGER)
-    found = parse("zipcache:salient=0.5").keep.keep(p)
+    found = parse("zipcache:salient=0.5").policy.keep(p)
     fair = sorted(range(6), key=lambda j: -votes[0, 0, j].item() / (6 - j))[:3]
     assert found.pos[0, 0].tolist() == sorted(fair) == [0, 4, 5] and votes[0, 0].topk(3).indices.tolist() == [0, 1, 2]
     assert sorted(found.pos[0, 0].tolist() + found.demoted.pos[0, 0].tolist()) == list(range(6))

@@ -1,7 +1,8 @@
 """The cache while decoding. Each layer that owns storage has one store, with fixed slots for B rows.
 
-A single new token is stored first and then attends to everything, itself included. The tokens of a turn attend to
-what was stored before and causally to each other, and are stored afterwards.
+A single new token is stored first and then attends to everything, itself included. Several tokens at once, a piece of a
+turn, attend to what was stored before and causally to each other, and are stored afterwards. `next_piece` says how many
+may come at once.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ class KVCache:
         self.written = 0  # tokens stored since the cache was made or last reserved room
         self.layout = 0  # counts changes of the stores' memory; a step captured at another count is stale
         self.layers: list[Owner | Reader] = []
-        plan, keep = self.plan, self.plan.keep
+        plan, policy = self.plan, self.plan.policy
         plan.store.link(list(stores.values()))
         rows = next(iter(stores.values())).slots.cursor.shape[0]
         for i in range(ctx.config.num_hidden_layers):
             owner, queries = plan.owner(i), None
-            if keep.rescore_every and not keep.decode_scores:
-                queries = QueryBuffer(keep.rescore_scores.buffered_queries, rows, ctx)
+            if policy.rescore_every and not policy.decode_scores:
+                queries = QueryBuffer(policy.rescore_scores.buffered_queries, rows, ctx)
             if owner == i:
                 self.layers.append(Owner(stores[i], plan, i, ctx, queries))
             else:
@@ -62,23 +63,23 @@ class KVCache:
         stores, scores, plan = {}, {}, plans[0]
         for owner in sorted(rows[0]):
             kept = [row.pop(owner) for row in rows]
-            scores[owner] = [k.score for k in kept]
+            scores[owner] = [k.layer_score for k in kept]
             store = plan.store_of(owner, ctx.config.num_hidden_layers)
-            stores[owner] = store.pack(kept, plan.keep, plan.slots_ahead(room), ctx)
+            stores[owner] = store.pack(kept, plan.policy, plan.slots_ahead(room), ctx)
         return cls(plans, stores, scores, room, ctx)
 
     def next_piece(self, n: int) -> int:
-        """How many of n tokens may come at once: one if the policy scores each step. Otherwise a piece ends at the
-        store's next due `maintain` and at the policy's next rescore.
+        """How many of n tokens may come at once: one if the policy scores each step. Otherwise a piece ends where the
+        store's next `maintain` or the policy's next rescore is due, whichever comes first.
         """
-        keep, interval = self.plan.keep, self.plan.store.maintenance_interval
+        policy, interval = self.plan.policy, self.plan.store.maintenance_interval
         n = min(n, interval - self.written % interval) if interval else n
-        if keep.decode_scores:
+        if policy.decode_scores:
             return 1
-        return min(n, keep.rescore_every - self.since_rescore) if keep.rescore_every else n
+        return min(n, policy.rescore_every - self.since_rescore) if policy.rescore_every else n
 
     def check_room(self, n: int) -> None:
-        """Raise ValueError if n more tokens do not fit: it would have to overwrite kept tokens."""
+        """Raise ValueError if n tokens are more than `room`: heads that grow would have no slots for them."""
         if n > self.room:
             raise ValueError(f"the cache has room for {self.room} more tokens and {n} come; reserve() more first")
 
@@ -98,7 +99,7 @@ class KVCache:
         self.layout += 1
         frozen = self.stores[i].slots.frozen
         store = self.plan.store_of(i, self.ctx.config.num_hidden_layers)
-        self.stores[i] = self.layers[i].store = store.pack(rows, self.plan.keep, ahead, self.ctx)
+        self.stores[i] = self.layers[i].store = store.pack(rows, self.plan.policy, ahead, self.ctx)
         if frozen:
             self.stores[i].freeze()
         self.plan.store.link(list(self.stores.values()))
@@ -115,7 +116,7 @@ class KVCache:
             self.layout += bool(store.maintain(written))
         self.written += written
         self.since_rescore += written
-        if self.plan.keep.rescore_every and self.since_rescore >= self.plan.keep.rescore_every:
+        if self.plan.policy.rescore_every and self.since_rescore >= self.plan.policy.rescore_every:
             self.since_rescore = 0
             self.layout += 1
             self._rescore(seen, tokens())
@@ -123,18 +124,18 @@ class KVCache:
     def _rescore(self, seen: Sequence[int], tokens: Sequence[Tensor] | None) -> None:
         """Ask the policy what stays of what each layer holds, as it was asked after the prompt."""
         ahead = self.plan.slots_ahead(self.room)
-        if self.plan.keep.cross_layer:
+        if self.plan.policy.cross_layer:
             prompts = {i: self._held(i, seen, tokens) for i in self.stores}
             kept = {i: [] for i in self.stores}
             for b, plan in enumerate(self.plans):
-                for i, one in zip(prompts, plan.keep.keep_all([rows[b] for rows in prompts.values()]), strict=True):
+                for i, one in zip(prompts, plan.policy.keep_all([rows[b] for rows in prompts.values()]), strict=True):
                     kept[i].append(one)
             for i, rows in kept.items():
                 self._refill(i, rows, ahead)
             return
         for i in self.stores:
             prompts = self._held(i, seen, tokens)
-            self._refill(i, [plan.keep.keep(p) for plan, p in zip(self.plans, prompts, strict=True)], ahead)
+            self._refill(i, [plan.policy.keep(p) for plan, p in zip(self.plans, prompts, strict=True)], ahead)
 
     def _held(self, i: int, seen: Sequence[int], tokens: Sequence[Tensor] | None) -> list:
         """What layer i holds, per row, as the policy sees it."""
@@ -161,7 +162,7 @@ class KVCache:
             store.freeze()
 
     def report(self, seen: list[int]) -> Report:
-        """The receipt. seen: tokens of text that this cache stands for, per row."""
+        """The receipt. seen: how many tokens each row's text has, held or evicted."""
         cfg, dtype = self.ctx.config, self.ctx.dtype
         lines, used, counted, on_host = [], 0, {}, {}
         for i in range(cfg.num_hidden_layers):
@@ -187,12 +188,14 @@ class Owner:
     owns = True
 
     def __init__(self, store: Store, plan: Plan, index: int, ctx: Context, queries: QueryBuffer | None):
-        self.store, self.policy, self.queries, self.ctx = store, plan.keep, queries, ctx
+        self.store, self.policy, self.queries, self.ctx = store, plan.policy, queries, ctx
         self.ops, self.dtype = ctx.ops, ctx.dtype
         self.owner = self
         self.sliding_window = ctx.config.sliding_window
-        self.only_reader = plan.last_reader(index) == index
-        self.turn_kv: tuple[Tensor, Tensor] | None = None  # a turn's k and v, until the last reader has attended
+        self.only_reader = plan.last_reader(index) == index  # the owner attends first, so as the last one only if alone
+        self.piece_kv: tuple[Tensor, Tensor] | None = (
+            None  # k and v of a piece of a turn, until the last reader has attended
+        )
         self.step_scores: list[Tensor] = []  # the readers' scores so far in this step
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
@@ -200,21 +203,21 @@ class Owner:
         if q.shape[2] == 1:
             self.store.append(k, v, pos)
         else:
-            self.turn_kv = (k, v)
+            self.piece_kv = (k, v)
         return self.read(q, pos, self.only_reader, self.queries)
 
     def read(self, q: Tensor, pos: Tensor, is_last_reader: bool, queries: QueryBuffer | None) -> Tensor:
-        """One reader's attention. A turn's queries may come in the prefill's type; the cache keeps its own."""
+        """One reader's attention. The model for prompts runs a turn too, so q may have another dtype than the cache."""
         own_q = q.to(self.dtype)
         if queries is not None:
             queries.push(own_q, pos)
         in_cache = self.policy.positions_in_cache and self.store.slots.n_sink
         out, lse, scores = self.store.read(own_q, pos, self._sink_queries(own_q, pos) if in_cache else None)
         if q.shape[2] > 1:
-            out, _ = merge([(out, lse), self.ops.turn(own_q, *self.turn_kv, 0, self.sliding_window)])
+            out, _ = merge([(out, lse), self.ops.turn(own_q, *self.piece_kv, 0, self.sliding_window)])
             if is_last_reader:
-                self.store.extend(*self.turn_kv, pos)
-                self.turn_kv = None
+                self.store.extend(*self.piece_kv, pos)
+                self.piece_kv = None
         elif scores is not None:
             self.step_scores.append(scores)
             if is_last_reader:

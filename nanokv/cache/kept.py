@@ -49,12 +49,12 @@ class Prompt:
     v: Tensor  # (1,Hkv,N,D)
     pos: Tensor  # (1,Hkv,N) int32 absolute positions, ascending; −1 pads a head that holds fewer tokens
     attention: Tensor | None  # (readers,Hkv,N) fp32: attention scores, one plane per layer that reads these keys
-    n_queries: int  # how many queries were scored
+    n_queries: int  # how many queries scored the keys
     ops: Any  # the backend; `Kept.top` moves tokens with it
     q_mean: Tensor | None = None  # (readers,H,D) fp32, of queries before rotation; only if asked for
     q_cov: Tensor | None = None  # (readers,H,D,D)
     inv_freq: Tensor | None = None  # (D/2,) the rotation's angle per position
-    state: StoreState | None = None  # what a store has written down about these tokens, at a rescore
+    state: StoreState | None = None  # at a rescore: these tokens in the store's own form
     w_o: Tensor | None = None  # (C, H·D) the output projection of this layer; only if asked for
     tokens: Tensor | None = None  # (seen,) int64 token ids of the text; None where a cache was loaded from a file
 
@@ -86,19 +86,32 @@ class Kept:
     limit: Tensor  # (1,Hkv) int32: the most tokens a head may hold; −1: no limit, it grows
     sink: Tensor  # (1,Hkv) int32: how many first slots a ring never overwrites
     attention: Tensor | None = None  # (1,Hkv,N) fp32, for policies that update their scores while decoding
-    score: float = 0.0  # one number for the whole layer, for rules across layers and for `--explain`
+    layer_score: float = 0.0  # one number for the whole layer, for rules across layers and for `--explain`
     demoted: Kept | None = None  # a second set of tokens, to be held at lower precision
-    state: StoreState | None = None  # what a store has written down about these tokens
+    state: StoreState | None = None  # these tokens in the store's own form, such as codes and scales
 
     @classmethod
     def all(
-        cls, p: Prompt, limit: int | Tensor = -1, sink: int = 0, attention: Tensor | None = None, score: float = 0.0
+        cls,
+        p: Prompt,
+        limit: int | Tensor = -1,
+        sink: int = 0,
+        attention: Tensor | None = None,
+        layer_score: float = 0.0,
     ) -> Kept:
         """Every token of the prompt, with attention scores (1,Hkv,N) if given."""
         length = p.valid.sum(-1, dtype=torch.int32)
         ones = torch.ones_like(length)
         return cls(
-            _owned(p.k), _owned(p.v), _owned(p.pos), length, ones * limit, ones * sink, attention, score, state=p.state
+            _owned(p.k),
+            _owned(p.v),
+            _owned(p.pos),
+            length,
+            ones * limit,
+            ones * sink,
+            attention,
+            layer_score,
+            state=p.state,
         )
 
     @classmethod
@@ -164,7 +177,7 @@ class Kept:
         """This set of tokens and the demoted ones."""
         return [self] if self.demoted is None else [self, *self.demoted.parts]
 
-    def edges(self, sink: int, recent: int, ring: bool, score: float = 0.0) -> Kept:
+    def edges(self, sink: int, recent: int, ring: bool, layer_score: float = 0.0) -> Kept:
         """The text's first `sink` and last `recent` tokens, of a row whose heads all hold the same tokens.
 
         ring: a new token overwrites the oldest recent one, so the head stays at sink + recent; otherwise it grows.
@@ -176,7 +189,7 @@ class Kept:
             k, v, pos = (torch.cat((x[:, :, :sink], x[:, :, n - recent :]), 2) for x in (k, v, pos))
         ones = torch.ones_like(self.length)
         limit, protected = (sink + recent, sink) if ring else (-1, 0)
-        return Kept(k, v, pos, ones * k.shape[2], ones * limit, ones * protected, score=score)
+        return Kept(k, v, pos, ones * k.shape[2], ones * limit, ones * protected, layer_score=layer_score)
 
 
 def _owned(x: Tensor) -> Tensor:

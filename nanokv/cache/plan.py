@@ -26,7 +26,7 @@ from nanokv.stores import STORES
 class Plan:
     """Which tokens stay, how they lie in memory, and which layers own storage."""
 
-    keep: Policy = POLICIES["full"]
+    policy: Policy = POLICIES["full"]
     store: StoreSpec = STORES["dense"]
     share: Mapping[int, int] = field(default_factory=dict)  # reader layer → owner layer; other layers own their storage
     names: tuple[str, ...] = ("full", "dense")  # of the parts, in the order of the axes
@@ -41,6 +41,7 @@ class Plan:
         return owner - sum(reader < owner for reader in self.share)
 
     def last_reader(self, owner: int) -> int:
+        """The last layer that attends to this owner's keys and values; the owner itself if no other layer shares them."""
         return max([owner, *(i for i, o in self.share.items() if o == owner)])
 
     def store_of(self, layer: int, n_layers: int) -> StoreSpec:
@@ -49,7 +50,7 @@ class Plan:
 
     def slots_ahead(self, room: int, since_rescore: int = 0) -> int:
         """Slots for new tokens: for all that may come, or for those until the next rescore."""
-        every = self.keep.rescore_every
+        every = self.policy.rescore_every
         return min(room, every - since_rescore) if every else room
 
     def fit(self, config: ModelConfig, dtype: torch.dtype, prompt_len: int, room: int, rows: int = 1) -> Plan:
@@ -62,7 +63,7 @@ class Plan:
             raise ValueError(f"{self.names[1]}: {reason}")
         owners = config.num_hidden_layers - len(self.share)
         work = Workload(config.family, owners, prompt_len, room, rows, *self.cost(config, dtype), self.store.pads_heads)
-        return replace(self, keep=self.keep.fit(work))
+        return replace(self, policy=self.policy.fit(work))
 
     def cost(self, config: ModelConfig, dtype: torch.dtype) -> tuple[float, int]:
         """(bytes_per_token, fixed_bytes) for one row of one layer that owns storage, with what the policy needs
@@ -70,29 +71,29 @@ class Plan:
 
         Where layers have different options it is their mean.
         """
-        n, keep = config.num_hidden_layers, self.keep
+        n, policy = config.num_hidden_layers, self.policy
         owners = [i for i in range(n) if self.owner(i) == i]
-        costs = [self.store_of(i, n).cost(config, dtype, keep.protected_sinks) for i in owners]
+        costs = [self.store_of(i, n).cost(config, dtype, policy.protected_sinks) for i in owners]
         token_bytes = sum(token for token, _ in costs) / len(owners)
         fixed = sum(fixed for _, fixed in costs) // len(owners) + math.ceil(
             self.store.constant_bytes(config) / len(owners)
         )
-        if keep.decode_scores:  # one score per slot, and the spare entry of ragged slots
+        if policy.decode_scores:  # one score per slot, and the spare entry of ragged slots
             return token_bytes + 4 * config.num_key_value_heads, fixed + 4
-        if keep.rescore_every:  # the last queries of every layer
-            queries = keep.rescore_scores.buffered_queries * config.num_attention_heads * config.head_dim
+        if policy.rescore_every:  # the last queries of every layer
+            queries = policy.rescore_scores.buffered_queries * config.num_attention_heads * config.head_dim
             fixed += math.ceil(queries * dtype.itemsize * n / len(owners))
         return token_bytes, fixed
 
     def device_bytes(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> float:
         """An upper bound, once fitted, of one layer's bytes on the device for one row after a prompt of n tokens."""
-        kept, ahead = self.keep.max_kept(n), self.slots_ahead(room)
-        demoted = (n - kept + room) * self.store.demoted_token_bytes(config) if self.keep.demotes else 0
+        kept, ahead = self.policy.max_kept(n), self.slots_ahead(room)
+        demoted = (n - kept + room) * self.store.demoted_token_bytes(config) if self.policy.demotes else 0
         return self.store.device_bytes(config, dtype, self.cost(config, dtype), kept, ahead) + demoted
 
     def host_bytes(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> int:
         """The same for the host's memory."""
-        return self.store.host_bytes(config, dtype, self.keep.max_kept(n), self.slots_ahead(room))
+        return self.store.host_bytes(config, dtype, self.policy.max_kept(n), self.slots_ahead(room))
 
     def sketch(self, n_layers: int) -> Plan:
         """A plan for size estimates before the search has run: as many layers share as asked, whichever they will be."""
@@ -103,7 +104,7 @@ class Plan:
 
     def with_budget(self, text: str) -> Plan:
         """This plan under a kept budget given as text: tokens, percent or bytes."""
-        return replace(self, keep=self.keep.with_budget(int(text) if text.lstrip("-").isdigit() else text))
+        return replace(self, policy=self.policy.with_budget(int(text) if text.lstrip("-").isdigit() else text))
 
     def with_store(self, name: str | None, given: Mapping[str, str], flags: Mapping[str, str]) -> Plan:
         """This plan with the named store, or its own if None, and these keys of it set. flags: key → the user's flag,
@@ -116,11 +117,11 @@ class Plan:
                 others = [n for n, part in STORES.items() if key in {f.name for f in fields(part)}]
                 raise ValueError(f"store {name} does not know {flags[key]}; use one of {', '.join(others)}")
         store = configure(name, STORES[name] if name != self.names[1] else self.store, given)
-        check(self.names[0], self.keep, name, store)
+        check(self.names[0], self.policy, name, store)
         return replace(self, store=store, names=(self.names[0], name, *self.names[2:]))
 
     def __str__(self) -> str:
-        parts = [self.keep, self.store] if self.sharer is None else [self.keep, self.store, self.sharer]
+        parts = [self.policy, self.store] if self.sharer is None else [self.policy, self.store, self.sharer]
         return "+".join(canonical(name, part) for name, part in zip(self.names, parts, strict=True))
 
 
@@ -156,15 +157,15 @@ def parse(text: str) -> Plan:
             if axis != STORE_AXIS or before not in part.implies:
                 raise ValueError(f"{before} and {name} both {axis}; choose one")
         chosen[axis] = name, part
-    keep, store, share = (chosen.get(axis) for axis in AXES)
-    keep = keep or ("full", POLICIES["full"])
+    policy, store, share = (chosen.get(axis) for axis in AXES)
+    policy = policy or ("full", POLICIES["full"])
     if store is None:
-        name, _, given = keep[1].default_store.partition(":")
+        name, _, given = policy[1].default_store.partition(":")
         store = name, configure(name, STORES[name], _pairs(name, given))
-    check(*keep, *store)
-    parts = [part for part in (keep, store, share) if part]
+    check(*policy, *store)
+    parts = [part for part in (policy, store, share) if part]
     return Plan(
-        keep[1],
+        policy[1],
         store[1],
         names=tuple(name for name, _ in parts),
         sharer=share[1] if share else None,
@@ -172,12 +173,12 @@ def parse(text: str) -> Plan:
     )
 
 
-def check(keep_name: str, keep: Policy, store_name: str, store: StoreSpec) -> None:
+def check(policy_name: str, policy: Policy, store_name: str, store: StoreSpec) -> None:
     """ValueError if this store cannot hold what this policy keeps."""
-    if reason := store.incompatible_policy(keep):
-        others = [name for name, part in STORES.items() if name != store_name and not part.incompatible_policy(keep)]
+    if reason := store.incompatible_policy(policy):
+        others = [name for name, part in STORES.items() if name != store_name and not part.incompatible_policy(policy)]
         instead = f"; use one of {', '.join(others)}" if others else ""
-        raise ValueError(f"{keep_name}+{store_name}: {keep_name} {reason}{instead}")
+        raise ValueError(f"{policy_name}+{store_name}: {policy_name} {reason}{instead}")
 
 
 def _pairs(name: str, text: str) -> dict[str, str]:

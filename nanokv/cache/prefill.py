@@ -1,5 +1,5 @@
-"""The prefill side of a cache: one prompt, dense and growing; each layer is compressed as soon as its last reader has
-attended.
+"""The cache during prefill. It holds one prompt uncompressed, and compresses each layer as soon as the last layer that
+reads its keys and values has attended.
 
 The cache knows the prompt's length from the start, so it sees when the prompt is complete. The same code takes a prompt
 whole or in chunks. Of a policy it uses `keep`, `keep_all` and the declarations in `policies/base.py`. After `keep`, the
@@ -28,16 +28,16 @@ class PromptCache:
     """
 
     def __init__(self, plan: Plan, config: ModelConfig, ids: Tensor, ops: Ops, ctx: Context | None = None):
-        """ids (T,): the prompt's tokens. ctx: the context of the cache that the tokens are for; its stores may then
-        prepack each layer.
+        """ids (T,): the prompt's tokens. ctx: the `Context` of the `KVCache` that this prompt will go into; if given, each
+        finished layer is prepacked for its store.
         """
-        if plan.keep.passes and plan.keep.decide_after:
+        if plan.policy.passes and plan.policy.decide_after:
             raise ValueError(f"{plan.names[0]} asks for scoring passes and for later tokens; a policy may ask for one")
         self.plan, self.config, self.ops, self.ctx = plan, config, ops, ctx
         self.ids = ids
-        self.length = len(ids) + plan.keep.decide_after  # tokens after the prompt may belong to it
-        self.wanted = [plan.keep.scores]  # a list, because evals/dense.py asks for several policies at once
-        self.passes_left = plan.keep.passes
+        self.length = len(ids) + plan.policy.decide_after  # tokens after the prompt may belong to it
+        self.wanted = [plan.policy.scores]  # a list, because evals/dense.py asks for several policies at once
+        self.passes_left = plan.policy.passes
         self.inv_freq = inverse_frequencies(config).to(ids.device)
         self.kept: dict[int, Kept] = {}
         self.dense: dict[int, DenseLayer] = {}  # layers whose keys and values are still whole
@@ -56,21 +56,21 @@ class PromptCache:
         for layer in self.dense.values():
             layer.begin_pass(n)
 
-    def attended(self, owner: int) -> None:
-        """Compress what can be compressed, once all readers of `owner` have attended to the prompt or a scoring pass."""
-        keep = self.plan.keep
+    def compress(self, owner: int) -> None:
+        """Compress what can be compressed now that all readers of `owner` have attended to the prompt or a scoring pass."""
+        policy = self.plan.policy
         if self.passes_left:
             return
-        if not keep.cross_layer:
-            self._keep(owner, keep.keep(self._take_prompt(owner)))
+        if not policy.cross_layer:
+            self._keep(owner, policy.keep(self._take_prompt(owner)))
         elif owner == self.plan.owner(len(self.layers) - 1):  # the model's last layer has attended, so all are complete
             owners = sorted(self.dense)
             prompts = [self._take_prompt(i) for i in owners]
-            for i, kept in zip(owners, keep.keep_all(prompts), strict=True):
+            for i, kept in zip(owners, policy.keep_all(prompts), strict=True):
                 self._keep(i, kept)
 
     def _take_prompt(self, owner: int) -> Prompt:
-        return self.dense.pop(owner).as_prompt(owner, self, self.plan.keep.scores)
+        return self.dense.pop(owner).as_prompt(owner, self, self.plan.policy.scores)
 
     def _keep(self, owner: int, kept: Kept) -> None:
         store = self.plan.store_of(owner, len(self.layers))
@@ -96,7 +96,7 @@ class PromptLayer:
         for statistics in dense.statistics.values():
             statistics.add(self.index, q, pos, keys, dense, cache)
         if self.is_last_reader and dense.complete:
-            cache.attended(self.owner)
+            cache.compress(self.owner)
         return out
 
 
@@ -175,42 +175,44 @@ class Statistics:
 
     def __init__(self, wanted: Scores):
         self.wanted = wanted
-        self.scores: dict[int, Tensor] = {}  # reader → scores (1,Hkv,T); (1,H,T) if `joins_groups_last`
-        self.last_queries: dict[int, Tensor] = {}  # reader → its last queries so far (1,H,w,D)
+        self.scores: dict[int, Tensor] = {}  # reader → scores (1,Hkv,N); (1,H,N) if `joins_groups_last`
+        self.held_queries: dict[int, Tensor] = {}  # reader → its last queries so far (1,H,w,D)
         self.sums: dict[int, tuple[Tensor, Tensor, int]] = {}  # reader → Σq (1,H,D), Σqqᵀ (1,H,D,D), number of queries
         self.pass_queries = 0  # queries of scoring passes, per reader
 
     def add(self, reader: int, q: Tensor, pos: Tensor, keys: Tensor, dense: DenseLayer, cache: PromptCache) -> None:
-        """Add a reader's next queries q (1,H,T,D) at pos (1,T). keys (1,Hkv,N,D): all keys so far, theirs last."""
+        """Add a reader's next queries q (1,H,T,D) at pos (1,T). keys (1,Hkv,N,D): all keys so far, the last T of them these tokens' own."""
         wanted, start = self.wanted, keys.shape[2] - q.shape[2]
         if dense.pass_length is not None:
-            # every reader scores the same queries, so only the first reader counts them
+            # every reader has the same queries, so only the first reader counts them
             self.pass_queries += q.shape[2] if reader == min(self.scores, default=reader) else 0
             self._join(reader, self._score(q, keys, start, cache)[:, :, : dense.length])
             return
         if wanted.query_moments is not None:
             self._add_moments(reader, q, pos, start, dense.length, cache.inv_freq)
-        if cache.plan.keep.passes or wanted.last_queries == 0:
+        if cache.plan.policy.passes or wanted.last_queries == 0:
             return
-        if wanted.last_queries is None:  # all queries are scored as they come
+        if wanted.last_queries is None:  # all queries score the keys, as they come
             self._join(reader, self._score(q, keys, start, cache))
             return
-        before, n = self.last_queries.get(reader), wanted.last_queries
+        before, n = self.held_queries.get(reader), wanted.last_queries
         last = q[:, :, -n:] if before is None else _cat(before, q)[:, :, -n:]
         if dense.complete:
             self.scores[reader] = self._score(last, keys, dense.length - last.shape[2], cache)
         else:
-            # a clone, so that all of q is not kept alive
-            self.last_queries[reader] = last.clone() if before is None else last
+            self.held_queries[reader] = last.clone()  # a view would keep the whole chunk's queries alive
 
     def _score(self, q: Tensor, k: Tensor, start: int, cache: PromptCache) -> Tensor:
+        """(1,Hkv,N): each query's softmax over the keys that it sees, summed over the queries and reduced over the G query
+        heads of each KV head. kernels/reference.py, `attention_scores`, has the formula.
+        """
         wanted, window = self.wanted, cache.config.sliding_window
         over_group = "each" if self.joins_groups_last(cache) else wanted.over_group
         return cache.ops.attention_scores(q, k, start, window, over_group, wanted.over_queries, wanted.noise(0))
 
     def joins_groups_last(self, cache: PromptCache) -> bool:
         """Whether scores arrive in pieces and must be summed before the maximum over a group's heads is taken."""
-        in_pieces = cache.plan.keep.passes > 0 or self.wanted.last_queries is None
+        in_pieces = cache.plan.policy.passes > 0 or self.wanted.last_queries is None
         return in_pieces and self.wanted.over_group == "max" and self.wanted.over_queries == "sum"
 
     def _join(self, reader: int, new: Tensor) -> None:

@@ -24,11 +24,11 @@ from nanokv.policies.base import Policy
 class Layer(Protocol):
     """One layer's side of a cache."""
 
-    owns: bool  # False: the layer reads another one's keys and values; the model then skips k_proj and v_proj
+    owns: bool  # False: the layer reads another one's keys and values; the model then computes no k and v
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, pos: Tensor) -> Tensor:
-        """Attend q (B,H,T,D), rotated to pos (B,T), to k and v (B,Hkv,T,D) → (B,H,T,D). Both are None if `owns` is
-        False.
+        """Add the new tokens' k and v (B,Hkv,T,D) to the cache and let q (B,H,T,D) attend to all that it holds →
+        (B,H,T,D). q and k are rotated to pos (B,T). k and v are None if `owns` is False.
         """
 
 
@@ -37,7 +37,7 @@ class Cache(Protocol):
 
 
 class Store(Protocol):
-    """The tokens that one layer holds, for B rows. Their slots are those that `policy.next_slots` gives."""
+    """The tokens that one layer holds, for B rows, in the slots that `policy.next_slots` chooses."""
 
     slots: Slots
     needs_host_sync: bool  # a step over this store waits for the host, so it cannot be compiled or captured
@@ -47,7 +47,7 @@ class Store(Protocol):
         """Store one new token per row: k, v (B,Hkv,1,D), pos (B,1). In place, with static shapes."""
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        """Store a turn's tokens after they attended: k, v (B,Hkv,T,D), pos (B,T), T > 1. May sync with the host."""
+        """Store a piece of a turn after it attended: k, v (B,Hkv,T,D), pos (B,T), T > 1. May sync with the host."""
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attention of q (B,H,T,D) over all stored tokens → out, natural logsumexp (B,H,T), and scores if the policy
@@ -78,7 +78,7 @@ class Store(Protocol):
         """Every tensor in the host's memory."""
 
     def used_bytes(self) -> tuple[int, int, int]:
-        """Bytes in use for K, for V (both with scales and exact tokens) and for bookkeeping."""
+        """Bytes in use on the device for K, for V (both with scales and exact tokens) and for bookkeeping."""
 
     @property
     def length(self) -> Tensor:
@@ -92,7 +92,7 @@ class StoreSpec(ABC):
     eviction_granularity = 1  # tokens that share a scale and can only leave together
     pads_heads = True  # all heads take the slots of the longest one
     has_low_precision_tier = False  # it has a place for `Kept.demoted`
-    maintenance_interval = 0  # most tokens between two calls of `maintain`; 0: no limit
+    maintenance_interval = 0  # how many tokens may be written between two calls of `maintain`; 0: any number
     implies = ()  # stores that a plan may name beside this one without effect: it holds tokens in the same way
     state_type = None  # the StoreState with which its rows are saved
 
@@ -100,13 +100,13 @@ class StoreSpec(ABC):
         """The options of one of n layers; the default is the same for all."""
         return self
 
-    def incompatible_policy(self, keep: Policy) -> str:
+    def incompatible_policy(self, policy: Policy) -> str:
         """Why this store cannot hold what the policy keeps: the end of a sentence about the policy. Empty if it can."""
-        if keep.demotes and not self.has_low_precision_tier:
+        if policy.demotes and not self.has_low_precision_tier:
             return "demotes tokens to a low-precision tier, which this store does not have"
-        if (n := self.eviction_granularity) > 1 and keep.evicts_single_tokens:
+        if (n := self.eviction_granularity) > 1 and policy.evicts_single_tokens:
             return f"evicts single tokens while decoding, and in this store {n} tokens share a scale and leave together"
-        if self.has_low_precision_tier and not keep.demotes:
+        if self.has_low_precision_tier and not policy.demotes:
             return "demotes nothing, so the low-precision tier would be empty: add demote=true if it ranks tokens"
         return ""
 

@@ -14,21 +14,21 @@ class LayerReport:
     owner: int  # the layer whose storage this one reads
     bytes: int
     kept: list[list[int]]  # [row][KV head]: tokens held
-    k_bits: float  # bits per element of K, with scales and exact tokens
+    k_bits: float  # bits on the device per element of K, with scales and exact tokens; 0 if K lies on the host
     v_bits: float
 
 
 @dataclass(frozen=True)
 class Report:
-    """`bytes` counts every storage that the cache holds on the device once. `full_bytes` is a dense cache of the same
-    text.
+    """`bytes` counts every storage that the cache holds on the device once. `full_bytes` counts K and V of every token of
+    the text in every layer, in the decode dtype, without positions and free slots.
     """
 
     bytes: int
     used_bytes: int  # of these, what is in use: without empty slots
     host_bytes: int
     full_bytes: int
-    seen: list[int]  # tokens of text that each row stands for
+    seen: list[int]  # how many tokens each row's text has, held or evicted
     layers: list[LayerReport]
 
     @property

@@ -15,8 +15,8 @@ from nanokv.model.rope import unrotated
 
 
 class QueryBuffer:
-    """The last `size` queries of one reading layer, for policies that score them at a rescore; size 0: they want
-    none.
+    """The last `size` queries of one reading layer, for policies that score the held keys with them at a rescore; size 0:
+    they want none.
     """
 
     def __init__(self, size: int, rows: int, ctx: Context):
@@ -44,7 +44,7 @@ def held_as_prompt(
     tokens: Tensor | None,
 ) -> Prompt:
     """What one row holds in one layer, as the policy sees it. buffers: of all layers that read this one."""
-    config, wanted, n = ctx.config, plan.keep.rescore_scores, seen[row]
+    config, wanted, n = ctx.config, plan.policy.rescore_scores, seen[row]
     kept = kept.in_window(n, config.sliding_window)
     found = Prompt(
         layer=layer,
@@ -77,8 +77,8 @@ def held_as_prompt(
 
 
 def _scores_of(q: Tensor, kept: Kept, wanted: Scores, ctx: Context) -> Tensor:
-    """Scores (1,Hkv,N) of kept keys by the last w queries (1,H,w,D). Each head's last w kept tokens are those of the
-    queries.
+    """Scores (1,Hkv,N) of kept keys by the last w queries (1,H,w,D). The last w tokens that each head holds are the
+    queries' own.
     """
     _, heads, n, _ = kept.k.shape
     scores = torch.zeros(1, heads, n, device=q.device)

@@ -33,7 +33,7 @@ def save(llm: LLM, session: Session, file: Path) -> None:
     name = session.plan.names[0]
     if session.cache is None:
         raise ValueError(f"{name} decides at the first token after the prompt; there is nothing to save yet")
-    if (every := session.plans[0].keep.rescore_every) and session.cache.since_rescore:
+    if (every := session.plans[0].policy.rescore_every) and session.cache.since_rescore:
         raise ValueError(
             f"{name} rescores every {every} tokens, and {session.cache.since_rescore} have come since; save right after the prompt"
         )
@@ -105,7 +105,7 @@ def _kept(tensors: Mapping[str, Tensor], owner: str, score: float, plan: Plan, n
         kept = Kept(
             *(values[field] for field in FIELDS),
             attention=values.get("attention", values.get("votes")),  # older files call it "votes"
-            score=score,
+            layer_score=score,
             demoted=kept,
             state=state_type.from_tensors(state) if state else None,
         )

@@ -10,11 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """The statistics of attention that a policy wants. `Ops.attention_scores` computes the scores for every policy.
+    """A request: the statistics of attention that a policy wants. `attention_scores` in kernels/reference.py shows how the
+    scores are computed, for every policy.
 
-    last_queries    how many of the prompt's last queries are scored (the observation window). None: all; 0: none.
-    over_group      how the scores of the G query heads of a KV head are joined: mean or max.
-    over_queries    how the scores of a head's queries are joined. sum: the attention that a key received.
+    last_queries    how many of the prompt's last queries score the keys (the observation window). None: all; 0: none.
+    over_group      how the scores of the G query heads of a KV head are reduced to one: mean or max.
+    over_queries    how the scores of a head's queries are reduced to one. sum: the attention that a key received.
                     count_low: how many queries gave the key less than an even share of their attention.
                     last_hit: 1 + the position of the last query that gave it at least an even share; 0 if none did.
     gumbel_seed     if given, the softmax is taken of (logits + Gumbel noise) / temperature.

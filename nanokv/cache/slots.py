@@ -67,12 +67,13 @@ class Slots:
         for b, r in enumerate(rows):
             n = r.pos.shape[2]
             valid = torch.arange(n, device=r.pos.device) < r.length[0, :, None]
-            row = (self.first_index[b] + self._slots_of(b, n))[valid]
-            self.flat_pos[row] = r.pos[0][valid]
+            index = (self.first_index[b] + self._slots_of(b, n))[valid]
+            self.flat_pos[index] = r.pos[0][valid]
             if self.flat_attention is not None:
-                self.flat_attention[row] = r.attention[0][valid]
+                self.flat_attention[index] = r.attention[0][valid]
         self.distinct_writes = int((self.limit - self.sink).min())  # this many consecutive tokens never share a slot
-        self.max_used = self.host_cursor = int(self.cursor.max())
+        self.max_used = int(self.cursor.max())  # how many slots a read must cover; once frozen: all
+        self.host_cursor = self.max_used
         same = (bool((x == x[0, 0]).all()) for x in (self.cursor, self.limit, self.sink))
         self.uniform = not self.ragged and all(same)  # all heads hold equally many tokens, and the host knows how many
         self.n_sink = int(self.sink.max())  # the largest sink count of any head; if `uniform`, that of every head
@@ -113,17 +114,17 @@ class Slots:
         if not self.ragged:
             self.attention[:, :, :n] = new
             return
-        row, mine = self._head_indices(n)
-        self.flat_attention.index_copy_(0, row.masked_fill(~mine, self.total).flatten(), new.flatten())
+        index, mine = self._head_indices(n)
+        self.flat_attention.index_copy_(0, index.masked_fill(~mine, self.total).flatten(), new.flatten())
 
     def padded(self, flat: Tensor, empty: float) -> Tensor:
-        """A column with one entry per slot as (B,Hkv,S): a view, or, ragged, a copy with `empty` behind each head's
-        own slots.
+        """A flat tensor with one entry per slot, seen as (B,Hkv,S). It is a view; if `ragged`, a copy with `empty` behind
+        each head's own slots.
         """
         if not self.ragged:
             return flat.view(*self.cursor.shape, -1)
-        row, mine = self._head_indices(self.capacity)
-        return flat[row.clamp(max=self.total - 1)].masked_fill(~mine, empty)
+        index, mine = self._head_indices(self.capacity)
+        return flat[index.clamp(max=self.total - 1)].masked_fill(~mine, empty)
 
     def _head_indices(self, n: int) -> tuple[Tensor, Tensor]:
         """(B,Hkv,n): the flat indices of each head's first n slots, and which of these slots the head has."""
@@ -164,11 +165,11 @@ class Slots:
         for b, n in enumerate(self.length):
             valid = torch.arange(int(n.max()), device=n.device) < n[:, None]  # (Hkv,N)
             order = pos[b].masked_fill(pos[b] < 0, torch.iinfo(torch.int32).max).argsort(-1)[:, : valid.shape[1]]
-            row = (order + self.first_index[b]).masked_fill(~valid, 0)
+            index = (order + self.first_index[b]).masked_fill(~valid, 0)
             found.append(
                 Kept(
-                    k[row][None],
-                    v[row][None],
+                    k[index][None],
+                    v[index][None],
                     pos[b].gather(1, order).masked_fill(~valid, -1)[None],
                     n[None].clone(),
                     self.asked_limit[b : b + 1].clone(),
@@ -176,7 +177,7 @@ class Slots:
                     attention=None if attention is None else attention[b].gather(1, order)[None],
                 )
             )
-            sources.append(row)
+            sources.append(index)
         return found, sources
 
     def ring_on_host(self) -> int:
@@ -185,16 +186,16 @@ class Slots:
         return cursor if cursor < self.largest_head else sink + (cursor - sink) % (self.largest_head - sink)
 
     def flat_index(self, slot: Tensor) -> Tensor:
-        """Slots (B,Hkv,T) → int64 (B·Hkv·T,): their numbers when the slots of all rows and heads are counted through."""
+        """Slots (B,Hkv,T) → int64 (B·Hkv·T,): their indices in the flat list of all rows' and heads' slots."""
         return (slot + self.first_index).flatten()
 
-    def record(self, row: Tensor, pos: Tensor) -> None:
-        """Note that the slots `row` (as `flat_index` gives them) now hold the tokens at pos (B,T)."""
+    def record(self, index: Tensor, pos: Tensor) -> None:
+        """Note that the slots `index` (as `flat_index` gives them) now hold the tokens at pos (B,T)."""
         B, T = pos.shape
         when = pos[:, None].expand(B, self.cursor.shape[1], T)
-        self.flat_pos.index_copy_(0, row, when.flatten().to(torch.int32))
+        self.flat_pos.index_copy_(0, index, when.flatten().to(torch.int32))
         if self.flat_attention is not None:
-            self.flat_attention.index_fill_(0, row, 0.0)
+            self.flat_attention.index_fill_(0, index, 0.0)
         self._count(T)
 
     def record_at(self, slot: int, pos: Tensor) -> None:
@@ -205,7 +206,9 @@ class Slots:
         self._count(1)
 
     def record_masked(self, slot: Tensor, pos: Tensor, valid: Tensor) -> None:
-        """Note that the slots (B,Hkv,T) hold the tokens at pos (B,Hkv,T); only each head's first `valid` ones count."""
+        """Note that the slots (B,Hkv,T) hold the tokens at pos (B,Hkv,T). valid (B,Hkv,T) bool: which of them are tokens; in
+        each head these come first.
+        """
         self.flat_pos.index_copy_(0, self.flat_index(slot), torch.where(valid, pos, -1).flatten().to(torch.int32))
         self.cursor += valid.sum(-1, dtype=torch.int32)
         if not self.frozen:

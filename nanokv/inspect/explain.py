@@ -1,12 +1,11 @@
-"""Views of a cache for a person: a line per layer (--explain), a page (--xray), and what plans would keep (--plan).
+"""What a cache holds (--explain), what plans would keep (--plan), and which parts a plan can have (--list-policies).
 
 It reads stores only through `unpack`, and it changes nothing.
 """
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ def explain(session: Session, width: int = 64) -> str:
                 lines.append(f"layer {layer:3}  reads layer {owner}'s")
                 continue
             kept = [0] * -(-seen // cell)
-            for positions in _positions(session, owner, row):
+            for positions in held_positions(session, owner, row):
                 for p in positions:
                     kept[p // cell] += 1
             counts = cache.stores[owner].length[row].tolist()  # tokens per head
@@ -50,33 +49,7 @@ def explain(session: Session, width: int = 64) -> str:
     return "\n".join(lines)
 
 
-def xray(session: Session, pieces: Sequence[str], row: int = 0) -> str:
-    """The text as an HTML page. A piece is darker the more (layer, head) pairs still hold it; its tooltip names the
-    layers.
-    """
-    cache, seen = session.cache, session.seen[row]
-    kept, layers = (
-        [0] * seen,
-        [set() for _ in range(seen)],
-    )  # by position: (layer, head) pairs, and layers, that hold it
-    for owner in cache.stores:
-        for positions in _positions(session, owner, row):
-            for p in positions:
-                kept[p] += 1
-                layers[p].add(owner)
-    pairs = sum(store.length.shape[1] for store in cache.stores.values())
-    spans = []
-    for piece, n, holders in zip(pieces[:seen], kept, layers, strict=False):
-        share = n / pairs
-        tip = f"{share:.0%} · layers {', '.join(map(str, sorted(holders))) or 'none'}"
-        grey = int(215 * (1 - share))
-        spans.append(f'<span title="{tip}" style="color:rgb({grey},{grey},{grey})">{html.escape(piece)}</span>')
-    style = "body{font:16px/1.6 monospace;max-width:60em;margin:2em auto;white-space:pre-wrap;background:#fff}"
-    head = f"{html.escape(str(session.plans[row]))}\n{html.escape(str(session.report()))}\n\n"
-    return f"<!doctype html><meta charset=utf-8><title>nanokv x-ray</title><style>{style}</style><body>{head}{''.join(spans)}</body>\n"
-
-
-def _positions(session: Session, owner: int, row: int) -> Iterator[list[int]]:
+def held_positions(session: Session, owner: int, row: int) -> Iterator[list[int]]:
     """For each head of a layer, and for each tier of its store: the positions that are held."""
     for part in session.cache.stores[owner].unpack()[row].parts:
         for pos, n in zip(part.pos[0].tolist(), part.length[0].tolist(), strict=True):
@@ -108,7 +81,7 @@ def sizes(model: str, plans: Mapping[str, Plan], room: int) -> str:
             lines.append(f"{name:12} {e}")
             continue
         size = int((n_layers - len(plan.share)) * plan.device_bytes(config, dtype, n, room))
-        kept = n if plan.keep.demotes else plan.keep.max_kept(n)
+        kept = n if plan.policy.demotes else plan.policy.max_kept(n)
         fits = "fits" if size + weights <= free else "does not fit"
         lines.append(f"{name:12} at most {kept:>7} tokens per head  {mib(size):>10}  {dense / size:5.1f}x  {fits}")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ The residual stream and the norms are fp32; matrix products are in the weights' 
 reduced the mean error of three prompts' last logits from 0.13–0.18 to 0.05–0.14. What it costs in time has not been
 measured separately.
 
-B rows · H query heads · Hkv key/value heads · G = H/Hkv · T new tokens · S slots · N kept tokens · D head dim ·
+B rows · H query heads · Hkv key/value heads · G = H/Hkv · T new tokens · N tokens held · S slots · D head dim ·
 C hidden size · pos position in the row's own text, from 0 · q (B,H,T,D) · k, v (B,Hkv,T,D).
 """
 
@@ -91,7 +91,7 @@ class Attention(nn.Module):
             qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)
             q, k = rotate(qk, angle).split((self.heads, self.kv_heads), 2)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-        else:  # another layer has the keys and values: only the rows of q are multiplied
+        else:  # another layer has the keys and values: only the query part of the weight is used
             n = self.heads * self.dim
             q = rotate(self.linear(x, weight[:n], None if bias is None else bias[:n]).view(B, T, -1, self.dim), angle)
             k = v = None

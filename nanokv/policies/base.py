@@ -20,19 +20,20 @@ class Policy(ABC):
     """Which tokens of a layer stay. A frozen record of hyper-parameters without tensors; one instance serves every
     layer.
 
-    The fields of a subclass are the user's keys. What a policy declares are class attributes, or properties where
-    they depend on keys; they are not annotated here, as that would make them fields. No key may have the name of one
-    of them (a test holds that).
+    The fields of a subclass are the options that a user can set. What a policy declares about itself are class
+    attributes, or properties where it depends on an option; they are not annotated here, as that would make them
+    fields. No option may have the name of a declaration (a test checks this).
 
     scores                the statistics of the prompt's attention that `keep` wants.
     rescore_scores        the same at a rescore.
-    decode_scores         the statistics that `update_scores` wants of each decode step; None: none.
+    decode_scores         how each decode step's attention is reduced for `update_scores` (`last_queries` has no meaning
+                          here); None: decode steps are not scored.
     eviction              what makes room for a new token. none: nothing does, and heads grow. ring: a head with a
                           limit overwrites its oldest token behind the sinks. score: `next_slots` picks the lowest.
     rescore_every         tokens between two calls of `keep` on what is held while decoding; 0: never.
     decide_after          how many tokens after the prompt still attend to all of it before `keep` is called.
-    passes                number of extra forward passes over `replay`. Their queries are scored instead of the
-                          prompt's, and their keys are dropped.
+    passes                number of extra forward passes over `replay`. Attention scores come from their queries instead of
+                          the prompt's, and their keys are dropped.
     cross_layer           whether `keep_all` is called once for all layers, instead of `keep` for each. Until then the
                           keys and values of the whole prompt stay in memory.
     protected_sinks       how many of the text's first tokens are never evicted.
@@ -91,7 +92,9 @@ class Policy(ABC):
         return tokens
 
     def next_slots(self, s: Slots, pos: Tensor) -> Tensor:
-        """(B,Hkv,T): the slots that the new tokens at pos (B,T) take."""
+        """(B,Hkv,T): the slots that the new tokens at pos (B,T) take. A store may compute the slots itself
+        if `eviction` is "none" or "ring".
+        """
         return s.ring(pos.shape[1])
 
     def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""What all policies that rank tokens share: a budget, its split over layers and heads, whole chunks, and rescoring
-while decoding.
+"""What all policies that rank tokens share: a budget, its split over layers and heads, the choice of whole chunks, and
+rescoring while decoding.
 
 A method's own file defines `score`, how good a token is. A method that also evicts while decoding is an
 `EvictingScorer`.
@@ -24,17 +24,20 @@ from nanokv.policies.base import Policy
 class Scorer(Policy):
     """Keep the `budget` tokens of highest score in each KV head.
 
-    layers=pyramid (PyramidKV, Cai et al. 2024, arXiv:2406.02069, §3): deeper layers get a smaller budget. What a
-    layer gets beyond the smallest budget falls on a line from 2 − 1/beta to 1/beta of its mean over the layers.
-    Deviations: the budgets are rounded so that their sum is exactly that of `flat`, where the authors' code
-    overspends by about 1 %; a short prompt gets a flatter line instead of none. heads=ada (Ada-KV, Feng et al. 2024,
-    arXiv:2407.11550, §3): the heads of a layer compete for the layer's budget. Each head is guaranteed `floor` of its
-    share and at least one token. Deviation: the guaranteed tokens are taken first, so the sum is exact; the authors
-    blend two budgets and round. select=chunk (ChunkKV, Liu et al. 2025, arXiv:2502.00299, §3): tokens are kept or
-    evicted in chunks of `chunk` by their mean score; all heads keep the same chunks unless they compete. Deviation:
-    the last chunk is cut where the budget ends. demote=true: evicted tokens move to the low-precision tier of the
-    store `mixed` (MiKV, Yang et al. 2024, arXiv:2402.18096). every=n: after every n new tokens the held ones are
-    scored again, so a head never holds more than budget + n (of competing heads this bounds their mean).
+    layers=pyramid  (PyramidKV, Cai et al. 2024, arXiv:2406.02069, §3) Deeper layers get a smaller budget. What a layer
+                    gets beyond the smallest budget falls on a line from 2 − 1/beta to 1/beta of its mean over the
+                    layers. Deviations: the budgets are rounded so that their sum is exactly that of `flat`, where the
+                    authors' code overspends by about 1 %; a short prompt gets a flatter line instead of none.
+    heads=ada       (Ada-KV, Feng et al. 2024, arXiv:2407.11550, §3) The heads of a layer compete for the layer's
+                    budget. Each head is guaranteed `floor` of its share and at least one token. Deviation: the
+                    guaranteed tokens are taken first, so the sum is exact; the authors blend two budgets and round.
+    select=chunk    (ChunkKV, Liu et al. 2025, arXiv:2502.00299, §3) Tokens are kept or evicted in chunks of `chunk` by
+                    their mean score; all heads keep the same chunks unless they compete. Deviation: the last chunk is
+                    cut where the budget ends.
+    demote=true     Evicted tokens move to the low-precision tier of the store `mixed` (MiKV, Yang et al. 2024,
+                    arXiv:2402.18096).
+    every=n         After every n new tokens the held ones are scored again, so a head never holds more than budget + n
+                    (where heads compete, this bounds their mean).
     """
 
     budget: int | str = 1024
@@ -118,8 +121,10 @@ class Scorer(Policy):
         return self.best(p, self.layer_budget(p))
 
     def best(self, p: Prompt, n: int, evict: bool = False, attention: Tensor | None = None) -> Kept:
-        """The n best tokens of each head. evict: the head then stays at that number; attention (1,Hkv,N): scores that
-        go with the tokens.
+        """The best tokens, n per head (with heads=ada: n on average).
+
+        evict: while decoding, each head stays at its number, and a new token takes the slot of an old one. attention
+        (1,Hkv,N): scores that go with the tokens.
         """
         kept = self._best(p, n, evict, attention)
         return kept.demote_others(p) if self.demote else kept

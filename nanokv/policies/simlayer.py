@@ -87,25 +87,25 @@ class SimLayerKV(Policy):
 
     def keep(self, p: Prompt) -> Kept:
         kept = self._with_laziness(p)
-        return self._trim(kept) if kept.score > self.threshold else kept
+        return self._trim(kept) if kept.layer_score > self.threshold else kept
 
     def keep_all(self, prompts: list[Prompt]) -> list[Kept]:
         """light: of the layers that are long enough to be lazy, all but the `full` least lazy ones are trimmed."""
         kept = [self._with_laziness(p) for p in prompts]
         long = [i for i, p in enumerate(prompts) if len(p) > self.sink + self.recent]
-        by_laziness = sorted(long, key=lambda i: (kept[i].score, -i))  # among equals the earlier layer is lazy
+        by_laziness = sorted(long, key=lambda i: (kept[i].layer_score, -i))  # among equals the earlier layer is lazy
         lazy = set(by_laziness[self.full :])
         return [self._trim(k) if i in lazy else k for i, k in enumerate(kept)]
 
     def _with_laziness(self, p: Prompt) -> Kept:
-        """Every token, with the layer's laziness as its score. A layer that others read is as lazy as its least lazy
+        """Every token, with its laziness as the layer's score. A layer that others read is as lazy as its least lazy
         reader.
         """
         if len(p) <= self.sink + self.recent:
             return Kept.all(p)  # every token is a sink or recent: the laziness would be 1 in every layer
         edges = p.sinks(self.sink) | p.recent(self.recent)
         per_reader = (p.attention * edges).sum(-1).mean(-1)
-        return Kept.all(p, score=per_reader.min().item() / p.n_queries)
+        return Kept.all(p, layer_score=per_reader.min().item() / p.n_queries)
 
     def _trim(self, kept: Kept) -> Kept:
-        return kept.edges(self.sink, self.recent, self.roll, score=kept.score)
+        return kept.edges(self.sink, self.recent, self.roll, layer_score=kept.layer_score)

@@ -26,8 +26,8 @@ TEXTS, TOKENS = 30, 64  # as in the paper: 30 texts of 64 tokens
 
 @dataclass(frozen=True)
 class Pair:
-    """`reader` reads what `owner` holds. distance of their mean keys and values; similarity of the model's output,
-    once tried.
+    """`reader` reads what `owner` holds. distance: between their mean keys and values. similarity: of the model's output
+    with and without this pair; NaN until it is tried.
     """
 
     reader: int

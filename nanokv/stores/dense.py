@@ -1,5 +1,5 @@
-"""Static slots (B,Hkv,S,·) whose tokens are each written alone: exactly (`dense`), or as the codes of a format that
-rounds.
+"""A store with a fixed number of slots (B,Hkv,S,·). Each token is written independently of the others: exactly (`dense`),
+or as the codes of a format that rounds.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class PerToken(StoreSpec):
     def widths(self, dim: int) -> tuple[float, float]:
         """Bytes per token and KV head for K and for V."""
 
-    def incompatible_policy(self, keep: Policy) -> str:
-        if self.pin and keep.eviction == "score":
+    def incompatible_policy(self, policy: Policy) -> str:
+        if self.pin and policy.eviction == "score":
             return "may evict the first tokens while decoding, so none stay exact: leave pin out"
-        return super().incompatible_policy(keep)
+        return super().incompatible_policy(policy)
 
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
         pin = max(self.pin, sink)
@@ -160,13 +160,13 @@ class SlotStore:
         return (*self.codecs[0].encode(k), *self.codecs[1].encode(v))
 
     def _write(self, slot: Tensor, k: Tensor, v: Tensor) -> None:
-        row, codes_k, codes_v = self.slots.flat_index(slot), self.codecs[0].encode(k), self.codecs[1].encode(v)
+        index, codes_k, codes_v = self.slots.flat_index(slot), self.codecs[0].encode(k), self.codecs[1].encode(v)
         for *planes, x, y in zip(*self.planes, codes_k, codes_v, strict=True):
-            self.ctx.ops.append(x, y, row, *planes)
+            self.ctx.ops.append(x, y, index, *planes)
         if self.pinned:
             first = torch.arange(slot.shape[:2].numel(), device=slot.device).view(*slot.shape[:2], 1)
-            row = slot.clamp(max=self.n_pinned) + first * (self.n_pinned + 1)
-            self.ctx.ops.append(k, v, row.flatten(), *self.pinned)
+            index = slot.clamp(max=self.n_pinned) + first * (self.n_pinned + 1)
+            self.ctx.ops.append(k, v, index.flatten(), *self.pinned)
 
     def append_masked(self, k: Tensor, v: Tensor, pos: Tensor, valid: Tensor) -> None:
         """Store tokens (B,Hkv,T) behind what each head holds. valid (B,Hkv,T): which of them count; these come first."""
@@ -246,15 +246,15 @@ class SlotStore:
         found, sources = self.slots.unpack(k.view(-1, k.shape[-1]), v.view(-1, v.shape[-1]))
         if not self.rounds:
             return found
-        return [r.with_state(self._state(row)) for r, row in zip(found, sources, strict=True)]
+        return [r.with_state(self._state(index)) for r, index in zip(found, sources, strict=True)]
 
-    def _state(self, row: Tensor) -> StoreState:
-        """The codes of the tokens in these rows (Hkv,N)."""
-        codes = tuple(tuple(plane.view(-1, plane.shape[3])[row][None] for plane in planes) for planes in self.planes)
+    def _state(self, index: Tensor) -> StoreState:
+        """The codes of the tokens in these slots (flat indices (Hkv,N))."""
+        codes = tuple(tuple(plane.view(-1, plane.shape[3])[index][None] for plane in planes) for planes in self.planes)
         scales = tuple(
             None
             if codec.scale is None
-            else codec.scale.expand(-1, -1, self.slots.capacity, 1).reshape(-1, 1)[row][None]
+            else codec.scale.expand(-1, -1, self.slots.capacity, 1).reshape(-1, 1)[index][None]
             for codec in self.codecs
         )
         return CodeState(codes, scales)
@@ -285,7 +285,7 @@ def join(
     """(out, lse, scores) over disjoint sets of slots → the same as if they were one set.
 
     Scores come as each query head's own softmax within its part, (B,H,S); they become those of the KV heads,
-    (B,Hkv,S), joined by `over_group`. None: nobody wants scores.
+    (B,Hkv,S), reduced by `over_group`. None: nobody wants scores.
     """
     out, lse = merge([p[:2] for p in parts])
     if over_group is None:

@@ -37,12 +37,12 @@ class KCache(Hosted):
                 f"n={self.n},sink={self.sink},recent={self.recent}; n must be more than sink + recent, and those at least 0"
             )
 
-    def incompatible_policy(self, keep: Policy) -> str:
-        if keep.decode_scores and keep.decode_scores.gumbel_seed is not None:
+    def incompatible_policy(self, policy: Policy) -> str:
+        if policy.decode_scores and policy.decode_scores.gumbel_seed is not None:
             return "scores with noise, which needs other weights than those that choose the values"
-        if keep.positions_in_cache:
+        if policy.positions_in_cache:
             return "reads the sinks with queries of their own, which one choice of values cannot serve: use positions=absolute"
-        return super().incompatible_policy(keep)
+        return super().incompatible_policy(policy)
 
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> KCacheStore:
         return KCacheStore(rows, policy, room, ctx, self)

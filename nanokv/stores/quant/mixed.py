@@ -45,14 +45,14 @@ class Mixed(StoreSpec):
                 f"mixed:high={self.high},low={self.low}; high is 16, 8, 4 or 3, low is 2, 3 or 4 and less than high"
             )
 
-    def incompatible_policy(self, keep: Policy) -> str:
-        if self.high < 16 and keep.eviction == "score":
+    def incompatible_policy(self, policy: Policy) -> str:
+        if self.high < 16 and policy.eviction == "score":
             return f"demotes single tokens at any time, so they would be rounded twice: use high=16, not {self.high}"
-        if keep.decode_scores and keep.decode_scores.gumbel_seed is not None:
+        if policy.decode_scores and policy.decode_scores.gumbel_seed is not None:
             return "scores with noise, which cannot be joined from two tiers: leave demote out"
-        if self.high < 16 and keep.rescore_every and not keep.scores_once:
+        if self.high < 16 and policy.rescore_every and not policy.scores_once:
             return f"scores again what it kept, which would be rounded twice: with every= use high=16, not {self.high}"
-        return super().incompatible_policy(keep)
+        return super().incompatible_policy(policy)
 
     def incompatible_model(self, config: Any) -> str:
         return Turbo().incompatible_model(config)
@@ -206,7 +206,7 @@ def _without_tokens(r: Kept) -> Kept:
     """This row with no token."""
     empty, zero = slice(0, 0), torch.zeros_like(r.length)
     attention = None if r.attention is None else r.attention[:, :, empty]
-    return Kept(r.k[:, :, empty], r.v[:, :, empty], r.pos[:, :, empty], zero, zero - 1, zero, attention, r.score)
+    return Kept(r.k[:, :, empty], r.v[:, :, empty], r.pos[:, :, empty], zero, zero - 1, zero, attention, r.layer_score)
 
 
 def _padded(x: Tensor, n: int) -> Tensor:

@@ -87,10 +87,10 @@ class Chunked(StoreSpec):
         if not (0 < float(text[:-1]) <= 100 if percent else isinstance(text, int) and text >= 1):
             raise ValueError(f"{given}; budget is a number of tokens such as 256, or percent of the prompt such as 2%")
 
-    def incompatible_policy(self, keep: Policy) -> str:
-        if keep.demotes:
-            return super().incompatible_policy(keep)
-        return "" if keep.keeps_all_or_edges else "evicts single tokens of the prompt, and the others form no chunks"
+    def incompatible_policy(self, policy: Policy) -> str:
+        if policy.demotes:
+            return super().incompatible_policy(policy)
+        return "" if policy.keeps_all_or_edges else "evicts single tokens of the prompt, and the others form no chunks"
 
     @property
     def maintenance_interval(self) -> int:
@@ -151,7 +151,7 @@ class Chunked(StoreSpec):
     def split(self, r: Kept, ctx: Context) -> ChunkState:
         """One row as exact tokens and chunks. There are no chunks where the row is short, or no whole prompt."""
         if r.state is not None:
-            return replace(r.state, exact=replace(r.state.exact, score=r.score))
+            return replace(r.state, exact=replace(r.state.exact, layer_score=r.layer_score))
         r = replace(r, k=r.k.to(ctx.dtype), v=r.v.to(ctx.dtype))
         (heads, n), window = r.pos.shape[1:], ctx.config.sliding_window
         grows = bool((r.limit < 0).all()) and bool((r.length == n).all())
@@ -175,7 +175,7 @@ class Chunked(StoreSpec):
         behind = torch.arange(chunks * self.chunk, n, device=exact.device).expand(heads, -1)
         index = torch.cat((in_outliers.flatten(1), behind), 1)[None]
         k, v, pos = ctx.ops.compact(r.k, r.v, r.pos, index)
-        exact = Kept(k, v, pos, torch.full_like(r.length, index.shape[2]), r.limit, r.sink, score=r.score)
+        exact = Kept(k, v, pos, torch.full_like(r.length, index.shape[2]), r.limit, r.sink, layer_score=r.layer_score)
         return ChunkState(exact, data)
 
     def prepack(self, kept: Kept, ctx: Context) -> Kept:
