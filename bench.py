@@ -2,6 +2,7 @@
 
 quality   tasks under both protocols, a second turn, fidelity to the full cache       speed    prefill, decode, share
 of the memory bus
+compile    of each plan: graphs, seconds of compiling cold and warm, the time of a step in plain calls and compiled
 memory    receipt and peak, one process a row       peers    transformers, kvpress, llama.cpp on the same prompts
 all    these four
 kvpress   its scores and ours at equal settings, without the speeds that peers takes too
@@ -22,7 +23,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,7 +34,7 @@ from evals.tasks import TASKS
 from nanokv import cli
 from nanokv.cache.plan import Plan, parse
 from nanokv.llm import LLM, load
-from nanokv.runner import RUNNERS
+from nanokv.runner import MODES, RUNNERS
 from weights.registry import DEFAULT
 
 PROGRAM = "bench.py"
@@ -45,11 +46,12 @@ TUNED = ("snapkv:window=8,kernel=13", "simlayer:recent=256")
 QUICK = ("full", "random", "streaming", *TUNED, "adakv:window=8,kernel=13", "keydiff", "tova")
 
 
-PARTS = ("quick", "quality", "codes", "speed", "kernels", "memory", "peers", "kvpress", "endless", "prose")
+PARTS = ("quick", "quality", "codes", "speed", "compile", "kernels", "memory", "peers", "kvpress", "endless", "prose")
 # beside the registered stores, other settings of theirs
 CODES = ("full+fp8:format=e5m2", "full+turbo:k=3,v=3", "full+turbo:k=2,v=2")
 # what holds a budget of 512 over any length, and the ways to read a long text
 ENDLESS = ("streaming:budget=512", "h2o:budget=512", "tova:budget=512", "snapkv:budget=512,every=128")
+COMPILED = ("full", "snapkv", "h2o", "adakv", "full+int4", "full+fp8", "kvsharer:layers=4")
 PROSE = tuple(f"streaming:positions=cache,sink={sink},recent={recent}" for sink, recent in ((4, 1020), (0, 1024)))
 
 
@@ -71,10 +73,10 @@ def parser() -> cli.Parser:
         "--plans",
         nargs="+",
         metavar="PLAN",
-        help="these beside full, random and streaming, instead of every registered one; of endless and prose: these alone",
+        help="these beside full, random and streaming, instead of every registered one; of compile, endless and prose: these alone",
     )
     a("--budgets", nargs="+", metavar="B", help="for plans that name none: 512, 25%%, 64MiB")
-    a("--lengths", nargs="+", type=int, metavar="N", help="tokens of prompt; of endless: new ones")
+    a("--lengths", nargs="+", type=int, metavar="N", help="tokens of prompt; of compile: two; of endless: new ones")
     a("--batches", nargs="+", type=int, metavar="B", help="rows, for speed and memory (1)")
     a("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     a("--seeds", type=int, metavar="N", help="texts of each task and length")
@@ -82,11 +84,13 @@ def parser() -> cli.Parser:
     a("--tokens", type=int, metavar="N", help="quality: of the text that fidelity is taken on (32; with --full 64)")
     a("--floor", type=float, metavar="F", help="what full must solve, 0 … 1, before other scores are shown")
     a("--full", action="store_true", help="quality: more lengths, budgets and texts; goes on where it was broken off")
-    a("--gguf", metavar="FILE", help="peers: the same model for llama-bench")
+    a("--gguf", nargs="+", metavar="FILE", help="peers: the same model for llama-bench, as in f16.gguf bf16.gguf")
     a("--llama-bench", default="llama-bench", metavar="PATH")
     a("--json", metavar="FILE", help="the result, also as a file")
     a("--plot", metavar="DIR", help="pictures of it, PNG")
     a("--quiet", action="store_true", help="no progress bars")
+    a("--modes", nargs="+", choices=MODES, metavar="MODE", help=f"compile: {', '.join(MODES)}")
+    cli.add_compile_flags(p.add_argument_group("runner compile").add_argument)
     return p
 
 
@@ -109,13 +113,26 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
         need_cuda()
     dummy = args.random_weights or args.what == "kernels"
-    llm = load(args.model, device=args.device, dtype=args.dtype, runner=args.runner, random_weights=dummy, bar=bar)
+    how = cli.compile_options(args) if args.runner == "compile" else None
+    llm = load(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        runner=args.runner,
+        compile_options=how,
+        random_weights=dummy,
+        bar=bar,
+    )
     extra = ["transformers", "kvpress", "optimum-quanto", "hqq"] if args.what in ("peers", "kvpress", "all") else []
     facts = record.facts(llm, ["torch", "triton", *extra])
     print(f"{llm.name} · {facts['machine']} · {llm.dtypes['prefill']}/{llm.dtypes['decode']}", file=sys.stderr)
     job = Job(args, llm, facts, bar)
     parts = dict(
-        zip(PARTS, (quick, quality, codes, speed, kernels, memory, peers, kvpress, endless, prose), strict=True)
+        zip(
+            PARTS,
+            (quick, quality, codes, speed, compiled, kernels, memory, peers, kvpress, endless, prose),
+            strict=True,
+        )
     )
     result = {"what": args.what, "command": record.command(argv), **facts, "plans": {}}
     t0 = time.perf_counter()
@@ -137,9 +154,22 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 USES = {  # which part listens to which flag; quick is a small one of quality and speed
-    "plans": ("quick", "quality", "codes", "speed", "kernels", "memory", "endless", "prose"),
-    "budgets": ("quick", "quality", "speed", "memory", "peers", "kvpress"),
-    "lengths": ("quick", "quality", "codes", "speed", "kernels", "memory", "peers", "kvpress", "endless", "prose"),
+    "plans": ("quick", "quality", "codes", "speed", "compile", "kernels", "memory", "endless", "prose"),
+    "budgets": ("quick", "quality", "speed", "compile", "memory", "peers", "kvpress"),
+    "lengths": (
+        "quick",
+        "quality",
+        "codes",
+        "speed",
+        "compile",
+        "kernels",
+        "memory",
+        "peers",
+        "kvpress",
+        "endless",
+        "prose",
+    ),
+    "modes": ("compile",),
     "batches": ("speed", "kernels", "memory"),
     "tasks": ("quick", "quality", "peers", "kvpress"),
     "seeds": ("quick", "quality", "peers", "kvpress"),
@@ -303,6 +333,20 @@ def speed(job: Job) -> dict:
     found = [r for n, b in job.bar(sizes, "speed") for r in s.speed(job.llm, plans, n, b, limit)]
     print(show.speed(found) + "\n")
     return {"plans": {k: str(p) for k, p in plans.items()}, "ceiling": limit, "speed": found}
+
+
+def compiled(job: Job) -> dict:
+    from evals.compile import measure
+
+    args = job.args
+    plans = named(args.plans or COMPILED, args.budgets or ("25%",))
+    lengths = tuple(args.lengths or (512, 777))
+    if len(lengths) != 2:
+        raise ValueError(f"--lengths is {lengths}; compile takes two: the one that is timed, and another one")
+    how = [replace(cli.compile_options(args), mode=mode) for mode in args.modes or [args.compile_mode]]
+    found = [r for name in job.bar(list(plans), "compile") for r in measure(job.llm, {name: plans[name]}, lengths, how)]
+    print(show.compiled(found, lengths) + "\n")
+    return {"plans": {k: str(p) for k, p in plans.items()}, "lengths": lengths, "compile": found}
 
 
 def kernels(job: Job) -> dict:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nanokv import cli
-from weights.registry import DEFAULT, MODELS, Hub, settings
+from weights.registry import DEFAULT, describe_models
 
 PROGRAM = "generate.py"
 STORE_FLAGS = {"k": "--k-bits", "v": "--v-bits", "group": "--kv-group-size", "residual": "--residual"}
@@ -52,7 +52,7 @@ def parser() -> cli.Parser:
     a("--save-cache", metavar="FILE", help="write the compressed prompt to a file")
     a("--load-cache", metavar="FILE", help="continue from a saved cache under its own plan; the prompt follows it")
     a("--plan", action="store_true", help="print what each policy would keep of a full context and exit; loads nothing")
-    a("--list-policies", action="store_true", help="print all policies and stores with their defaults and exit")
+    a("--list-policies", nargs="?", const="", metavar="NAME", help="list policies and stores, or explain one, and exit")
 
     a = p.add_argument_group("sampling").add_argument
     a("-n", "--max-new-tokens", "--max-tokens", type=int, default=256, metavar="N", help="default %(default)s")
@@ -68,6 +68,7 @@ def parser() -> cli.Parser:
     a = p.add_argument_group("output").add_argument
     a("--json", metavar="FILE", help="write the result and the cache report")
     a("--explain", action="store_true", help="show for each layer which positions are still cached")
+    a("--explain-backends", action="store_true", help="show which functions and kernels ran, where and how often")
     a("--xray", metavar="FILE.html", help="write the text as a page; a token is darker the more heads still hold it")
     a("--compare", metavar="PLAN", help="measure the difference from another plan, such as full, on what that writes")
     a("--quiet", action="store_true", help="print nothing but errors on stderr")
@@ -79,6 +80,7 @@ def parser() -> cli.Parser:
     a("--backend", default="auto", choices=backends, help="eager: plain torch, the reference; triton: CUDA kernels")
     a("--runner", default="auto", choices=runners, help="decode steps by plain calls, torch.compile or a CUDA graph")
     a("--chunk", type=int, metavar="N", help="prefill N tokens at a time; the whole cache is held until the end")
+    cli.add_compile_flags(a)
     return p
 
 
@@ -89,11 +91,12 @@ def main(argv: Sequence[str]) -> int:
 
 def run(args: argparse.Namespace) -> int:
     if args.list_models:
-        return list_models()
-    if args.list_policies:
-        from nanokv.inspect.explain import describe_policies
+        print(describe_models())
+        return 0
+    if args.list_policies is not None:
+        from nanokv.inspect.parts import explain_part, list_parts
 
-        print(describe_policies())
+        print(explain_part(args.list_policies) if args.list_policies else list_parts())
         return 0
     check_flags(args)
     if args.plan:
@@ -126,13 +129,17 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         backend=args.backend,
         runner=args.runner,
+        compile_options=cli.compile_options(args),
+        watch=args.explain_backends,
         random_weights=args.random_weights,
         bar=cli.shows_progress(args.quiet),
     )
     if args.interactive:
         log(args, first_line(llm, str(plan)))
-        return converse(args, llm, text, options)
-    return answer(args, llm, text, options, reference)
+    status = converse(args, llm, text, options) if args.interactive else answer(args, llm, text, options, reference)
+    if args.explain_backends:
+        print(llm.calls.table(llm.models.runner.name), file=sys.stderr)
+    return status
 
 
 def log(args: argparse.Namespace, line: str) -> None:
@@ -284,15 +291,6 @@ def converse(args: argparse.Namespace, llm, text: str | None, options: dict) -> 
     chat = Conversation(llm, args.system, options, args.chunk)
     log(args, "/reset forgets the conversation, /stats shows the cache, /policy PLAN changes the plan, /exit ends")
     repl(chat, cli.read_lines(text), parse_plan, report, lambda message: cli.fail(PROGRAM, message))
-    return 0
-
-
-def list_models() -> int:
-    for name, model in MODELS.items():
-        here = "here" if (settings().weights / name / "config.json").is_file() else "fetched when first used"
-        hub = isinstance(model.source, Hub)
-        source = model.source.repo if hub else f"{model.source.package} (Python package index)"
-        print(f"{name:26} {here:24} {source}")
     return 0
 
 

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -269,19 +270,35 @@ def speed(llm: LLM, model: str, length: int, budget: str) -> list[dict]:
     return rows
 
 
-def llama_bench(length: int, program: str, gguf: str | None) -> dict:
-    """Run llama.cpp's benchmark on a .gguf file of the same model: prefill `length` tokens, and decode after them."""
+def llama_bench(length: int, program: str, gguf: Sequence[str] | None) -> dict:
+    """Run llama.cpp's benchmark: prefill `length` tokens, and decode after them.
+
+    gguf: files of the same model, such as F16 and BF16. Each is tried with and without flash attention, and the row has
+    the fastest prefill and the fastest decode; `tried` has all.
+    """
     row, found = {"name": "llama.cpp", "length": length}, shutil.which(program)
     if found is None:
         return row | {"absent": "llama-bench is not installed; build llama.cpp and give --llama-bench PATH"}
     if gguf is None:
         return row | {"absent": "llama-bench is installed, but has no model; give --gguf FILE"}
-    common = [found, "-m", gguf, "-r", "2", "-t", str(torch.get_num_threads()), "-o", "json"]
+    models = [text for file in gguf for text in ("-m", file)]
+    common = [found, *models, "-fa", "0,1", "-r", "2", "-t", str(torch.get_num_threads()), "-o", "json"]
     works = (["-p", str(length), "-n", "0"], ["-p", "0", "-n", "24", "-d", str(length)])
     try:
         done = [subprocess.run([*common, *w], capture_output=True, text=True, check=True) for w in works]
-        prefill, decode = (json.loads(d.stdout)[0] for d in done)
-        row["name"] += f" {prefill['model_type']}, in its own process"
+        found = [json.loads(d.stdout) for d in done]
+        prefill, decode = (max(runs, key=lambda run: run["avg_ts"]) for runs in found)
+        row["name"] += f" {decode['model_type']} -fa {int(decode['flash_attn'])}, in its own process"
+        row["tried"] = [
+            {
+                "file": Path(run["model_filename"]).name,
+                "fa": int(run["flash_attn"]),
+                "what": what,
+                "tok_s": run["avg_ts"],
+            }
+            for what, runs in zip(("prefill", "decode"), found, strict=True)
+            for run in runs
+        ]
         return row | {"prefill_s": length / prefill["avg_ts"], "compile_s": 0.0, "decode_tok_s": decode["avg_ts"]}
     except (OSError, subprocess.CalledProcessError, ValueError, IndexError, KeyError) as e:
         return row | {"absent": f"llama-bench failed: {_first_line(e)}"}

@@ -105,6 +105,30 @@ def speed(found: Sequence[dict]) -> str:
     return table(["plan", "tokens", "batch", "prefill s", "decode tok/s", "of the bus", "cache", "less by"], rows)
 
 
+def compiled(found: Sequence[dict], lengths: Sequence[int]) -> str:
+    rows = []
+    for r in found:
+        head = [r["plan"], r.get("mode", "-")]
+        if "refused" in r:
+            rows.append([*head, *["-"] * 7])
+            continue
+        graphs = [str(r["graphs"]), f"+{r['graphs_second_length']}", "dynamic" if r["dynamic"] else "static"]
+        seconds = [f"{r['cold_s']:.1f}", f"{r['warm_s']:.1f}"]
+        rows.append([*head, *graphs, *seconds, f"{r['eager_ms']:.1f} → {r['compiled_ms']:.1f}", f"{r['ratio']:.2f}x"])
+    head = [
+        "plan",
+        "mode",
+        f"graphs at {lengths[0]}",
+        f"at {lengths[1]}",
+        "shapes",
+        "cold s",
+        "warm s",
+        "step ms",
+        "faster",
+    ]
+    return table(head, rows)
+
+
 def memory(found: Sequence[dict]) -> str:
     rows = []
     for r in found:

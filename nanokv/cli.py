@@ -18,6 +18,7 @@ from weights.registry import settings
 
 if TYPE_CHECKING:
     from nanokv.answer import Answer
+    from nanokv.runner import CompileOptions
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +34,25 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         sys.exit(fail(self.prog, message))
+
+
+def add_compile_flags(add: Callable[..., object]) -> None:
+    """The flags of `compile_options`, for a group of a parser."""
+    modes = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
+    add("--compile-mode", default="default", choices=modes, help="of --runner compile (default %(default)s)")
+    text = "inductor generates code; the others help to find where an error comes from"
+    add("--compile-backend", default="inductor", choices=("inductor", "aot_eager", "eager"), help=text)
+    text = "auto: shapes that change become dynamic (default)"
+    add("--compile-dynamic", default="auto", choices=("auto", "true", "false"), help=text)
+    text = "an option of torch._inductor.config; may be given several times"
+    add("--compile-option", action="append", default=[], metavar="KEY=VALUE", help=text)
+
+
+def compile_options(args: argparse.Namespace) -> CompileOptions:
+    """What the flags of `add_compile_flags` say. ValueError if torch does not know it."""
+    from nanokv.runner import CompileOptions
+
+    return CompileOptions.parse(args.compile_mode, args.compile_backend, args.compile_dynamic, args.compile_option)
 
 
 def fail(program: str, message: str) -> int:

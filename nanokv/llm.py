@@ -20,6 +20,7 @@ from tqdm import tqdm
 from nanokv.answer import Answer
 from nanokv.backends import BACKENDS
 from nanokv.backends.triton import triton_for
+from nanokv.backends.watch import Calls
 from nanokv.cache.plan import Plan, nearest, parse
 from nanokv.cache.report import Report, mib
 from nanokv.device import check_weights, choose_device, choose_precision, free_bytes
@@ -27,7 +28,7 @@ from nanokv.engine import Models, Session
 from nanokv.model import loader
 from nanokv.model.config import ModelConfig
 from nanokv.model.presets import PRESETS
-from nanokv.runner import RUNNERS, make
+from nanokv.runner import RUNNERS, CompileOptions, make
 from nanokv.sharing import search
 from nanokv.sharing.base import Sharing
 from nanokv.text import tokenizer
@@ -45,11 +46,17 @@ def load(
     dtype: str = "auto",
     backend: str = "auto",
     runner: str = "auto",
+    compile_options: CompileOptions | None = None,
     random_weights: bool = False,
+    watch: bool = False,
     bar: bool = False,
 ) -> LLM:
-    """A model by directory, .gguf file, name or hub id. dtype: auto, one type, or prefill/decode as in
-    bfloat16/float16.
+    """A model by directory, .gguf file, name or hub id.
+
+    dtype            auto, one type, or prefill/decode as in bfloat16/float16.
+    compile_options  for runner compile.
+    watch            note in `LLM.calls` which functions of the backend run.
+    bar              show progress bars.
 
     Raises ValueError for whatever the user can mend: unknown names, damaged files, too little memory.
     """
@@ -75,12 +82,14 @@ def load(
     use = choose_precision(config, where, dtype)
     check_weights(model, config, where, use)
     ops = ops if backend == "triton" else replace(ops, linear=use.linear)
+    calls = Calls() if watch else None
+    ops = calls.watched(ops) if calls else ops
     main = loader.empty(config, ops, where, use.prefill)
     fill(main, bar)
     decode = loader.copy(main, ops, use.decode) if use.decode != use.prefill else main
-    models = Models(main, decode, ops, make(runner, decode))
+    models = Models(main, decode, ops, make(runner, decode, compile_options))
     name = f"{model} (random weights)" if random_weights else model
-    llm = LLM(name, models, vocabulary, plan, use.why, time.perf_counter() - t0)
+    llm = LLM(name, models, vocabulary, plan, use.why, time.perf_counter() - t0, calls)
     llm.plan = llm.ready(plan)
     return llm
 
@@ -104,8 +113,16 @@ def _source(path: Path) -> tuple[ModelConfig, tokenizer.Tokenizer, Callable]:
 
 class LLM:
     def __init__(
-        self, name: str, models: Models, vocabulary: tokenizer.Tokenizer, plan: Plan, why_dtype: str, load_s: float
+        self,
+        name: str,
+        models: Models,
+        vocabulary: tokenizer.Tokenizer,
+        plan: Plan,
+        why_dtype: str,
+        load_s: float,
+        calls: Calls | None = None,
     ):
+        self.calls = calls
         self.name, self.models, self.tokenizer, self.plan = name, models, vocabulary, plan
         self.config, self.why_dtype, self.load_s = models.decode.config, why_dtype, load_s
         self.device = models.context.device

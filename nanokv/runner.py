@@ -7,9 +7,12 @@ block replaces the call of a block, and a graph replays the whole step.
 
 from __future__ import annotations
 
+import difflib
+import json
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from shutil import which
 from types import FunctionType
 from typing import Any, Protocol
@@ -21,7 +24,54 @@ from nanokv.cache.decode import KVCache
 from nanokv.model.llama import Block, Llama
 
 RUNNERS = ("eager", "compile", "graph")
+MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
+COMPILE_BACKENDS = ("inductor", "aot_eager", "eager")
 COMPILERS = ("g++", "clang++")
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How `Compiled` calls torch.compile. ValueError names what torch does not know.
+
+    mode     one of MODES: a set of Inductor's options.
+    backend  inductor, or for experiments a backend that generates no code: aot_eager (traces only) or eager (Dynamo only).
+    dynamic  None: shapes are static at first, and those that change become dynamic. True or False: all, or none.
+    options  Inductor's own options, which override those of the mode.
+    """
+
+    mode: str = "default"
+    backend: str = "inductor"
+    dynamic: bool | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, value, allowed in (("mode", self.mode, MODES), ("backend", self.backend, COMPILE_BACKENDS)):
+            if value not in allowed:
+                raise ValueError(f"unknown compile {name} {value!r}; give one of {', '.join(allowed)}")
+        if self.options and self.backend != "inductor":
+            raise ValueError(
+                f"compile options are Inductor's, and the backend is {self.backend}; leave one of them out"
+            )
+        known = torch._inductor.list_options() if self.options else []
+        for key in self.options:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, 3, 0.6)
+                hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+                raise ValueError(f"torch's Inductor has no option {key!r}{hint}; see torch._inductor.config")
+
+    @classmethod
+    def parse(cls, mode: str, backend: str, dynamic: str, pairs: Sequence[str]) -> CompileOptions:
+        """From texts: dynamic is auto, true or false; pairs are KEY=VALUE with a JSON value or plain text."""
+        options = {}
+        for pair in pairs:
+            key, equals, text = pair.partition("=")
+            if not equals or not key:
+                raise ValueError(f"compile option {pair!r} is no KEY=VALUE pair; write it as in max_autotune=true")
+            try:
+                options[key] = json.loads(text)
+            except ValueError:
+                options[key] = text
+        return cls(mode, backend, {"auto": None, "true": True, "false": False}[dynamic], options)
 
 
 class Runner(Protocol):
@@ -53,14 +103,19 @@ class Compiled:
 
     name = "compile"
 
-    def __init__(self, model: Llama, backend: str | Callable = "inductor"):
+    def __init__(self, model: Llama, how: CompileOptions | None = None, backend: str | Callable | None = None):
+        """backend: instead of the one in `how`, which names it; it may be a function, for tests."""
+        how = how or CompileOptions()
         options = {"guard_filter_fn": lambda guards: [_keep_guard(guard) for guard in guards]}
-        if backend == "inductor" and model.embed_tokens.weight.device.type == "cpu":
-            options |= {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
+        if (backend or how.backend) == "inductor":
+            if model.embed_tokens.weight.device.type == "cpu":
+                options |= {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
+            # torch.compile takes a mode or options, not both, so the mode is written out
+            options |= torch._inductor.list_mode_options(how.mode) | dict(how.options)
+        given = {"backend": backend or how.backend, "fullgraph": True, "dynamic": how.dynamic}
         self.model, self.compile_s = model, 0.0
         self.block, self.head = (
-            torch.compile(_own_code_object(f), backend=backend, fullgraph=True, options=dict(options))
-            for f in (Block.forward, Llama.logits)
+            torch.compile(_own_code_object(f), options=dict(options), **given) for f in (Block.forward, Llama.logits)
         )
 
     def step(self, tokens: Tensor, pos: Tensor, cache: KVCache) -> Tensor:
@@ -119,9 +174,11 @@ class Graphed:
         return self.logits.clone()  # the next replay overwrites them
 
 
-def make(name: str, model: Llama) -> Runner:
+def make(name: str, model: Llama, how: CompileOptions | None = None) -> Runner:
     """auto: plain calls, which start at once. ValueError if the device or the compiler is missing."""
     name = "eager" if name == "auto" else name
+    if how not in (None, CompileOptions()) and name != "compile":
+        raise ValueError(f"compile options are for --runner compile, and the runner is {name}; give one of them")
     if name == "graph" and model.embed_tokens.weight.device.type != "cuda":
         raise ValueError(
             "runner graph captures CUDA graphs and the device is no CUDA device; use --runner compile or eager"
@@ -130,4 +187,4 @@ def make(name: str, model: Llama) -> Runner:
         raise ValueError(
             f"runner compile needs a C++ compiler and there is no {' or '.join(COMPILERS)}; use --runner eager"
         )
-    return {"eager": Eager, "compile": Compiled, "graph": Graphed}[name](model)
+    return Compiled(model, how) if name == "compile" else {"eager": Eager, "graph": Graphed}[name](model)

@@ -135,6 +135,28 @@ def keydiff(k: Tensor) -> list[float]:
     return [-(x @ mean / x.norm() / mean.norm()).item() for x in k.double()]
 
 
+def lagkv(k: Tensor, v: Tensor, sink: int, lag: int) -> list[float]:
+    """k, v (T,D) of one head: inf for sinks, then each token's rank in its partition, then more and more for those without a next one."""
+    T = len(k)
+    score = [math.inf] * min(sink, T) + [float(lag + i) for i in range(max(0, T - sink))]
+    for a in range(sink, T - 2 * lag + 1, lag):  # the partition a … a+lag−1 and the next one
+        totals = [0.0] * lag
+        for x in (k.double(), v.double()):
+            spread = []
+            for i in range(a, a + lag):
+                scaled = []
+                for c in range(x.shape[1]):
+                    follow = [x[j, c].item() for j in range(a + lag, a + 2 * lag)]
+                    scaled.append((x[i, c].item() - min(follow)) / (max(follow) - min(follow)))
+                mean = sum(scaled) / len(scaled)
+                spread.append(math.sqrt(sum((s - mean) ** 2 for s in scaled) / (len(scaled) - 1)))
+            total = sum(math.exp(s) for s in spread)
+            totals = [t + math.exp(s) / total / 2 for t, s in zip(totals, spread, strict=True)]
+        for i in range(lag):
+            score[a + i] = float(sum(t < totals[i] for t in totals))
+    return score
+
+
 def expected(
     raw: Tensor, k: Tensor, v: Tensor, inv: Tensor, sink: int, future: int, now: int | None = None
 ) -> list[float]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT
@@ -437,6 +439,61 @@ def test_lists_print_every_name(capsys):
     )
     status, out, _ = call(capsys, "--list-models")
     assert status == 0 and all(name in out for name in MODELS)
+
+
+def test_a_part_is_explained_with_its_options(capsys):
+    status, out, _ = call(capsys, "--list-policies", "adakv")
+    assert status == 0 and out.startswith("adakv (keep, nanokv/policies/snapkv.py)") and "arXiv:2404.14469" in out
+    assert re.search(r"^  heads=ada +flat, or ada: ", out, re.M) and re.search(r"^  window=32 +queries of", out, re.M)
+    status, out, err = call(capsys, "--list-policies", "snapk")
+    assert status == 2 and not out and "did you mean snapkv" in err and err.count("\n") == 1
+
+
+def test_backends_are_explained(model, capsys):
+    """Calls per operation, counted by hand: 3 layers, one prompt, 3 steps."""
+    base = ["--model", model, "-p", "hello", "-n", "4", "--ignore-eos", "--dtype", "float32", "--explain-backends"]
+    status, _, err = call(capsys, *base)
+    rows = {
+        line.split()[0]: line.split()[1:4]
+        for line in err.splitlines()
+        if line.count("nanokv.") or line.count("kernels.")
+    }
+    assert status == 0
+    assert rows["prefill"] == ["cpu", "3", "nanokv.backends.torch_cpu.sdpa_prefill"]
+    assert rows["decode"] == ["cpu", "9", "nanokv.backends.torch_cpu.sdpa_decode"]
+    assert rows["linear"][1] == str(
+        (3 * 4 + 1) * 4
+    )  # four products per layer and the head, once for the prompt and per step
+    assert "_scaled_dot_product_flash_attention_for_cpu x3)" in err
+    status, _, err = call(capsys, *base, "--backend", "eager")
+    assert status == 0 and "kernels.reference.decode" in err and "flash" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--compile-mode", "max-autotune"], "compile options are for --runner compile"),
+        (["--runner", "compile", "--compile-option", "max_autotun=true"], "did you mean max_autotune"),
+        (["--runner", "compile", "--compile-option", "max_autotune"], "no KEY=VALUE pair"),
+        (
+            ["--runner", "compile", "--compile-backend", "eager", "--compile-option", "max_autotune=true"],
+            "leave one of them out",
+        ),
+    ],
+)
+def test_compile_flags_that_cannot_work_are_told(flags, reason, model, capsys):
+    status, out, err = call(capsys, "--model", model, "-p", "hello", *flags)
+    assert status == 2 and not out and reason in err and err.count("\n") == 1
+
+
+def test_every_option_of_every_part_has_a_meaning():
+    from nanokv.cache.plan import AXES
+    from nanokv.inspect.parts import explain_part, option_meanings
+
+    for parts in AXES.values():
+        for name, part in parts.items():
+            assert set(option_meanings(type(part))) == {f.name for f in fields(part)}, name
+            assert explain_part(name)
 
 
 def test_random_weights_run_a_named_shape_without_files(capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from conftest import text
@@ -9,42 +11,11 @@ from oracle import MaskedCache
 
 from nanokv import parse
 from nanokv.cache.plan import Plan
-from nanokv.policies import POLICIES
+from nanokv.policies import EXAMPLES, POLICIES
 from nanokv.policies.scorer import EvictingScorer, Scorer
 
-# each registered policy, small enough to drop something of 60 tokens
-SMALL = {
-    "full": ["full"],
-    "random": ["random:budget=20,window=4"],
-    "streaming": ["streaming:sink=2,recent=10", "streaming:budget=25%"],  # positions=cache: tests/test_long.py
-    "snapkv": [
-        "snapkv:budget=20,window=4,kernel=3",
-        "snapkv:budget=30%,window=4,kernel=5,pool=avg,group=max",
-        "snapkv:budget=20,window=4,kernel=3,every=5",
-        "snapkv:budget=20,window=4,kernel=3,layers=pyramid,heads=ada,every=6",
-    ],
-    "pyramidkv": ["pyramidkv:budget=20,window=4,kernel=3"],
-    "adakv": ["adakv:budget=20,window=4,kernel=3", "adakv:budget=20,window=4,kernel=3+dense"],
-    "chunkkv": ["chunkkv:budget=20,window=4,kernel=3,chunk=6"],
-    "simlayer": [
-        "simlayer:threshold=0.45,sink=2,recent=16,window=4",
-        "simlayer:threshold=0,sink=2,recent=16,window=4,roll=false",
-        "simlayer:variant=light,sink=2,recent=16,window=4,full=1",
-        "simlayer:variant=decode,threshold=0,sink=2,recent=16",
-    ],
-    "h2o": ["h2o:budget=20,recent=0.3", "h2o:budget=30%,layers=pyramid,heads=ada"],
-    "tova": ["tova:budget=20"],
-    "keyformer": ["keyformer:budget=20,seed=3,tau=1.5"],
-    "scissorhands": ["scissorhands:budget=24,every=5,window=16,recent=3"],
-    "corm": ["corm:window=6,recent=8,every=4", "corm:window=6,recent=8,every=4+dense"],
-    "cascade": ["cascade:budget=20,sink=2,rings=3"],
-    "duo": ["duo:full=0.5,sink=2,recent=10,window=4", "duo:full=0.5,sink=2,recent=10,window=4+dense"],
-    "knorm": ["knorm:budget=20", "knorm:budget=20,heads=ada"],
-    "keydiff": ["keydiff:budget=20", "keydiff:budget=20,every=4,layers=pyramid,heads=ada"],
-    "expected": ["expected:budget=20,sink=2,future=32", "expected:budget=40%,sink=1,heads=ada,select=chunk,chunk=4"],
-}
-PLANS = [plan for plans in SMALL.values() for plan in plans]
-ROUND = {"mikv": ["mikv:budget=20,recent=0.3"], "zipcache": ["zipcache:every=5"]}  # not lossless: tests/test_stores.py
+# of the policies that need no store that rounds; for the others see tests/test_stores.py
+PLANS = [plan for name, examples in EXAMPLES.items() if not POLICIES[name].demotes for plan in examples.small]
 STEPS = 14
 
 
@@ -145,19 +116,9 @@ def test_the_released_simlayer_decides_after_the_second_token(llm_of):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_budget_as_large_as_the_prompt_changes_nothing(name, llm_of):
-    enough = {
-        "streaming": "streaming:sink=4,recent=200",
-        "simlayer": "simlayer:threshold=0,recent=200",
-        "full": "full",
-        "corm": "corm:recent=200",
-        "duo": "duo:recent=200",
-        "cascade": "cascade:budget=84",
-        "scissorhands": "scissorhands:budget=200",
-        "zipcache": "zipcache:salient=1+mixed:high=16",
-    }.get(name, f"{name}:budget=80" + (",window=4" if hasattr(POLICIES[name], "window") else ""))
     llm, prompt, more = llm_of("g3"), text(60, seed=5), text(STEPS, seed=6)
     full, _ = run(llm, "full", [prompt], [more])
-    same, _ = run(llm, enough, [prompt], [more])
+    same, _ = run(llm, EXAMPLES[name].whole, [prompt], [more])
     apart = POLICIES[name].decode_scores or POLICIES[name].default_store != "dense"  # another order of sums
     torch.testing.assert_close(full, same, atol=2e-5 if apart else 0, rtol=0)
 
@@ -178,8 +139,10 @@ def test_twice_in_a_row_is_the_same(plan, llm_of):
     assert torch.equal(first, second)
 
 
-def test_every_policy_is_among_the_small_plans():
-    assert set(SMALL | ROUND) == set(POLICIES)
+def test_every_policy_has_examples_of_its_own():
+    assert set(EXAMPLES) == set(POLICIES)
+    for name, examples in EXAMPLES.items():
+        assert {parse(plan).names[0] for plan in (*examples.small, examples.whole)} == {name}
 
 
 def test_the_oracle_notices_one_wrong_token(llm_of):
@@ -191,30 +154,34 @@ def test_the_oracle_notices_one_wrong_token(llm_of):
     assert (logits[0] - masked(llm, prompt + more, 60, held[0])).abs().max() > 1e-3
 
 
-CONFIGURED = ("pyramidkv", "adakv", "chunkkv", "mikv")  # another scorer with other defaults
-SCORERS = [n for n, p in POLICIES.items() if isinstance(p, Scorer) and n not in CONFIGURED]
+SCORERS = [n for n, p in POLICIES.items() if isinstance(p, Scorer) and not p.demotes and type(p)() == p]
 SPLITS = ["heads=ada", "layers=pyramid", "layers=pyramid,heads=ada", "select=chunk,chunk=4", "heads=ada,every=9"]
 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("name", SCORERS)
 def test_every_scorer_takes_every_split_of_its_budget(name, split, llm_of):
-    never = isinstance(POLICIES[name], EvictingScorer) or name == "expected"  # or not as often as that
+    example = EXAMPLES[name].small[0]
+    part = parse(example).policy
+    # an evicting policy never rescores, and others not before the queries of a whole window have come
+    never = isinstance(part, EvictingScorer) or (not part.decode_scores and part.scores.buffered_queries > 9)
+    if "every" in split:  # an option may be given once
+        example = re.sub(r",every=\d+", "", example)
     if (name == "tova" and "ada" in split) or (never and "every" in split):
         with pytest.raises(ValueError, match=r"leave it out|use heads=flat|too often"):
-            parse(f"{name}:budget=24,{split}")
+            parse(f"{example},{split}")
         return
-    small = {"snapkv": "window=4", "random": "window=4", "scissorhands": "window=8,recent=3"}
-    extra = small.get(name, "") + (",every=6" if name == "scissorhands" and "every" not in split else "")
     llm, prompt, more = llm_of("g3"), text(60, seed=5), text(STEPS, seed=6)
-    plan = parse(f"{name}:budget=24,{split},{extra}")
+    plan = parse(f"{example},{split}")
     logits, held = run(llm, plan, [prompt], [more])
     torch.testing.assert_close(logits[0], masked(llm, prompt + more, 60, held[0]), atol=1e-4, rtol=1e-4)
     left = plan.policy.rescore_every if name == "scissorhands" else 0  # it keeps fewer, to have room
     counts = [[len(p) - 1 for p in layer] for layer in held[0][60].values()]  # the first step's own token left out
     if not isinstance(plan.policy, EvictingScorer):
-        assert sum(map(sum, counts)) == 3 * 2 * (24 - left)
-    assert (len({tuple(c) for c in counts}) > 1) == ("pyramid" in split or "ada" in split)
+        assert sum(map(sum, counts)) == 3 * 2 * (plan.policy.budget - left)
+    assert (len({sum(c) for c in counts}) > 1) == ("pyramid" in split)  # layers differ
+    if split != "layers=pyramid,heads=ada":  # where both hold, heads may come out alike
+        assert any(len(set(c)) > 1 for c in counts) == ("ada" in split)  # heads of a layer differ
 
 
 SHARED = [

@@ -12,7 +12,7 @@ from nanokv.backends.torch_ops import EAGER
 from nanokv.cache.plan import Plan
 from nanokv.cache.prefill import PromptCache
 from nanokv.model.config import ModelConfig
-from nanokv.policies import POLICIES
+from nanokv.policies import EXAMPLES, POLICIES
 
 FIELDS = ModelConfig.__dataclass_fields__
 
@@ -156,8 +156,7 @@ def test_readers_of_a_shared_layer_vote_together():
 def test_the_models_window_hides_old_tokens_from_every_policy():
     config = shape(window=24)
     for name in POLICIES:
-        extra = ":threshold=0.5,recent=10" if name == "simlayer" else ""
-        kept, _, _ = compress(f"{name}{extra}", config, 57)
+        kept, _, _ = compress(EXAMPLES[name].small[0], config, 57)
         for layer in range(3):
             assert min(positions(kept[layer], 0)) >= 57 - 24 + 1
 

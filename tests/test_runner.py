@@ -16,7 +16,7 @@ from nanokv.cache.plan import Plan
 from nanokv.engine import Session
 from nanokv.llm import LLM
 from nanokv.policies import POLICIES
-from nanokv.runner import Compiled, Eager, make
+from nanokv.runner import Compiled, CompileOptions, Eager, make
 from nanokv.stores import STORES
 
 LENGTHS, STEPS = (60, 43, 77), 4
@@ -26,7 +26,7 @@ def counted(llm: LLM, plan: Plan, steps: int = STEPS) -> tuple[list[int], int, l
     """Graphs after each of three lengths, kinds of layers, and the largest difference to eager logits at each."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    compiled = replace(llm.models, runner=Compiled(llm.models.decode, counter))
+    compiled = replace(llm.models, runner=Compiled(llm.models.decode, backend=counter))
     counts, kinds, differences = [], set(), []
     for n in LENGTHS:
         more, logits = text(steps, seed=n), []
@@ -105,7 +105,10 @@ def test_a_compiled_step_follows_its_cache_into_new_memory(plan, llm_of):
     """More room, or another look."""
     llm, more = llm_of("g3"), text(14, seed=3)
     logits = []
-    for models in (llm.models, replace(llm.models, runner=Compiled(llm.models.decode, "eager"))):
+    for models in (
+        llm.models,
+        replace(llm.models, runner=Compiled(llm.models.decode, CompileOptions(backend="eager"))),
+    ):
         session = Session(models, parse(plan), 8)
         session.start([text(60, seed=5)])
         first = [session.feed(torch.tensor([[t]])) for t in more[:7]]
@@ -116,7 +119,10 @@ def test_a_compiled_step_follows_its_cache_into_new_memory(plan, llm_of):
 
 def test_a_turn_of_several_tokens_goes_on_from_a_compiled_cache(llm_of):
     llm, logits = llm_of("g3"), []
-    for models in (llm.models, replace(llm.models, runner=Compiled(llm.models.decode, "eager"))):
+    for models in (
+        llm.models,
+        replace(llm.models, runner=Compiled(llm.models.decode, CompileOptions(backend="eager"))),
+    ):
         session = Session(models, parse("streaming:sink=2,recent=10"), 30)
         session.start([text(40, seed=5), text(33, seed=6)])
         for piece in (text(1), text(9, seed=2), text(1, seed=3), text(1, seed=4)):

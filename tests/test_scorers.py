@@ -174,6 +174,22 @@ def test_keys_alone_decide(text):
             assert positions(kept[layer], h) == oracle.top(score, 20)
 
 
+@pytest.mark.parametrize(
+    ("T", "budget", "sink", "lag"), [(60, 20, 2, 8), (60, 40, 4, 5), (60, 9, 3, 8), (25, 12, 2, 12)]
+)
+def test_lagkv_keeps_the_highest_ranks_of_each_partition(T, budget, sink, lag):
+    config = shape()
+    plan = parse(f"lagkv:budget={budget},sink={sink},lag={lag}").fit(config, torch.float32, T, 8)
+    q, k, v = (torch.randn(3, 1, n, T, 16, generator=torch.Generator().manual_seed(2)) for n in (6, 2, 2))
+    cache = PromptCache(plan, config, torch.arange(T), EAGER)
+    for i, layer in enumerate(cache.layers):
+        layer.attend(q[i], k[i], v[i], torch.arange(T)[None])
+        for h in range(2):
+            score = oracle.lagkv(k[i, 0, h], v[i, 0, h], sink, lag)
+            best = sorted(range(T), key=lambda j: (-score[j], j))[:budget]
+            assert positions(cache.kept[i], h) == sorted(best)
+
+
 def test_keydiff_drops_a_copy_of_the_mean_key_first():
     config = shape(layers=1)
     plan = parse("keydiff:budget=59").fit(config, torch.float32, 60, 8)

@@ -7,7 +7,7 @@ import torch
 from conftest import text
 from oracle import HeldCache
 from test_codecs import Shape, context, kept
-from test_identity import ROUND, SMALL, STEPS
+from test_identity import STEPS
 
 from kernels import reference
 from nanokv import parse
@@ -15,27 +15,11 @@ from nanokv.backends.torch_ops import EAGER
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept
 from nanokv.cache.plan import Plan
-from nanokv.policies import POLICIES
+from nanokv.policies import EXAMPLES, POLICIES
+from nanokv.stores import EXAMPLES as STORE_EXAMPLES
 from nanokv.stores import STORES
 
-# each registered store, small enough that groups fill and rings turn within 14 steps
-TINY = {
-    "dense": "dense",
-    "ragged": "ragged",
-    "int": "int:k=8,v=4,group=8,residual=4",
-    "int8": "int8:group=4,residual=0",
-    "int4": "int4:group=8,residual=8",
-    "int2": "int2:group=4,residual=6,pin=3",
-    "kivi4": "kivi4:group=4,residual=4,pin=2",
-    "kivi2": "kivi2:group=2,residual=1",
-    "fp8": "fp8:pin=2",
-    "rot4": "rot4:block=8",
-    "turbo": "turbo:k=4,v=3,pin=3",
-    "mixed": "mixed",
-    "shadow": "shadow:chunk=4,local=1,outliers=2,rank=32,budget=48",  # reads all of 60 tokens: tests/test_chunked.py has the choice
-    "quest": "quest:chunk=4,budget=56",
-}
-ALL = {name: plans[0] for name, plans in (SMALL | ROUND).items()}
+ALL = {name: examples.small[0] for name, examples in EXAMPLES.items()}
 ERROR = {
     8: 1e-3,
     4: 0.03,
@@ -46,11 +30,11 @@ ERROR = {
 
 def pairs() -> list[tuple[str, str]]:
     """Every policy with every store but those on the host, which hold dense slots: tests/test_chunked.py compares their bits."""
-    return [(keep, store) for keep in POLICIES for store in STORES if store in TINY]
+    return [(keep, store) for keep in POLICIES for store in STORES if store in STORE_EXAMPLES]
 
 
 def of(keep: str, store: str, share: dict | None = None) -> Plan:
-    how = TINY[store]
+    how = STORE_EXAMPLES[store]
     if POLICIES[keep].eviction == "score":  # it may let the first tokens go: see the refusals below
         how = how.replace("fp8:pin=2", "fp8").replace(",pin=3", "")
     part = parse(f"{ALL[keep].partition('+')[0]}+{how}")
@@ -273,8 +257,8 @@ def test_a_ring_of_groups_shows_exactly_what_a_ring_of_tokens_holds(sink, recent
 # ---- what a store does beside reading ---------------------------------------------------------------------------------
 
 RUNS = [
-    f"{keep}+{TINY[s]}"
-    for s in TINY
+    f"{keep}+{STORE_EXAMPLES[s]}"
+    for s in STORE_EXAMPLES
     if s not in ("dense", "ragged", "mixed")
     for keep in ("full", "streaming:sink=2,recent=14")
     if not STORES[s].incompatible_policy(parse(keep).policy)
@@ -285,8 +269,8 @@ RUNS += [
     "adakv:budget=20,window=4+int4:group=8,residual=4",
 ]
 RUNS += [
-    *ROUND["mikv"],
-    *ROUND["zipcache"],
+    *EXAMPLES["mikv"].small,
+    *EXAMPLES["zipcache"].small,
     "snapkv:budget=20,window=4,demote=true,every=5",
     "corm:window=6,recent=8,every=4+fp8",
 ]

@@ -76,3 +76,14 @@ def settings() -> Settings:
     """Read the environment variables."""
     weights = os.environ.get("NANOKV_WEIGHTS") or Path(__file__).parent
     return Settings(Path(weights).expanduser(), os.environ.get("NANOKV_DEBUG", "") not in ("", "0"))
+
+
+def describe_models() -> str:
+    """One line per named model: whether it is here, and where it comes from."""
+    lines = []
+    for name, model in MODELS.items():
+        here = "here" if (settings().weights / name / "config.json").is_file() else "fetched when first used"
+        hub = isinstance(model.source, Hub)
+        source = model.source.repo if hub else f"{model.source.package} (Python package index)"
+        lines.append(f"{name:26} {here:24} {source}")
+    return "\n".join(lines)

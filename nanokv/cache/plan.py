@@ -125,6 +125,7 @@ class Plan:
         return "+".join(canonical(name, part) for name, part in zip(self.names, parts, strict=True))
 
 
+AXIS_NAMES = "keep", "store", "share"
 STORE_AXIS = "decide how they are stored"
 AXES = {
     "decide which tokens stay": POLICIES,

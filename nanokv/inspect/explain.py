@@ -1,4 +1,4 @@
-"""What a cache holds (--explain), what plans would keep (--plan), and which parts a plan can have (--list-policies).
+"""What a cache holds (--explain), and what plans would keep (--plan).
 
 It reads stores only through `unpack`, and it changes nothing.
 """
@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 
-from nanokv.cache.plan import AXES, Plan, canonical, parse
+from nanokv.cache.plan import Plan, parse
 from nanokv.cache.report import mib
 from nanokv.device import free_bytes
 from nanokv.engine import Session
 from nanokv.model.config import ModelConfig
 from nanokv.model.presets import PRESETS
 from nanokv.policies import POLICIES
-from nanokv.policies.scorer import Scorer
 from weights.registry import MODELS
 
 SHADES = " ░▒▓█"
@@ -93,15 +92,3 @@ def _shape(model: str) -> ModelConfig:
     if Path(model).is_dir():
         return ModelConfig.from_dir(Path(model))
     raise ValueError(f"--plan needs a model's directory or a name of --list-models, not {model!r}")
-
-
-def describe_policies() -> str:
-    """Every part that a plan can have, with its defaults and the first paragraph of its docstring."""
-    lines = []
-    for axis, parts in AXES.items():
-        lines.append(f"parts that {axis}:")
-        for name, part in parts.items():
-            summary = type(part).__doc__.split("\n\n")[0]
-            lines.append(f"  {canonical(name, part)}\n      {' '.join(summary.split())}")
-    lines.append(f"what all with layers=, heads=, select= do:\n      {' '.join(Scorer.__doc__.split())}")
-    return "\n".join(lines)

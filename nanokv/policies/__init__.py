@@ -1,4 +1,8 @@
-"""The keep axis: name → policy with the paper's defaults. One line per method or short name."""
+"""The keep axis: name → policy with the paper's defaults, and plans for its tests. One line per method or short name in
+each table.
+"""
+
+from typing import NamedTuple
 
 from nanokv.policies.base import Policy
 from nanokv.policies.cascade import CascadingKV
@@ -10,6 +14,7 @@ from nanokv.policies.h2o import H2O
 from nanokv.policies.keydiff import KeyDiff
 from nanokv.policies.keyformer import Keyformer
 from nanokv.policies.knorm import Knorm
+from nanokv.policies.lagkv import LagKV
 from nanokv.policies.mikv import MiKV
 from nanokv.policies.random import Random
 from nanokv.policies.scissorhands import Scissorhands
@@ -38,6 +43,66 @@ POLICIES: dict[str, Policy] = {
     "knorm": Knorm(),
     "keydiff": KeyDiff(),
     "expected": ExpectedAttention(),
+    "lagkv": LagKV(),
     "mikv": MiKV(),
     "zipcache": ZipCache(),
+}
+
+
+class Examples(NamedTuple):
+    """Plans that every test of a policy uses. The first of `small` has no option beside the policy's own."""
+
+    small: list[str]  # evict or demote something of 60 tokens
+    whole: str  # keeps all of 80 tokens
+
+
+EXAMPLES: dict[str, Examples] = {
+    "full": Examples(["full"], "full"),
+    "random": Examples(["random:budget=20,window=4"], "random:budget=80,window=4"),
+    "streaming": Examples(["streaming:sink=2,recent=10", "streaming:budget=25%"], "streaming:sink=4,recent=200"),
+    "snapkv": Examples(
+        [
+            "snapkv:budget=20,window=4,kernel=3",
+            "snapkv:budget=30%,window=4,kernel=5,pool=avg,group=max",
+            "snapkv:budget=20,window=4,kernel=3,every=5",
+            "snapkv:budget=20,window=4,kernel=3,layers=pyramid,heads=ada,every=6",
+        ],
+        "snapkv:budget=80,window=4",
+    ),
+    "pyramidkv": Examples(["pyramidkv:budget=20,window=4,kernel=3"], "pyramidkv:budget=80,window=4"),
+    "adakv": Examples(
+        ["adakv:budget=20,window=4,kernel=3", "adakv:budget=20,window=4,kernel=3+dense"], "adakv:budget=80,window=4"
+    ),
+    "chunkkv": Examples(["chunkkv:budget=20,window=4,kernel=3,chunk=6"], "chunkkv:budget=80,window=4"),
+    "simlayer": Examples(
+        [
+            "simlayer:threshold=0.45,sink=2,recent=16,window=4",
+            "simlayer:threshold=0,sink=2,recent=16,window=4,roll=false",
+            "simlayer:variant=light,sink=2,recent=16,window=4,full=1",
+            "simlayer:variant=decode,threshold=0,sink=2,recent=16",
+        ],
+        "simlayer:threshold=0,recent=200",
+    ),
+    "h2o": Examples(["h2o:budget=20,recent=0.3", "h2o:budget=30%,layers=pyramid,heads=ada"], "h2o:budget=80"),
+    "tova": Examples(["tova:budget=20"], "tova:budget=80"),
+    "keyformer": Examples(["keyformer:budget=20,seed=3,tau=1.5"], "keyformer:budget=80"),
+    "scissorhands": Examples(["scissorhands:budget=24,every=5,window=16,recent=3"], "scissorhands:budget=200"),
+    "corm": Examples(["corm:window=6,recent=8,every=4", "corm:window=6,recent=8,every=4+dense"], "corm:recent=200"),
+    "cascade": Examples(["cascade:budget=20,sink=2,rings=3"], "cascade:budget=84"),
+    "duo": Examples(
+        ["duo:full=0.5,sink=2,recent=10,window=4", "duo:full=0.5,sink=2,recent=10,window=4+dense"], "duo:recent=200"
+    ),
+    "knorm": Examples(["knorm:budget=20", "knorm:budget=20,heads=ada"], "knorm:budget=80"),
+    "keydiff": Examples(
+        ["keydiff:budget=20", "keydiff:budget=20,every=4,layers=pyramid,heads=ada"], "keydiff:budget=80"
+    ),
+    "expected": Examples(
+        ["expected:budget=20,sink=2,future=32", "expected:budget=40%,sink=1,heads=ada,select=chunk,chunk=4"],
+        "expected:budget=80",
+    ),
+    "lagkv": Examples(
+        ["lagkv:budget=20,sink=2,lag=8", "lagkv:budget=40%,sink=3,lag=5,heads=ada,every=6"], "lagkv:budget=80"
+    ),
+    "mikv": Examples(["mikv:budget=20,recent=0.3"], "mikv:budget=80"),
+    "zipcache": Examples(["zipcache:every=5"], "zipcache:salient=1+mixed:high=16"),
 }

@@ -26,6 +26,10 @@ class CascadingKV(Policy):
     token to evict. Deviations from the authors' code: keys stay at their absolute positions; the prompt attends in
     full and is then sorted into the rings by the mean attention that each token received, where theirs goes through
     it in strides. A new token's average begins at 0 and has a whole ring's time to settle before it is compared.
+
+    budget  tokens per head, percent or bytes: sinks and rings together
+    sink    first tokens that always stay
+    rings   number of rings, all of one size
     """
 
     budget: int | str = 1024

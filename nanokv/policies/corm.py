@@ -21,6 +21,10 @@ class CORM(Policy):
 
     A KV head counts the hits of all its query heads. Deviation: tokens are evicted every `every` tokens, in the paper
     at each one.
+
+    window  last queries that may hit a token
+    recent  last tokens that always stay
+    every   tokens between two evictions
     """
 
     window: int = 256

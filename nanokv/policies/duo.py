@@ -22,6 +22,12 @@ class DuoAttention(Policy):
     gates of the whole model are retrieval heads. Without a file (deviation: no training) each layer's heads are
     ranked on the prompt itself, by the attention that its last `window` queries give to the tokens that a streaming
     head would evict.
+
+    full    share of KV heads that keep everything
+    sink    first tokens that a streaming head keeps
+    recent  last tokens that a streaming head keeps
+    window  last queries by which heads are ranked
+    gates   file of trained gates; none: rank the heads on the prompt
     """
 
     full: float = 0.5

@@ -22,6 +22,9 @@ class ExpectedAttention(Scorer):
 
     The first `sink` tokens always stay, and their queries do not count. Deviation: with every=n the mean and
     covariance are those of the last 128 queries, not of the prompt.
+
+    sink    first tokens that always stay
+    future  positions over which the rotation is averaged
     """
 
     sink: int = 4

@@ -22,6 +22,8 @@ class H2O(EvictingScorer):
     Default budget: the paper's 10 % heavy hitters and 10 % recent tokens. Deviations from the authors' code: one
     choice per KV head (by the mean of its query heads), where theirs knows multi-head attention only; a token evicts
     before it attends, so the budget holds at all times.
+
+    recent  share of the budget for the last tokens
     """
 
     budget: int | str = "20%"

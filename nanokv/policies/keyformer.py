@@ -17,6 +17,10 @@ class Keyformer(H2O):
     theirs rises from 1 to 2 over the tokens that will be generated and so depends on their number; the noise is a
     hash of the seed, the head and the two tokens and the same in every layer, so chunks and batches get the same
     noise.
+
+    recent  share of the budget for the last tokens
+    tau     temperature of the softmax
+    seed    of the noise
     """
 
     budget: int | str = "60%"

@@ -17,6 +17,9 @@ class Random(Scorer):
 
     The window is SnapKV's, so the two policies differ in the score alone. The choice depends on seed, layer and
     prompt length, not on the batch, so it can be reproduced.
+
+    window  last tokens that always stay
+    seed    of the choice
     """
 
     window: int = 32

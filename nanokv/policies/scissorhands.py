@@ -23,6 +23,9 @@ class Scissorhands(Scorer):
     until they do), so a head holds budget − every to budget tokens of a long text; the prompt's last `window` queries
     count and then all later ones, where the paper forgets queries more than `window` ago; `every` is a number of
     tokens, in the paper half the budget; a KV head counts by the mean of its query heads.
+
+    window  last queries of the prompt that count
+    recent  last tokens that always stay
     """
 
     every: int = 128

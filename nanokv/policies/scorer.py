@@ -24,20 +24,24 @@ from nanokv.policies.base import Policy
 class Scorer(Policy):
     """Keep the `budget` tokens of highest score in each KV head.
 
-    layers=pyramid  (PyramidKV, Cai et al. 2024, arXiv:2406.02069, §3) Deeper layers get a smaller budget. What a layer
-                    gets beyond the smallest budget falls on a line from 2 − 1/beta to 1/beta of its mean over the
-                    layers. Deviations: the budgets are rounded so that their sum is exactly that of `flat`, where the
-                    authors' code overspends by about 1 %; a short prompt gets a flatter line instead of none.
-    heads=ada       (Ada-KV, Feng et al. 2024, arXiv:2407.11550, §3) The heads of a layer compete for the layer's
-                    budget. Each head is guaranteed `floor` of its share and at least one token. Deviation: the
-                    guaranteed tokens are taken first, so the sum is exact; the authors blend two budgets and round.
-    select=chunk    (ChunkKV, Liu et al. 2025, arXiv:2502.00299, §3) Tokens are kept or evicted in chunks of `chunk` by
-                    their mean score; all heads keep the same chunks unless they compete. Deviation: the last chunk is
-                    cut where the budget ends.
-    demote=true     Evicted tokens move to the low-precision tier of the store `mixed` (MiKV, Yang et al. 2024,
-                    arXiv:2402.18096).
-    every=n         After every n new tokens the held ones are scored again, so a head never holds more than budget + n
-                    (where heads compete, this bounds their mean).
+    budget  what is kept: tokens per KV head, a percentage of the prompt, or bytes of the whole cache
+    layers  flat, or pyramid: deeper layers get less (PyramidKV, Cai et al. 2024, arXiv:2406.02069, §3). What a layer
+            gets beyond the smallest budget falls on a line from 2 − 1/beta to 1/beta of its mean over the layers.
+            Deviations: the budgets are rounded so that their sum is exactly that of `flat`, where the authors' code
+            overspends by about 1 %; a short prompt gets a flatter line instead of none.
+    heads   flat, or ada: the heads of a layer compete for its budget (Ada-KV, Feng et al. 2024, arXiv:2407.11550, §3).
+            Each head is guaranteed `floor` of its share and at least one token. Deviation: the guaranteed tokens are
+            taken first, so the sum is exact; the authors blend two budgets and round.
+    select  token, or chunk: tokens are kept or evicted in chunks of `chunk` by their mean score (ChunkKV, Liu et al.
+            2025, arXiv:2502.00299, §3). All heads keep the same chunks unless they compete. Deviation: the last chunk
+            is cut where the budget ends.
+    every   after so many new tokens, what is held is scored again; 0: never. A head then never holds more than
+            budget + every (where heads compete, this bounds their mean)
+    beta    of layers=pyramid: how steep the line is
+    floor   of heads=ada: the guaranteed share
+    chunk   of select=chunk: tokens in a chunk
+    demote  whether evicted tokens move to the low-precision tier of the store `mixed` (MiKV, Yang et al. 2024,
+            arXiv:2402.18096)
     """
 
     budget: int | str = 1024

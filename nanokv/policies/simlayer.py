@@ -27,6 +27,14 @@ class SimLayerKV(Policy):
     Deviations from the authors' code: in a prompt of at most sink + recent tokens no layer is lazy (theirs counts
     sinks twice and then doubles them); each row of a batch decides alone; scores are fp32; light applies scale and
     causality, which the paper's snippet lacks.
+
+    variant    prefill, decode or light (see above)
+    threshold  a layer with more laziness is lazy; none: by model family
+    sink       first tokens that a lazy layer keeps
+    recent     last tokens that a lazy layer keeps; none: 1024, in light 1020
+    window     last queries whose attention is measured; none: 32, in decode 1
+    roll       whether a lazy layer stays at its size while decoding; none: true, in decode false
+    full       light: how many layers, or percent of them, keep everything
     """
 
     variant: str = "prefill"  # prefill | decode | light

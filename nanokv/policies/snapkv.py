@@ -24,6 +24,11 @@ class SnapKV(Scorer):
     before pooling, where theirs expands the cache to query heads and so stores G times more; scores are fp32; kept
     tokens stay in temporal order, and ties go to the earlier token; a prompt no longer than the budget keeps
     everything.
+
+    window  queries of the observation window; their own tokens always stay
+    kernel  neighbouring tokens over which scores are pooled; odd
+    pool    max or avg
+    group   mean or max: how the scores of the query heads of a KV head are joined
     """
 
     window: int = 32

@@ -17,6 +17,11 @@ class StreamingLLM(Policy):
     model's context. Keys stay rotated to their absolute positions; rotating the query back when it reads the sinks
     gives the same distances. Deviations from the authors' code: with the default, positions=absolute, the distance to
     the sinks grows with the text; the prompt attends in full and is trimmed once, where theirs is fed token by token.
+
+    sink       first tokens that stay
+    recent     last tokens that stay, as a ring
+    budget     sink + recent as one number, percent or bytes; it then sets `recent`
+    positions  absolute: places in the text; cache: places in the cache, as in the paper
     """
 
     sink: int = 4

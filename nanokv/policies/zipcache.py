@@ -18,6 +18,9 @@ class ZipCache(Policy):
 
     Deviations: all queries of the prompt are scored, where the authors sample a tenth of them; the latest query's
     attention is normalised over the tokens that it scores.
+
+    salient  share of the tokens that get the high bits
+    every    new tokens that are scored at once
     """
 
     salient: float = 0.6

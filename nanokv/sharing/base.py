@@ -17,8 +17,8 @@ from nanokv.model.llama import Llama
 class Sharing(ABC):
     """The options of a search for layers that can share a cache.
 
-    layers: how many layers own no cache. map: a file with the result of an earlier search; none: the default file,
-    see `map_file`.
+    layers  how many layers own no cache
+    map     a file with the result of an earlier search; none: the default file, see `map_file`
     """
 
     layers: int = 4

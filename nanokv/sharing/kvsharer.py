@@ -21,6 +21,11 @@ class KVSharer(Sharing):
 
     Deviations from the authors' code: shared layers skip their K and V projections and rotation; while decoding every
     owner's cache grows (theirs overwrites some); calibration texts have one length, so none is dropped.
+
+    layers     how many layers read another one and own no cache
+    map        file with the map of layers; none: the map of an earlier search, or a new one
+    threshold  least similarity of the model's output
+    order      of the pairs that are tried: dissimilar, similar or random
     """
 
     threshold: float = 0.5  # lowest accepted mean cosine of the final hidden states

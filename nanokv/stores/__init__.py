@@ -1,4 +1,6 @@
-"""The store axis: name → its spec with default options. One line per store or short name."""
+"""The store axis: name → its spec with default options, and small settings for its tests. One line per store or short name
+in each table.
+"""
 
 from nanokv.cache.protocol import StoreSpec
 from nanokv.stores.dense import Dense
@@ -30,4 +32,22 @@ STORES: dict[str, StoreSpec] = {
     "quest": Quest(),
     "offload": Offload(),
     "kcache": KCache(),
+}
+
+# small enough that groups fill and rings wrap within 14 steps; the stores on the host are compared with `dense` bit by bit
+EXAMPLES: dict[str, str] = {
+    "dense": "dense",
+    "ragged": "ragged",
+    "int": "int:k=8,v=4,group=8,residual=4",
+    "int8": "int8:group=4,residual=0",
+    "int4": "int4:group=8,residual=8",
+    "int2": "int2:group=4,residual=6,pin=3",
+    "kivi4": "kivi4:group=4,residual=4,pin=2",
+    "kivi2": "kivi2:group=2,residual=1",
+    "fp8": "fp8:pin=2",
+    "rot4": "rot4:block=8",
+    "turbo": "turbo:k=4,v=3,pin=3",
+    "mixed": "mixed",
+    "shadow": "shadow:chunk=4,local=1,outliers=2,rank=32,budget=48",  # reads all of 60 tokens
+    "quest": "quest:chunk=4,budget=56",
 }

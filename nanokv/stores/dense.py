@@ -1,5 +1,5 @@
-"""A store with a fixed number of slots (B,Hkv,S,·). Each token is written independently of the others: exactly (`dense`),
-or as the codes of a format that rounds.
+"""K and V as they are, or as codes of a format that rounds, in a fixed number of slots (B,Hkv,S,·). Each token is written
+independently of the others.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Dense(StoreSpec):
 class PerToken(StoreSpec):
     """A store that rounds each token alone, when it comes, and never again.
 
-    pin: this many first tokens stay exact, because attention sinks suffer most from rounding (IntactKV,
-    arXiv:2403.01241). In a layer where any head overwrites tokens, `pin` has no effect. Sinks that a policy never
-    evicts are exact in any case.
+    pin  first tokens that stay exact, because attention sinks suffer most from rounding (IntactKV, arXiv:2403.01241).
+         In a layer where any head overwrites tokens, this has no effect. Sinks that a policy never evicts are exact in
+         any case.
     """
 
     pin: int = 0

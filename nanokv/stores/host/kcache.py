@@ -23,6 +23,11 @@ class KCache(Hosted):
     Deviations: the weights of the fetched tokens are normalised to sum to one (norm=false: they stay as they are, as
     in the paper); among the `n` are always the text's first `sink` tokens, the new token and the `recent` tokens
     before it; a turn of several tokens fetches all values.
+
+    n       tokens per KV head whose values are fetched
+    sink    first tokens that are always fetched
+    recent  last tokens that are always fetched
+    norm    whether the fetched weights are made to sum to one
     """
 
     n: int = 128

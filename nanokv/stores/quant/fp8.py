@@ -26,6 +26,8 @@ class Fp8(PerToken):
 
     Deviations from what serving engines do: the scale is a power of two, so scaling itself rounds nothing; a later
     number that is too large for the format becomes its largest number.
+
+    format  e4m3 or e5m2
     """
 
     format: str = "e4m3"  # e4m3 | e5m2

@@ -22,12 +22,17 @@ class Int(StoreSpec):
     channel over `group` tokens, and V per token over `group` channels; scale and zero point are fp16. The most recent
     tokens stay exact: whenever their window holds residual + group tokens, the oldest `group` of them are rounded.
 
-    pin: this many first tokens stay exact for ever (IntactKV, arXiv:2403.01241), and so do sinks that a policy
-    never evicts. kivi4 and kivi2 are the paper's groups of 32 with 32 exact tokens; int8, int4 and int2 take groups
+    kivi4 and kivi2 are the paper's groups of 32 with 32 exact tokens; int8, int4 and int2 take groups
     of 64 (of V: the largest part of 64 that divides a head). Deviations from the authors' code: at least `residual`
     tokens are exact at all times and at most residual + group − 1, where their K drops to none after each flush and
     their V slides by single tokens; a group without a range divides nothing by zero; KV heads are rounded before they
     are repeated for their query heads.
+
+    k         bits of K: 8, 4 or 2
+    v         bits of V
+    group     tokens of K, and channels of V, that share a scale
+    residual  last tokens that stay exact, at least
+    pin       first tokens that stay exact (IntactKV, arXiv:2403.01241), as sinks do that a policy never evicts
     """
 
     k: int = 4

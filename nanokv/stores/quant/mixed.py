@@ -32,6 +32,9 @@ class Mixed(StoreSpec):
     `low` bits. With fewer bits a token is scored only once: it stays exact until the policy scores it, and then goes
     to one of the two tiers for good. Deviation: the codes are TurboQuant's (a rotation and Lloyd-Max levels; 8 bits:
     fp8's), where MiKV balances channels by the prompt's queries, and ZipCache by its values, before a uniform code.
+
+    high  bits of kept tokens: 16 (exact), 8, 4 or 3
+    low   bits of demoted tokens: 4, 3 or 2
     """
 
     high: int = 16

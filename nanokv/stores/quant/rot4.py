@@ -27,6 +27,8 @@ class Rot4(PerToken):
     Deviations: one orthonormal rotation per head, where theirs takes runs of 64 channels across heads in two
     interleaved halves; the scale is rounded up. As in theirs the code 8 does not exist: a block's largest positive
     number loses up to one scale, every other number half of one.
+
+    block  channels that share a scale
     """
 
     block: int = 32

@@ -34,6 +34,9 @@ class Turbo(PerToken):
 
     Deviations: no extra bit for unbiased products (§3.2), which others found to do harm; the stored length is the one
     that makes the levels as long as the vector was.
+
+    k  bits of K: 2, 3 or 4
+    v  bits of V
     """
 
     k: int = 4

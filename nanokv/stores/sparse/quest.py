@@ -1,4 +1,4 @@
-"""Everything stays exact and on the device; a step reads the pages that its query can score highest."""
+"""Everything stays exact and on the device; a step reads the chunks that its query can score highest."""
 
 from __future__ import annotations
 

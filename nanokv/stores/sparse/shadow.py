@@ -29,11 +29,14 @@ class Shadow(Chunked):
     and fetches their values. These stay exact: the `outliers` chunks that hold the tokens least similar to their
     landmark, the last `local` chunks, and generated tokens until `grow` makes chunks of them.
 
-    rank: of K; none: 160 for 1,024 channels, relatively more for fewer channels (results/ranks.json). values: host,
-    device or int4; the last two stay on the device. Deviations from the authors' code: A and B come from the Gram
+    Deviations from the authors' code: A and B come from the Gram
     matrix's eigenvectors, not from an SVD of all tokens; a prompt too short to choose from stays exact (theirs fails
     below 4,096 tokens); `budget` is a percentage of the prompt as in the paper's tables; a turn of several tokens
     reads every chunk; any head size, group and batch works.
+
+    rank      of the factors of K; none: 160 for 1,024 channels, relatively more for fewer (docs/benchmarks.md)
+    outliers  chunks that stay exact
+    values    where V is: host, device, or int4 (rounded, on the device)
     """
 
     rank: int | None = None

@@ -1,21 +1,29 @@
-"""Build the README's tables from results/. `python -m evals.readme` prints them; a test finds them in the README."""
+"""The blocks of the pages that are made from data: `python -m evals.tables` writes them anew, and a test compares.
+
+A block stands between `<!-- table: NAME -->` and `<!-- end -->`. Its content comes from results/, from the registries, or
+from `docs.trace`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from docs import trace
 from evals.show import percent
 from nanokv import parse
 from nanokv.model.presets import PRESETS
 from nanokv.policies import POLICIES
 from nanokv.stores import STORES
 
-RESULTS = Path(__file__).parent.parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results" / "xeon-amx"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -220,23 +228,86 @@ def prose() -> str:
     return markdown(["plan", "tokens", "perplexity", "against full"], rows)
 
 
-TABLES = (
-    compatible,
-    quality,
-    stores,
-    codes,
-    paces,
-    decode,
-    compiled,
-    kvpress,
-    needles,
-    middle,
-    ranks,
-    placed,
-    endless,
-    prose,
-)
+def summary() -> str:
+    """For the README: ten plans on the same texts."""
+    found = _read("stores.json")
+    averages, (length,) = found["averages"], {str(f["length"]) for f in found["fidelity"]}
+    rows = []
+    for name in SUMMARY:
+        a = averages[length][name]
+        f = next(x for x in found["fidelity"] if x["plan"] == name)
+        cells = [f"{a['bytes'] / 2**20:.1f} MiB", f"{a['ratio']:.1f}x", percent(a["aware"]), percent(a["agnostic"])]
+        rows.append([f"`{_as_plan(name)}`", *cells, percent(f["top1"])])
+    return markdown(["plan", "cache", "smaller by", "question known", "question later", "same next token"], rows)
+
+
+SUMMARY = (
+    "full", "full+int8", "full+int4", "snapkv:window=8,kernel=13 25%", "snapkv:window=8,kernel=13+int4 25%",
+    "snapkv:window=8,kernel=13,demote=true 25%", "simlayer", "zipcache", "streaming 25%", "random 25%",
+)  # fmt: skip
+
+
+def _as_plan(name: str) -> str:
+    """A row's name such as `snapkv:window=8+int4 25%` as the plan that the user types."""
+    text, _, budget = name.partition(" ")
+    policy, plus, store = text.partition("+")
+    if budget:
+        policy += f"{',' if ':' in policy else ':'}budget={budget}"
+    return policy + plus + store
+
+
+def _trace(plan: str) -> str:
+    lines: list[str] = []
+    trace.run(plan, lines.append)
+    return "\n".join(["```text", *lines, "```"])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f
+    for f in (
+        summary,
+        compatible,
+        quality,
+        stores,
+        codes,
+        paces,
+        sparse,
+        decode,
+        compiled,
+        kvpress,
+        needles,
+        middle,
+        ranks,
+        placed,
+        endless,
+        prose,
+    )
+} | {f"trace {name}": lambda name=name: _trace(name) for name in trace.PLANS}
+TABLES["source lagkv"] = lambda: f"```python\n{(ROOT / 'nanokv/policies/lagkv.py').read_text(encoding='utf-8')}```"
+BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def refreshed(text: str) -> str:
+    """A page with every block made anew. ValueError if a block has an unknown name."""
+
+    def block(match: re.Match) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"no table is called {match[2]!r}; there are {', '.join(TABLES)}")
+        return match[1] + TABLES[match[2]]() + "\n" + match[3]
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> int:
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = refreshed(before)
+        if after != before:
+            page.write_text(after, encoding="utf-8")
+            print(f"{page.relative_to(ROOT)} rewritten")
+    return 0
 
 
 if __name__ == "__main__":
-    print("\n\n".join(f"{t.__name__}\n{t()}" for t in TABLES))
+    sys.exit(main())

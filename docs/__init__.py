@@ -1,0 +1,1 @@
+"""The pages for readers, and the scripts that print what stands in them."""
