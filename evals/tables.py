@@ -38,7 +38,7 @@ def _read(name: str) -> dict[str, Any]:
 def compatible() -> str:
     """Which policies run in which stores, by the check of `Plan`.
 
-    tests/test_stores.py runs every pair, and tests/test_chunked.py the stores on the host.
+    tests/stores/test_stores.py runs every pair, and tests/stores/test_chunked.py the stores on the host.
     """
     rows: dict[tuple[str, ...], list[str]] = {}
     for keep, policy in POLICIES.items():

@@ -337,8 +337,8 @@ def checkout(what: str, into: Path) -> Path:
 def write_tiny(path: Path) -> None:
     """A Mistral of three layers with random weights, large enough that attention is far from uniform."""
     import torch
-    from conftest import TINY, write_tokenizer
     from safetensors.torch import save_file
+    from tiny import TINY, write_tokenizer
 
     path.mkdir()
     config = {**TINY, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 24}

@@ -10,7 +10,7 @@ import sys
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 FILES = {
     str(p.relative_to(ROOT)): p

@@ -13,8 +13,7 @@ import sys
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT
-from test_loader import edit, reconfigure, shard
+from helpers import ROOT, edit, reconfigure, shard
 
 import generate
 from nanokv import device

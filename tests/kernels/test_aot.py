@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 PER_TOKEN = {  # warp-instructions per cached token and KV head, G = 4, D = 128, on sm_90
     "decode _decode_split": 21,
@@ -39,7 +39,7 @@ DOTS = [
 def compiled(request, tmp_path_factory):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    program = [sys.executable, str(ROOT / "tests" / "gates.py"), str(request.param)]
+    program = [sys.executable, str(ROOT / "tests" / "kernels" / "gates.py"), str(request.param)]
     done = subprocess.run(program, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return request.param, json.loads(done.stdout)

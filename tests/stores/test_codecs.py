@@ -4,36 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import context, kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import reference
 from nanokv.backends.torch_cpu import SDPA
 from nanokv.backends.torch_ops import EAGER
-from nanokv.cache.context import Context
-from nanokv.cache.kept import Kept
 from nanokv.stores import STORES
 from nanokv.stores.quant.codec import hadamard, hadamard_rotate
 from nanokv.stores.quant.fp8 import FORMATS, Fp8
 from nanokv.stores.quant.turbo import LEVELS, Turbo
-
-
-class Shape:
-    """What a store reads of a model's configuration."""
-
-    def __init__(self, dim: int, heads: int = 2):
-        self.head_dim, self.num_key_value_heads, self.sliding_window = dim, heads, None
-
-
-def context(dim: int, heads: int = 2) -> Context:
-    return Context(Shape(dim, heads), SDPA, torch.device("cpu"), torch.float32, torch.ones(dim // 2))
-
-
-def kept(k: torch.Tensor, v: torch.Tensor) -> Kept:
-    _, heads, n, _ = k.shape
-    pos = torch.arange(n, dtype=torch.int32).expand(1, heads, n)
-    length = torch.full((1, heads), n, dtype=torch.int32)
-    return Kept(k, v, pos, length, length * 0 - 1, length * 0)
 
 
 def gauss(n: int = 1024, dim: int = 64, seed: int = 0, outliers: bool = False) -> torch.Tensor:

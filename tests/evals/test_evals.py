@@ -10,7 +10,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, text
+from helpers import ROOT
+from tiny import text
 
 from evals import quality, record, show
 from evals.dense import begin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import VARIANTS, text
+from tiny import VARIANTS, text
 
 from nanokv import parse
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import PLANS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_identity import PLANS
 
 from nanokv import parse
 from nanokv.cache.plan import AXES

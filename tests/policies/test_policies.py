@@ -5,44 +5,13 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from conftest import TINY
+from helpers import compress, positions, shape
 
 from nanokv import parse
 from nanokv.backends.torch_ops import EAGER
 from nanokv.cache.plan import Plan
 from nanokv.cache.prefill import PromptCache
-from nanokv.model.config import ModelConfig
 from nanokv.policies import EXAMPLES, POLICIES
-
-FIELDS = ModelConfig.__dataclass_fields__
-
-
-def shape(heads: int = 6, kv_heads: int = 2, layers: int = 3, window: int | None = None) -> ModelConfig:
-    values = {k: v for k, v in TINY.items() if k in FIELDS and k not in ("eos_token_id",)}
-    values |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "num_hidden_layers": layers}
-    return ModelConfig(**{**values, "head_dim": 16, "sliding_window": window})
-
-
-def compress(plan: Plan | str, config: ModelConfig, T: int, seed: int = 0, chunk: int | None = None):
-    """Run random q, k, v through a PromptCache → (kept per layer, q per layer (H,T,D), k per layer (Hkv,T,D))."""
-    plan = (parse(plan) if isinstance(plan, str) else plan).fit(config, torch.float32, T, 8)
-    dice = torch.Generator().manual_seed(seed)
-    cache = PromptCache(plan, config, torch.arange(T), EAGER)
-    H, Hkv, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
-    q, k, v = (torch.randn(L, 1, n, T + plan.policy.decide_after, 16, generator=dice) * 1.5 for n in (H, Hkv, Hkv))
-    for a in range(0, T, chunk or T):
-        b = min(a + (chunk or T), T)
-        for i, layer in enumerate(cache.layers):
-            kv = (k[i, :, :, a:b], v[i, :, :, a:b]) if layer.owns else (None, None)
-            layer.attend(q[i, :, :, a:b], *kv, torch.arange(a, b)[None])
-    for t in range(T, T + plan.policy.decide_after):
-        for i, layer in enumerate(cache.layers):
-            layer.attend(q[i, :, :, t : t + 1], k[i, :, :, t : t + 1], v[i, :, :, t : t + 1], torch.tensor([[t]]))
-    return cache.kept, q[:, 0], k[:, 0]
-
-
-def positions(kept, head: int) -> list[int]:
-    return kept.pos[0, head, : kept.length[0, head]].tolist()
 
 
 @pytest.mark.parametrize("pool", ["max", "avg"])

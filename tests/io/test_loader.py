@@ -8,10 +8,10 @@ import struct
 
 import pytest
 import torch
-from conftest import text, write_tokenizer
+from helpers import edit, reconfigure, shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from tiny import text, write_tokenizer
 
 from nanokv import load
 from nanokv.backends.torch_ops import EAGER
@@ -30,30 +30,6 @@ def refused(path, says: str) -> None:
     with pytest.raises(ValueError) as e:
         load(str(path), dtype="float32")
     assert says in str(e.value) and "\n" not in str(e.value), str(e.value)
-
-
-def edit(path, change) -> None:
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, path / "model.safetensors")
-
-
-def reconfigure(path, **values) -> None:
-    raw = json.loads((path / "config.json").read_text())
-    for key in [k for k, v in values.items() if v is Ellipsis]:
-        raw.pop(key, None)
-    (path / "config.json").write_text(json.dumps(raw | {k: v for k, v in values.items() if v is not Ellipsis}))
-
-
-def shard(path, names=("a.safetensors", "b.safetensors")) -> dict[str, str]:
-    """Split the checkpoint in two shards with an index."""
-    tensors = load_file(path / "model.safetensors")
-    (path / "model.safetensors").unlink()
-    where = {n: names[i % 2] for i, n in enumerate(sorted(tensors))}
-    for name in names:
-        save_file({n: t for n, t in tensors.items() if where[n] == name}, path / name)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    return where
 
 
 def test_shards_load_like_one_file(model, llm_of):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import text
+from tiny import text
 
 from nanokv import parse
 from nanokv.cache.kept import Kept

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import text
+from helpers import STEPS, masked, run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_identity import STEPS, masked, run
+from tiny import text
 
 from nanokv import parse
 from nanokv.cache.plan import Plan

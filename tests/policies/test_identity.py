@@ -6,65 +6,13 @@ import re
 
 import pytest
 import torch
-from conftest import text
-from oracle import MaskedCache
+from helpers import PLANS, STEPS, masked, run
+from tiny import text
 
 from nanokv import parse
 from nanokv.cache.plan import Plan
 from nanokv.policies import EXAMPLES, POLICIES
 from nanokv.policies.scorer import EvictingScorer, Scorer
-
-# of the policies that need no store that rounds; for the others see tests/test_stores.py
-PLANS = [plan for name, examples in EXAMPLES.items() if not POLICIES[name].demotes for plan in examples.small]
-STEPS = 14
-
-
-def run(llm, plan: str | Plan, prompts: list[list[int]], more: list[list[int]], chunk: int | None = None):
-    """Teacher-forced: logits (rows, 1+STEPS, vocab), and what each step saw: {row: {token: {layer: [set of positions per head]}}}."""
-    plan = parse(plan) if isinstance(plan, str) else plan
-    session, held = llm.session(STEPS, chunk, plan), [{} for _ in prompts]
-    logits = [session.start(prompts)]
-    for t in range(STEPS):
-        waits = session.cache is None
-        if not waits:
-            note(session, held, t)
-        logits.append(session.feed(torch.tensor([[m[t]] for m in more])))
-    return torch.stack(logits, 1), held
-
-
-def note(session, held: list[dict], t: int) -> None:
-    """Look at what is held between a step's attention and the upkeep after it, when a policy may look again."""
-    cache = session.cache
-    upkeep = type(cache).maintain.__get__(cache)
-
-    def maintain(written: int, seen: list[int], tokens) -> None:
-        for row, n in enumerate(seen):
-            held[row][n - 1] = positions(cache, row)
-        upkeep(written, seen, tokens)
-
-    cache.maintain = maintain
-
-
-def positions(cache, row: int) -> dict[int, list[list[int]]]:
-    """owner → per KV head the positions held, ascending."""
-    found = {}
-    for i, store in cache.stores.items():
-        kept = store.unpack()[row]
-        found[i] = [p[:n].tolist() for p, n in zip(kept.pos[0], kept.length[0], strict=True)]
-    return found
-
-
-def masked(llm, ids: list[int], T: int, held: dict, share: dict | None = None) -> torch.Tensor:
-    """The same logits by the oracle: queries of the prompt see all, each later one what was held at its step (see `run`)."""
-
-    def seen(layer: int, head: int, i: int, j: int) -> bool:
-        return i not in held or j in held[i][layer][head]  # a waiting policy still shows its first token everything
-
-    cache = MaskedCache(llm.config, seen, share)
-    pos = torch.arange(len(ids))[None]
-    model = llm.models.prefill
-    with torch.no_grad():
-        return model.logits(model.hidden(torch.tensor([ids]), pos, cache))[0, T - 1 :]
 
 
 @pytest.mark.parametrize("model", ["llama2", "g3", "mistral"])

@@ -11,7 +11,7 @@ import itertools
 import pytest
 import torch
 import triton
-from conftest import text
+from tiny import text
 
 import kernels
 from kernels import reference

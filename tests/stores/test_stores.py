@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import text
+from helpers import STEPS, Shape, context, kept, of, pairs, storages
 from oracle import HeldCache
-from test_codecs import Shape, context, kept
-from test_identity import STEPS
+from tiny import text
 
 from kernels import reference
 from nanokv import parse
@@ -19,26 +18,12 @@ from nanokv.policies import EXAMPLES, POLICIES
 from nanokv.stores import EXAMPLES as STORE_EXAMPLES
 from nanokv.stores import STORES
 
-ALL = {name: examples.small[0] for name, examples in EXAMPLES.items()}
 ERROR = {
     8: 1e-3,
     4: 0.03,
     3: 0.1,
     2: 0.5,
 }  # relative mean squared error of what was rounded to so many bits, with room for tiny heads
-
-
-def pairs() -> list[tuple[str, str]]:
-    """Every policy with every store but those on the host, which hold dense slots: tests/test_chunked.py compares their bits."""
-    return [(keep, store) for keep in POLICIES for store in STORES if store in STORE_EXAMPLES]
-
-
-def of(keep: str, store: str, share: dict | None = None) -> Plan:
-    how = STORE_EXAMPLES[store]
-    if POLICIES[keep].eviction == "score":  # it may let the first tokens go: see the refusals below
-        how = how.replace("fp8:pin=2", "fp8").replace(",pin=3", "")
-    part = parse(f"{ALL[keep].partition('+')[0]}+{how}")
-    return Plan(part.policy, part.store, share or {}, part.names)
 
 
 def run(llm, plan: Plan, prompt: list[int], more: list[int], chunk: int | None = None):
@@ -349,7 +334,6 @@ def test_a_turn_sees_what_was_stored_and_itself(plan, llm_of):
 
 @pytest.mark.parametrize("plan", RUNS)
 def test_the_receipt_of_a_rounding_store_equals_the_storages_it_reaches(plan, llm_of):
-    from test_cache import storages
 
     llm = llm_of("g3")
     session = llm.session(20, None, parse(plan))

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import text
-from test_stores import of, pairs
+from helpers import of, pairs
+from tiny import text
 
 from nanokv import load, parse
 from nanokv.cache.decode import KVCache

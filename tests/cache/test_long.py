@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import text
-from test_identity import STEPS, run
+from helpers import STEPS, run
+from tiny import text
 
 from evals import long
 from nanokv import parse

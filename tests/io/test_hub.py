@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ROOT
 from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -27,7 +28,6 @@ from weights import fetch, from_gguf
 from weights.registry import MODELS
 
 pytestmark = pytest.mark.slow  # each test starts processes of its own
-ROOT = Path(__file__).parent.parent
 REPO, SHA = "owner/name", "c0ffee" + "0" * 34
 INDEX = "model.safetensors.index.json"
 MIB = 1 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from test_policies import compress, positions, shape
+from helpers import compress, positions, shape
 
 from kernels.reference import _noisy
 from nanokv import parse

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import text
+from helpers import PLANS, run, storages
 from oracle import streaming
-from test_identity import PLANS, run
+from tiny import text
 
 from nanokv import parse
 from nanokv.cache.kept import Kept, Prompt
@@ -18,25 +18,6 @@ from nanokv.cache.plan import Plan
 from nanokv.cache.scores import Scores
 from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
-
-
-def storages(thing, seen: dict[int, int], stop: tuple) -> int:
-    """Bytes of every tensor storage that an object reaches, each once; what `stop` holds is not the cache's."""
-    todo, met = [thing], set()
-    while todo:
-        x = todo.pop()
-        if id(x) in met or isinstance(x, stop):
-            continue
-        met.add(id(x))
-        if isinstance(x, torch.Tensor):
-            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        elif isinstance(x, dict):
-            todo += x.values()
-        elif isinstance(x, list | tuple | set):
-            todo += x
-        elif hasattr(x, "__dict__"):
-            todo += vars(x).values()
-    return sum(seen.values())
 
 
 @pytest.mark.parametrize("plan", PLANS)

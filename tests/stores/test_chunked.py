@@ -10,10 +10,9 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from conftest import text
+from helpers import PLANS, STEPS, context, run
 from oracle import MaskedCache
-from test_codecs import context
-from test_identity import PLANS, STEPS, run
+from tiny import text
 
 from kernels import reference
 from nanokv import load, parse

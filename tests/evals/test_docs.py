@@ -8,7 +8,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from evals import tables
 from nanokv.cache.plan import AXES

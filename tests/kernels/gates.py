@@ -1,6 +1,7 @@
 """Compile every kernel for a GPU that is not here, as the wrappers launch it, and print what the machine code looks like as JSON.
 
-Run it as a process of its own, `python tests/gates.py 90`, without TRITON_INTERPRET. It records the launches of the wrappers' own calls.
+Run it as a process of its own, `python tests/kernels/gates.py 90`, without TRITON_INTERPRET. It records the launches that the
+wrappers make.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parent.parent.parent), str(Path(__file__).parent)]
 
 import aot
 import torch
