@@ -1,8 +1,11 @@
-# Both commands start from a bare clone with python3 (3.10 or newer, with venv) and make; both may be repeated.
+# Every command starts from a bare clone with python3 (3.10 or newer, with venv) and make, and may be repeated.
 PYTHON ?= python3
 PY := .venv/bin/python
+# what runs in a minute: rules of the house, pages, plans, policies against their papers, one file of each other kind
+QUICK := tests/test_architecture.py tests/policies/test_policies.py tests/cache/test_plan.py tests/model/test_model.py \
+	tests/model/test_sampler.py tests/io/test_loader.py tests/stores/test_codecs.py
 
-.PHONY: demo test lint clean
+.PHONY: demo check test gpu lint clean
 SHELL := /bin/sh
 
 demo: .venv/run
@@ -13,10 +16,20 @@ demo: .venv/run
 	@echo; echo "== with a quarter of it (snapkv):"
 	@$(PY) generate.py --prompt-file .venv/demo.txt -n 12 --policy snapkv:budget=25%,window=8,kernel=13,pool=max
 
+check: .venv/dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest -q -n 2 -m "not slow and not pairs and not commands" $(QUICK)
+
 test: .venv/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest -q -n 2
+
+# on a machine with CUDA
+gpu:
+	python -m pytest tests/gpu -q --maxfail=30
+	python -m evals.gpu --json gpu.json --stages ceilings attention steps default
 
 lint: .venv/dev
 	$(PY) -m ruff check --fix .

@@ -28,7 +28,7 @@ def parser() -> cli.Parser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28),
         allow_abbrev=False,
     )
-    a = p.add_argument_group("prompt").add_argument
+    a = p.add_argument_group("prompt", 'as in --prompt-file book.txt --question "Who is the narrator?"').add_argument
     a("-p", "--prompt", metavar="TEXT", help="the prompt; - reads standard input")
     a("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
     a("--question", metavar="TEXT", help="follows the prompt, which is compressed without having seen it")
@@ -37,12 +37,12 @@ def parser() -> cli.Parser:
     a("--interactive", action="store_true", help="chat on one compressed cache: /reset /stats /policy PLAN /exit")
     a("--allow-overflow", action="store_true", help="continue beyond the model's context")
 
-    a = p.add_argument_group("model").add_argument
+    a = p.add_argument_group("model", "as in --model llama3-8b").add_argument
     a("--model", default=DEFAULT, metavar="M", help="directory, .gguf file, name or hub id (default %(default)s)")
     a("--random-weights", action="store_true", help="the named shape with random weights; downloads nothing")
     a("--list-models", action="store_true", help="print the names and exit")
 
-    a = p.add_argument_group("cache").add_argument
+    a = p.add_argument_group("cache", "as in --policy snapkv:budget=25%+int4").add_argument
     a("--policy", default="full", metavar="PLAN", help="parts joined by +, as in snapkv:budget=512+int4")
     a("--kv-budget", metavar="N", help="the policy's budget for the prompt: 512 | 25%% | 256MiB")
     a("--k-bits", metavar="N", help="bits per key number; without a store in the plan, the store is int")
@@ -54,7 +54,7 @@ def parser() -> cli.Parser:
     a("--plan", action="store_true", help="print what each policy would keep of a full context and exit; loads nothing")
     a("--list-policies", nargs="?", const="", metavar="NAME", help="list policies and stores, or explain one, and exit")
 
-    a = p.add_argument_group("sampling").add_argument
+    a = p.add_argument_group("sampling", "as in --temperature 0.8 --top-p 0.9 --num-samples 3").add_argument
     a("-n", "--max-new-tokens", "--max-tokens", type=int, default=256, metavar="N", help="default %(default)s")
     a("--temperature", "--temp", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     a("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0 is all (default)")
@@ -65,7 +65,7 @@ def parser() -> cli.Parser:
     a("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     a("--ignore-eos", action="store_true", help="do not end at the end-of-text token (for timing)")
 
-    a = p.add_argument_group("output").add_argument
+    a = p.add_argument_group("output", "as in --json out.json --explain").add_argument
     a("--json", metavar="FILE", help="write the result and the cache report")
     a("--explain", action="store_true", help="show for each layer which positions are still cached")
     a("--explain-backends", action="store_true", help="show which functions and kernels ran, where and how often")
@@ -73,7 +73,7 @@ def parser() -> cli.Parser:
     a("--compare", metavar="PLAN", help="measure the difference from another plan, such as full, on what that writes")
     a("--quiet", action="store_true", help="print nothing but errors on stderr")
 
-    a = p.add_argument_group("speed").add_argument
+    a = p.add_argument_group("speed", "as in --device cuda --backend triton --runner graph").add_argument
     backends, runners = ("auto", "eager", "sdpa", "triton"), ("auto", "eager", "compile", "graph")
     a("--device", default="auto", metavar="D", help="auto | cpu | cuda | mps")
     a("--dtype", default="auto", metavar="T", help="auto | float32 | bfloat16 | float16, or PREFILL/DECODE types")

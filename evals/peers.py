@@ -72,6 +72,13 @@ PAIRS = (
     Pair("knorm", "knorm:budget={}", "KnormPress", {}),
     Pair("keydiff", "keydiff:budget={}", "KeyDiffPress", {}),
     Pair("expected", "expected:budget={}", "ExpectedAttentionPress", {}),
+    Pair(
+        "lagkv",
+        "lagkv:budget={}",
+        "LagKVPress",
+        {},
+        differs="tokens of equal rank in two partitions tie, and ties fall otherwise",
+    ),
     Pair("adakv", "adakv:budget={},window=8,kernel=13,pool=avg", "AdaKVPress", {}, ("SnapKVPress", SNAP)),
     Pair(
         "pyramidkv",

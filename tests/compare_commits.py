@@ -336,33 +336,9 @@ def checkout(what: str, into: Path) -> Path:
 
 def write_tiny(path: Path) -> None:
     """A Mistral of three layers with random weights, large enough that attention is far from uniform."""
-    import torch
-    from safetensors.torch import save_file
-    from tiny import TINY, write_tokenizer
+    from tiny import write_seeded
 
-    path.mkdir()
-    config = {**TINY, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 24}
-    (path / "config.json").write_text(json.dumps(config))
-    write_tokenizer(path)
-    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    narrow = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
-    shapes = {"model.embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden), "model.norm": (hidden,)}
-    for i in range(config["num_hidden_layers"]):
-        for name, shape in {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (narrow, hidden),
-            "self_attn.v_proj": (narrow, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-        }.items():
-            shapes[f"model.layers.{i}.{name}"] = shape
-    dice, size = torch.Generator().manual_seed(7), config["initializer_range"]
-    weights = {f"{k}.weight": size * torch.randn(s, generator=dice) + (len(s) == 1) for k, s in shapes.items()}
-    save_file(weights, path / "model.safetensors")
+    write_seeded(path, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=24)
 
 
 def write_cut(source: Path, path: Path) -> None:

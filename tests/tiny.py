@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,3 +55,32 @@ def write_tokenizer(path: Path) -> None:
 def text(n: int, seed: int = 0, vocab: int = 96) -> list[int]:
     """n random token ids."""
     return torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def write_seeded(path: Path, **changes: Any) -> None:
+    """A checkpoint of TINY's shape whose weights depend on nothing but a seed, so that results of it can be stored."""
+    from safetensors.torch import save_file
+
+    path.mkdir()
+    config = {**TINY, **changes}
+    (path / "config.json").write_text(json.dumps(config))
+    write_tokenizer(path)
+    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    narrow = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    shapes = {"model.embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden), "model.norm": (hidden,)}
+    for i in range(config["num_hidden_layers"]):
+        for name, shape in {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (narrow, hidden),
+            "self_attn.v_proj": (narrow, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }.items():
+            shapes[f"model.layers.{i}.{name}"] = shape
+    dice, size = torch.Generator().manual_seed(7), config["initializer_range"]
+    weights = {f"{k}.weight": size * torch.randn(s, generator=dice) + (len(s) == 1) for k, s in shapes.items()}
+    save_file(weights, path / "model.safetensors")

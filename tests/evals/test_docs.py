@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -41,6 +42,42 @@ def test_every_link_and_every_file_exists(page):
     assert not missing
 
 
+def fenced(text: str, language: str) -> list[str]:
+    """The blocks between fences of this language; "" for a fence that names none."""
+    return [body for found, body in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S) if found == language]
+
+
+def commands() -> list[str]:
+    """Every line of a plain block that a user would type, without its comment."""
+    lines = "\n".join(block for page in PAGES.values() for block in fenced(page, "")).splitlines()
+    return sorted({x.split(" #")[0].strip() for x in lines if re.match(r"(python|make) ", x)})
+
+
+# commands that take more than a minute, or need what a test has not, and why
+LONG = {
+    "make ": "installs",
+    "python bench.py": "measures for minutes",
+    "--model llama": "fetches a large model",
+    "max-autotune": "tries many kernels",
+    "max_autotune": "tries many kernels",
+    "pytest": "the tests themselves",
+}
+
+
+@pytest.mark.commands
+@pytest.mark.parametrize("line", [x for x in commands() if not any(part in x for part in LONG)])
+def test_every_command_runs(line, tmp_path):
+    argv = shlex.split(line)
+    done = subprocess.run(
+        [sys.executable, *argv[1:]], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_every_long_command_is_on_a_page():
+    assert len(commands()) > 20 and all(any(part in x for x in commands()) for part in LONG if part != "pytest")
+
+
 @pytest.mark.parametrize("line", sorted(set(re.findall(r"^python generate.py (.*)$", ALL, re.M))))
 def test_every_command_has_flags_that_exist(line):
     import generate
@@ -70,7 +107,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     """In order, in one namespace, as a module that dataclasses can look up."""
     import importlib.util
 
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGES[page], re.M | re.S)
+    blocks = fenced(PAGES[page], "python")
     file = tmp_path / "page.py"
     file.write_text("\n".join(b.replace("from __future__ import annotations\n", "") for b in blocks), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("page", file)

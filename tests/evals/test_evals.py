@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from helpers import ROOT
-from tiny import text
+from tiny import text, write_seeded
 
 from evals import quality, record, show
 from evals.dense import begin
@@ -532,6 +532,23 @@ def test_what_is_not_installed_is_a_row_that_says_so(tiny, llm_of, monkeypatch):
     assert found[-1][0] == "transformers" and "requirements-peers.txt" in found[-1][1]
     assert {r.name for r in found[:-1]} >= {"nanokv full", "nanokv snapkv", "nanokv streaming"}
     assert (ROOT / "requirements-peers.txt").is_file()
+
+
+def test_the_same_keys_stay_as_under_kvpress(tmp_path):
+    """Against positions that kvpress kept, stored by kvpress_keys.py."""
+    from kvpress_keys import FILE, PRESSES, prompt
+
+    from nanokv import load
+
+    write_seeded(tmp_path / "model", model_type="llama", architectures=["LlamaForCausalLM"])
+    llm, stored = load(str(tmp_path / "model"), dtype="float32"), json.loads(FILE.read_text(encoding="utf-8"))
+    assert set(stored["kept"]) == set(PRESSES)
+    for plan, layers in stored["kept"].items():
+        session = llm.session(1, plan=parse(plan))
+        session.start([prompt()])
+        for theirs, store in zip(layers, session.cache.stores.values(), strict=True):
+            (mine,) = store.unpack()
+            assert [p[:n].tolist() for p, n in zip(mine.pos[0], mine.length[0], strict=True)] == theirs, plan
 
 
 @pytest.mark.slow
