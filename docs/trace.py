@@ -111,7 +111,10 @@ def scores(found: Tensor, q: Tensor, k: Tensor, start: int, *more: Any) -> list[
 
 
 def pooled(found: Tensor, policy: SnapKV, prompt: Any) -> list[str]:
-    return [f"maximum of {policy.kernel} neighbours; inf: the observation window", *heads(found)]
+    return [
+        f"maximum over a token and {policy.kernel // 2} neighbour on each side; inf: the observation window",
+        *heads(found),
+    ]
 
 
 def top(kept: Kept, *more: Any, **named: Any) -> list[str]:
@@ -132,7 +135,7 @@ def slots(_, s: Slots, *more: Any) -> list[str]:
 
 
 def packed(cache: KVCache, *more: Any) -> list[str]:
-    return [f"{len(cache.stores)} stores, room for {cache.room} more tokens"]
+    return [f"{len(cache.stores)} stores, room for {cache.room} more tokens in heads that grow"]
 
 
 def record(_, s: Slots, slot: int, pos: Tensor) -> list[str]:
@@ -164,20 +167,23 @@ def heads(x: Tensor) -> list[str]:
 # ---- the run ----------------------------------------------------------------------------------------------------------
 
 
-def models(trace: Trace) -> Models:
-    """A model with random weights that computes with the plain functions of kernels/reference.py."""
+def models(trace: Trace, layers: int = 1) -> Models:
+    """A model with random weights that computes with the plain functions of kernels/reference.py. layers: how many of them
+    print their scores.
+    """
     generator, cpu = torch.Generator().manual_seed(7), torch.device("cpu")
     model = loader.empty(CONFIG, EAGER, cpu, torch.float32)
     for name, weight in model.named_parameters():
         weight.data.fill_(1) if "norm" in name else weight.data.normal_(0, 0.5, generator=generator)
-    ops = replace(EAGER, attention_scores=trace.wrapped(EAGER.attention_scores, scores, 1))
+    ops = replace(EAGER, attention_scores=trace.wrapped(EAGER.attention_scores, scores, layers))
     return Models(model, model, ops, Eager(model))
 
 
 def run(name: str, out: Callable[[str], None] = print) -> None:
     """Run one plan and print its stations."""
     plan, trace = parse(PLANS[name]), Trace(out)
-    session, layers = Session(models(trace), plan, room=8), 2 if name == "simlayer" else 1
+    layers = 2 if name == "simlayer" else 1
+    session = Session(models(trace, layers), plan, room=8)
     out(f"== {PLANS[name]} reads the prompt: {' '.join(WORDS)}")
     choice = (
         [(SimLayerKV, "keep", laziness, 2)]
