@@ -72,28 +72,6 @@ def test_a_turn_of_many_tokens_equals_feeding_them_one_by_one(llm_of):
         assert session.pos.item() == 80
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chat", [False, True])
-def test_smollm2_writes_the_same_64_tokens_as_transformers(chat, smollm):
-    import transformers
-
-    from weights.fetch import locate
-
-    transformers.utils.logging.disable_progress_bar()
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(locate("smollm2-135m"), dtype=torch.float32).eval()
-    for prompt in PROMPTS:
-        words = smollm.tokenizer
-        plain = words.chat([{"role": "user", "content": prompt}]) if chat else prompt
-        ids = words.encode(plain, special=not chat)
-        with torch.no_grad():
-            theirs = oracle.generate(
-                torch.tensor([ids]), max_new_tokens=64, do_sample=False, eos_token_id=-1, pad_token_id=0
-            )
-        turn = smollm.answer(smollm.session(64), [ids], limit=64, ignore_eos=True)
-        list(turn)
-        assert turn.ids[0] == theirs[0, len(ids) :].tolist()
-
-
 PROMPTS = (
     "The three primary colours are",
     "Write a short letter to a friend who has moved to another city.",
@@ -101,6 +79,31 @@ PROMPTS = (
     "In 1969, the first people landed on the Moon. Their names were",
     "Explain in simple words why the sky is blue.",
 )
+CASES = [(prompt, chat) for chat in (False, True) for prompt in PROMPTS]
+FEW = [(PROMPTS[0], False), (PROMPTS[4], True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prompt", "chat"), [*FEW, *(pytest.param(*c, marks=pytest.mark.exhaustive) for c in CASES if c not in FEW)]
+)
+def test_smollm2_writes_the_same_64_tokens_as_transformers(prompt, chat, smollm):
+    import transformers
+
+    from weights.fetch import locate
+
+    transformers.utils.logging.disable_progress_bar()
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(locate("smollm2-135m"), dtype=torch.float32).eval()
+    words = smollm.tokenizer
+    plain = words.chat([{"role": "user", "content": prompt}]) if chat else prompt
+    ids = words.encode(plain, special=not chat)
+    with torch.no_grad():
+        theirs = oracle.generate(
+            torch.tensor([ids]), max_new_tokens=64, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+    turn = smollm.answer(smollm.session(64), [ids], limit=64, ignore_eos=True)
+    list(turn)
+    assert turn.ids[0] == theirs[0, len(ids) :].tolist()
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])

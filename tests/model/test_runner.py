@@ -74,13 +74,8 @@ def test_every_part_compiles_to_two_graphs_and_no_third(keep, store, llm_of):
     check(store, *counted(llm_of("g3"), small(keep, store), 14))
 
 
-# these rank the prompt's tokens and differ from snapkv in nothing that a decode step sees
-LIKE_SNAPKV = ("random", "pyramidkv", "chunkkv", "knorm", "keydiff", "expected")
-REST = [pytest.param(*p, marks=pytest.mark.pairs if p[0] in LIKE_SNAPKV else ()) for p in PAIRS if p not in ALONE]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("keep", "store"), REST)
+@pytest.mark.pairs
+@pytest.mark.parametrize(("keep", "store"), [pair for pair in PAIRS if pair not in ALONE])
 def test_every_pair_compiles_to_two_graphs_and_no_third(keep, store, llm_of):
     # sizes of single heads: one that all layers share at first is taken for a constant, and for a number of its own later
     check(store, *counted(llm_of("g3"), small(keep, store)), more=store == "ragged")

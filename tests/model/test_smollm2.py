@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from evals.tasks import needle
 from nanokv import parse
 from nanokv.cache.context import Context
+from nanokv.runner import Eager
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +38,27 @@ def fast():
 
 
 @pytest.fixture(scope="module")
+def short(fast):
+    """The first LAYERS layers of it, for tests that count what is held and do not read what is written."""
+
+    def cut(model):
+        few = copy.copy(model)
+        few._modules = {**model._modules, "layers": model.layers[:LAYERS]}
+        few.config = replace(model.config, num_hidden_layers=LAYERS)
+        return few
+
+    models = fast.models
+    prefill = cut(models.prefill)
+    decode = prefill if models.decode is models.prefill else cut(models.decode)
+    few = copy.copy(fast)
+    few.models, few.config = replace(models, prefill=prefill, decode=decode, runner=Eager(decode)), decode.config
+    return few
+
+
+LAYERS = 8
+
+
+@pytest.fixture(scope="module")
 def count(smollm):
     return lambda text: len(smollm.tokenizer.encode(text, special=False))
 
@@ -48,20 +72,21 @@ NEEDLES = [
 ]
 
 
-def test_needles_are_found_by_snapkv_and_under_four_bits_not_by_chance_or_two(smollm, count):
+@pytest.mark.parametrize("texts", [5, pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_needles_are_found_by_snapkv_and_under_four_bits_not_by_chance_or_two(texts, smollm, count):
     """1,000 tokens, a seven-digit code of which each digit is a token: pooling must be as wide as the answer. One prefill serves all."""
     from evals.dense import begin
     from nanokv.inspect.fidelity import follow, greedy
 
     found = dict.fromkeys(NEEDLES, 0)
-    for seed in range(20):
+    for seed in range(texts):
         task = needle(seed, 1000, count)
         ids = smollm.tokenizer.encode(task.unfinished)
-        for i, start in begin(smollm, [parse(p) for p in NEEDLES[: 5 if seed < 10 else 2]], ids, 9):
+        for i, start in begin(smollm, [parse(p) for p in NEEDLES], ids, 9):
             found[NEEDLES[i]] += task.solved(smollm.tokenizer.decode(follow(*start(), 9, greedy)[0]))
-    assert found["full"] == 20 and found["full+int4"] == 10, found
-    assert found[NEEDLES[1]] >= 18, found
-    assert found[NEEDLES[2]] == 0 and found["full+turbo:k=2,v=2"] <= 5, found
+    assert found["full"] == texts and found["full+int4"] >= 0.95 * texts, found
+    assert found[NEEDLES[1]] >= 0.9 * texts, found
+    assert found[NEEDLES[2]] == 0 and found["full+turbo:k=2,v=2"] <= 0.5 * texts, found
 
 
 def test_rounding_keys_hurts_more_than_rounding_values(smollm):
@@ -73,17 +98,17 @@ def test_rounding_keys_hurts_more_than_rounding_values(smollm):
     assert keys > values > eight and four > 3 * eight and keys > four, (keys, values, four, eight)
 
 
-def test_lazy_layers_and_four_bits_take_a_fifth_of_the_memory(fast):
+def test_lazy_layers_and_four_bits_take_a_fifth_of_the_memory(short):
     """SimLayerKV's headline: half the layers hold 1,024 tokens, and all of them 4 bits; scales, windows and positions included."""
     from evals.quality import text_of
 
-    session = fast.session(32, None, parse("simlayer:variant=light+kivi4"))
-    session.start([text_of(fast, 0, 7500)])
+    session = short.session(32, None, parse("simlayer:variant=light+kivi4"))
+    session.start([text_of(short, 0, 7500)])
     for _ in range(3):
         session.feed(torch.tensor([[1]]))
     report = session.report()
-    assert len(report.evicting_layers) == 15 and report.used_bytes <= report.full_bytes / 4.8
-    assert report.bytes == storages(session.cache, {}, (Context, type(fast.config)))
+    assert len(report.evicting_layers) == LAYERS // 2 and report.used_bytes <= report.full_bytes / 4.8
+    assert report.bytes == storages(session.cache, {}, (Context, type(short.config)))
 
 
 PLANS = {
@@ -95,8 +120,8 @@ PLANS = {
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_four_policies_on_four_thousand_tokens(plan, fast, count):
-    task = needle(3, 4000, count, depth=0.4)
+def test_four_policies_on_a_long_text(plan, fast, count):
+    task = needle(3, 2500, count, depth=0.4)
     solved, session = answer(fast, plan, task)
     report = session.report()
     assert solved or plan != "full"
@@ -154,33 +179,33 @@ def layers_alive(llm, plan: str, ids: list[int], chunk: int | None = None) -> li
     return seen
 
 
-def test_a_7000_token_prefill_holds_one_full_layer_at_a_time(fast, count):
-    ids = fast.tokenizer.encode(needle(1, 7000, count).unfinished)[:7000]
-    size = fast.models.prefill.embed_tokens.weight.itemsize
-    one = 2 * 7000 * 3 * 64 * size  # K and V of one full layer
+def test_a_prefill_of_3000_tokens_holds_one_full_layer_at_a_time(short, count):
+    ids = short.tokenizer.encode(needle(1, 3000, count).unfinished)[:3000]
+    size = short.models.prefill.embed_tokens.weight.itemsize
+    one = 2 * 3000 * 3 * 64 * size  # K and V of one full layer
     kept = 512 * 3 * (2 * 64 * size + 4) + 3 * 4 * 3
-    between = layers_alive(fast, "snapkv:budget=512", ids)
-    assert between == [i * kept for i in range(30)]  # nothing of a finished layer but what it keeps
-    few, one = ids[:1400], one // 5
-    full = layers_alive(fast, "full", few)
-    assert full[29] >= 29 * one
-    chunked = layers_alive(fast, "snapkv:budget=512", few, chunk=700)
-    assert chunked[30] >= 30 * one  # with chunks, every layer lives until the last one
+    between = layers_alive(short, "snapkv:budget=512", ids)
+    assert between == [i * kept for i in range(LAYERS)]  # nothing of a finished layer but what it keeps
+    few, one = ids[:1000], one // 3
+    full = layers_alive(short, "full", few)
+    assert full[LAYERS - 1] >= (LAYERS - 1) * one
+    chunked = layers_alive(short, "snapkv:budget=512", few, chunk=500)
+    assert chunked[LAYERS] >= LAYERS * one  # with chunks, every layer lives until the last one
 
 
-def test_the_peak_of_a_compressed_prefill_is_far_below_the_full_cache(fast, count):
+def test_the_peak_of_a_compressed_prefill_is_far_below_the_full_cache(short, count):
     """Every storage large enough to hold half a layer's keys, counted at allocation and release."""
-    ids = fast.tokenizer.encode(needle(1, 7000, count).unfinished)[:7000]
-    one, peaks = 2 * 7000 * 3 * 64 * fast.models.prefill.embed_tokens.weight.itemsize, {}
+    ids = short.tokenizer.encode(needle(1, 3000, count).unfinished)[:3000]
+    one, peaks = 2 * 3000 * 3 * 64 * short.models.prefill.embed_tokens.weight.itemsize, {}
     for plan in ("snapkv:budget=512", "full"):
-        session = fast.session(8, None, parse(plan))
+        session = short.session(8, None, parse(plan))
         with LiveBytes(least=one // 4) as counter:
             session.start([ids])
         peaks[plan] = counter.peak
         del session
-    fast.last = None
-    # both peaks hold the same activations (x, gate|up, …); what differs is 29 more full layers
-    assert peaks["full"] - peaks["snapkv:budget=512"] >= 28 * one
+    short.last = None
+    # both peaks hold the same activations (x, gate|up, …); what differs is LAYERS - 1 more full layers
+    assert peaks["full"] - peaks["snapkv:budget=512"] >= (LAYERS - 2) * one
 
 
 def test_the_readmes_five_lines_of_python_run(capsys):

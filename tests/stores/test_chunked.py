@@ -241,13 +241,13 @@ def test_a_batch_of_unequal_rows_is_each_row_alone(plan, llm_of):
 def test_of_the_prompt_no_more_than_one_layer_is_whole_at_a_time(llm_of, monkeypatch):
     """What a finished layer leaves behind while the next ones are computed."""
     llm, left = llm_of("deep"), []
-    finish = PromptCache.attended
+    finish = PromptCache.compress
 
     def noted(self, owner):
         finish(self, owner)
         left.append({k.k.shape[2] for k in self.kept.values()})
 
-    monkeypatch.setattr(PromptCache, "attended", noted)
+    monkeypatch.setattr(PromptCache, "compress", noted)
     for plan in (f"full+{SPARSE}", "full", "simlayer:variant=light,sink=2,recent=16,window=4,full=8+" + SPARSE):
         llm.session(8, plan=parse(plan)).start([text(200, seed=5)])
     exact = 4 * (1 + 3)

@@ -77,8 +77,15 @@ def dense_of(llm_of):
     return make
 
 
-@pytest.mark.parametrize("share", [{}, {2: 0}], ids=["own", "shared"])
-@pytest.mark.parametrize(("keep", "store"), pairs())
+def owned_and_shared() -> list:
+    """(policy, store, share): every pair, and every pair with a shared layer, most of them in the tier `pairs`."""
+    alone = [pytest.param(*pair, {}, id="-".join(pair)) for pair in pairs()]
+    few = [pair for pair in pairs() if pair[0] == "full" or pair[1] == "dense"]
+    marks = {pair: () if pair in few else pytest.mark.pairs for pair in pairs()}
+    return alone + [pytest.param(*p, {2: 0}, id="-".join((*p, "shared")), marks=marks[p]) for p in pairs()]
+
+
+@pytest.mark.parametrize(("keep", "store", "share"), owned_and_shared())
 def test_every_pair_runs_or_refuses_and_only_rounding_differs(keep, store, share, llm_of, dense_of):
     """Against attention over what the store unpacks, so that folding scales, turning queries, rings and merging are exact; what it unpacks
     against the keys and values that the model made."""
