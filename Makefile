@@ -24,7 +24,7 @@ check: .venv/dev
 test: .venv/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -q -n 2
+	$(PY) -m pytest -q -n 2 --dist worksteal
 
 # on a machine with CUDA
 gpu:

@@ -49,7 +49,7 @@ def parser() -> cli.Parser:
     a("--v-bits", metavar="N", help="bits per value number")
     a("--kv-group-size", metavar="N", help="how many numbers share a scale")
     a("--residual", metavar="N", help="how many of the last tokens are not quantized")
-    a("--save-cache", metavar="FILE", help="write the compressed prompt to a file")
+    a("--save-cache", metavar="FILE", help="write the compressed prompt; after --load-cache, all that was fed")
     a("--load-cache", metavar="FILE", help="continue from a saved cache under its own plan; the prompt follows it")
     a("--plan", action="store_true", help="print what each policy would keep of a full context and exit; loads nothing")
     a("--list-policies", nargs="?", const="", metavar="NAME", help="list policies and stores, or explain one, and exit")
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.json:
         cli.check_output_file("--json", args.json)
-    text = read_prompt(args)
+    text = cli.read_prompt(args)
 
     from nanokv import Sampling, load, parse
     from nanokv.summary import first_line
@@ -184,24 +184,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--question is empty; give a question, or leave it out")
 
 
-def read_prompt(args: argparse.Namespace) -> str | None:
-    """The prompt's text. None: a conversation that begins at the keyboard."""
-    if args.prompt is not None and args.prompt_file is not None:
-        raise ValueError("--prompt and --prompt-file are both given; give one of them")
-    if args.interactive and args.prompt == "-":
-        raise ValueError("--interactive reads the keyboard; leave out -p -")
-    text = args.prompt
-    if text == "-":
-        text = cli.read_text("standard input", lambda: sys.stdin.buffer.read())
-    elif args.prompt_file is not None:
-        text = cli.read_text(f"--prompt-file {args.prompt_file!r}", lambda: Path(args.prompt_file).read_bytes())
-    if text is None and not args.interactive:
-        raise ValueError("no prompt; give -p TEXT, --prompt-file FILE, -p - for standard input, or --interactive")
-    if text is not None and not text.strip():
-        raise ValueError("the prompt is empty; give a text with -p, --prompt-file or on standard input (-p -)")
-    return text
-
-
 def make_plan(args: argparse.Namespace, text: str, budget: str | None):
     """The plan of a PLAN text, with the values of --kv-budget and of the store's flags."""
     from nanokv import parse
@@ -243,7 +225,7 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
         prompt, question = encode_prompt(llm, text, args.question, args.chat, args.system)
         session = llm.session(len(question) + args.max_new_tokens, args.chunk)
     log(args, first_line(llm, str(session.fitted_plan(len(prompt), args.num_samples))))
-    if args.save_cache:
+    if args.save_cache and not args.load_cache:
         options = {**options, "on_compressed": lambda: save(llm, session, Path(args.save_cache))}
     hidden = not cli.shows_progress(args.quiet)
     with tqdm(total=len(prompt), desc="prefill", unit="tok", leave=False, disable=hidden) as bar:
@@ -254,16 +236,24 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
         print(explain(session), file=sys.stderr)
     lines = end_block(llm, result)  # made now, as the record is: --compare would raise the peak memory
     record = as_record(llm, result) if args.json else {}
-    error = None
+    error = ""
+    if args.save_cache and args.load_cache:  # with what was loaded, all that followed it
+
+        def save_all() -> None:
+            result.feed_rest()
+            save(llm, session, Path(args.save_cache))
+
+        error = cli.attempt(f"--save-cache {args.save_cache}", save_all)
     if reference and not result.interrupted:
-        eos = () if args.ignore_eos else llm.tokenizer.eos
-        limits = args.max_new_tokens, eos, args.allow_overflow, args.chunk
-        try:
+
+        def compare() -> None:
+            eos = () if args.ignore_eos else llm.tokenizer.eos
+            limits = args.max_new_tokens, eos, args.allow_overflow, args.chunk
             fidelity = against(llm, reference, prompt, question, *limits)
             log(args, f"compared with {args.compare}, on the text that it writes greedily: {fidelity}")
             record["compare"] = asdict(fidelity)
-        except ValueError as e:  # the answer is valid, so its receipt is printed and its files are written first
-            error = f"--compare {args.compare}: {e}"
+
+        error = error or cli.attempt(f"--compare {args.compare}", compare)
     log(args, lines)
     if args.xray:
         pieces = [llm.tokenizer.decode([i]) for i in (*prompt, *question, *result.ids[0])]
@@ -285,6 +275,8 @@ def converse(args: argparse.Namespace, llm, text: str | None, options: dict) -> 
 
     def report(session) -> None:
         log(args, str(session.report()))
+        if "%" in str(chat.plan):
+            log(args, f"percentages are of the first turn: {session.fitted_plan(0)}")
         if args.explain:
             print(explain(session), file=sys.stderr)
 

@@ -11,7 +11,7 @@ import torch
 from nanokv.device import wait_for
 from nanokv.engine import Session, generate
 from nanokv.text import tokenizer
-from nanokv.text.sampler import Sampling, sample
+from nanokv.text.sampler import Sampling, finite, sample
 from nanokv.text.stream import Stopper, Stream
 
 TURN_CHUNK = 512  # tokens of a turn that are fed at once
@@ -41,6 +41,7 @@ class Answer:
     interrupted: bool = False  # may be set from outside at any time; the answer then ends after the step in progress
     logits: torch.Tensor | None = None
     streams: list[Stopper] = field(default_factory=list)
+    stop_ids: set[int] = field(default_factory=set)  # of the stop strings that are special tokens
 
     def begin(
         self,
@@ -68,7 +69,9 @@ class Answer:
         n = len(session.seen)
         self.ids, self.texts, self.reasons = [[] for _ in range(n)], [""] * n, [None] * n
         before = [list(then)] * n if then else [list(p) for p in prompts for _ in range(copies)]
-        self.streams = [Stopper(Stream(self.tokenizer, ids), self.stop) for ids in before]
+        special = {s: self.tokenizer.hidden[s] for s in self.stop if s in self.tokenizer.hidden}
+        self.stop_ids, text = set(special.values()), tuple(s for s in self.stop if s not in special)
+        self.streams = [Stopper(Stream(self.tokenizer, ids), text) for ids in before]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         clock, column, runner = 0.0, None, self.session.models.runner
@@ -94,15 +97,22 @@ class Answer:
             self.session.feed(column[:, None])
             self.unfed = None
 
+    def feed_rest(self) -> None:
+        """Feed the answer's last token, so that the cache holds the whole answer."""
+        if self.unfed is not None:
+            self.session.feed(torch.tensor([[self.unfed]], device=self.session.pos.device))
+            self.unfed = None
+
     def _sample(self, logits: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            return sample(logits, self.sampling, self.generator)
+            return sample(finite(logits), self.sampling, self.generator)
 
     def _take(self, row: int, token: int, last: bool) -> Iterator[tuple[int, str]]:
         if self.reasons[row]:
             return  # a finished row goes on decoding into its own slots until all are finished
-        if token in self.tokenizer.eos and not self.ignore_eos:
-            self.reasons[row] = "eos"
+        by_id = token in self.stop_ids
+        if by_id or (token in self.tokenizer.eos and not self.ignore_eos):
+            self.reasons[row] = "stop" if by_id else "eos"
             yield from self._emit(row, self.streams[row].end())
             return
         self.ids[row].append(token)

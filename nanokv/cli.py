@@ -22,10 +22,28 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line. It also accepts underscores in flags: --max_new_tokens."""
+    """An argument parser whose errors are one line. It also accepts underscores in flags (--max_new_tokens), and values
+    that begin with dashes, unless they are flags themselves.
+    """
 
     def parse_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
-        return super().parse_args([self._with_dashes(a) for a in args], namespace)
+        """Only flags are normalised. A value is never changed: it is joined to its flag, so that argparse does not
+        look at it.
+        """
+        given, rest = [], list(args)
+        while rest:
+            flag = self._with_dashes(rest.pop(0))
+            action = self._option_string_actions.get(flag)
+            takes_one = action is not None and action.nargs is None
+            if takes_one and rest and self._with_dashes(rest[0]).partition("=")[0] not in self._option_string_actions:
+                flag += "=" + rest.pop(0)
+            given.append(flag)
+        return super().parse_args(given, namespace)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> object:
+        """argparse drops "--" even where it is a flag's value."""
+        is_value = arg_strings == ["--"] and action.nargs is None and action.option_strings
+        return self._get_value(action, "--") if is_value else super()._get_values(action, arg_strings)
 
     def _with_dashes(self, argument: str) -> str:
         flag, equals, value = argument.partition("=")
@@ -91,6 +109,15 @@ def exits(
         return fail(program, f"not enough memory; {need_less_memory}")
 
 
+def attempt(what: str, work: Callable[[], object]) -> str:
+    """Run work() after an answer, whose receipt and files must come out in any case. Return the error, or ""."""
+    try:
+        work()
+    except ValueError as e:
+        return f"{what}: {e}"
+    return ""
+
+
 def shows_progress(quiet: bool = False) -> bool:
     """Progress bars are drawn on a terminal only."""
     return sys.stderr.isatty() and not quiet
@@ -125,6 +152,24 @@ def read_text(source: str, read: Callable[[], bytes]) -> str:
         raise ValueError(f"{source} cannot be read ({e.strerror}); give a text file") from None
     except UnicodeDecodeError as e:
         raise ValueError(f"{source} is not UTF-8 (byte {e.start}); convert it first, as with iconv -t utf-8") from None
+
+
+def read_prompt(args: argparse.Namespace) -> str | None:
+    """The prompt's text, from -p, --prompt-file or standard input. None: a conversation that begins at the keyboard."""
+    if args.prompt is not None and args.prompt_file is not None:
+        raise ValueError("--prompt and --prompt-file are both given; give one of them")
+    if args.interactive and args.prompt == "-":
+        raise ValueError("--interactive reads the keyboard; leave out -p -")
+    text = args.prompt
+    if text == "-":
+        text = read_text("standard input", lambda: sys.stdin.buffer.read())
+    elif args.prompt_file is not None:
+        text = read_text(f"--prompt-file {args.prompt_file!r}", lambda: Path(args.prompt_file).read_bytes())
+    if text is None and not args.interactive:
+        raise ValueError("no prompt; give -p TEXT, --prompt-file FILE, -p - for standard input, or --interactive")
+    if text is not None and not text.strip():
+        raise ValueError("the prompt is empty; give a text with -p, --prompt-file or on standard input (-p -)")
+    return text
 
 
 def check_output_file(flag: str, file: str) -> None:

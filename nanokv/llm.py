@@ -140,7 +140,7 @@ class LLM:
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         chunk: int | None = None,
     ) -> Iterator[str]:
         """Yield the continuation of a prompt, piece by piece, under this model's plan."""
@@ -208,7 +208,7 @@ class LLM:
         limit: int = 256,
         sampling: Sampling | None = None,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         overflow: bool = False,
         progress: Callable[[int], None] | None = None,
@@ -222,7 +222,8 @@ class LLM:
         copies         how many rows share each prompt (samples).
         limit          new tokens per row, at most.
         sampling, seed how tokens are chosen; the default is greedy.
-        stop           strings that end a row's text; they are not part of it.
+        stop           strings that end a row's text; they are not part of it. A special token ends it by its id. One
+                       string is one stop.
         ignore_eos     go on after an end-of-sequence token.
         overflow       go on beyond the model's context.
         progress       progress(n) is called after every n prompt tokens.
@@ -248,7 +249,7 @@ class LLM:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed is {seed}; give a whole number from 0 to 2^63 − 1")
         generator = torch.Generator(self.device).manual_seed(seed)
-        stop = tuple(filter(None, stop))
+        stop = tuple(filter(None, (stop,) if isinstance(stop, str) else stop))
         answer = Answer(session, self.tokenizer, limit, sampling or Sampling(), generator, stop, ignore_eos)
         answer.begin(prompts, then, copies, progress, on_compressed)
         return answer

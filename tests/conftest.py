@@ -22,6 +22,7 @@ def tiny(tmp_path_factory):
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # what generate.py prints is captured
     made = {}
 
     def make(name: str):

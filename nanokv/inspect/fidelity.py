@@ -15,6 +15,7 @@ from torch import Tensor
 from nanokv.cache.plan import Plan
 from nanokv.engine import Session
 from nanokv.llm import LLM
+from nanokv.text.sampler import finite
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def follow(
     """
     tokens, rows = [], []
     while True:
-        rows.append(logits[0].float())
+        rows.append(finite(logits)[0].float())
         tokens.append(choose(len(tokens), rows[-1]))
         if len(tokens) == n or tokens[-1] in eos:
             return tokens, torch.stack(rows)
@@ -66,7 +67,7 @@ def losses(reference: Tensor, other: Tensor, text: Sequence[int]) -> tuple[Tenso
 
     The arguments are those of `compare`.
     """
-    p, q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
+    p, q = (finite(x).double().log_softmax(-1) for x in (reference, other))
     at = torch.tensor(text, device=p.device)[:, None]
     nll = [-x.gather(-1, at)[:, 0] for x in (p, q)]
     return (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1), *nll

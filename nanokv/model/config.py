@@ -176,16 +176,18 @@ def _ids(value: Any, where: str) -> tuple[int, ...]:
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Read rope_theta and rope_scaling, or the newer rope_parameters that replaces both."""
-    new = raw.get("rope_parameters") or {}
-    old = raw.get("rope_scaling") or {}
-    if not isinstance(new, dict) or not isinstance(old, dict):
+    """Read the rotary settings: rope_parameters, or the older rope_scaling. Each may hold rope_theta, and then that one
+    counts; otherwise it stands beside them.
+    """
+    found = {name: raw.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
+    if not all(isinstance(x, dict) for x in found.values()):
         raise ValueError(f"{where}: rope_scaling must be an object with rope_type and factor")
     if raw.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{where}: partial_rotary_factor is not supported; rotary positions must cover the whole head")
-    scaling = new or old
-    theta = _float({**raw, **new}, "rope_theta", 10000.0, where)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    scaling = _one_kind(found["rope_parameters"], where) or found["rope_scaling"]
+    settings = {"rope_theta": 10000.0} | {k: v for x in (raw, scaling) for k, v in x.items() if v is not None}
+    theta = _float(settings, "rope_theta", 10000.0, where)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return {"rope_theta": theta}
     if kind not in ("linear", "llama3"):
@@ -196,3 +198,13 @@ def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: rope_scaling {kind} lacks {', '.join(missing)}")
     values = {k: _float(scaling, k, 0, where) for k in required}
     return {"rope_theta": theta, "rope_scaling": RopeScaling(kind, **values)}
+
+
+def _one_kind(parameters: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """rope_parameters may hold an object per kind of layer (full_attention, sliding_attention); all must be alike."""
+    if not parameters or not all(isinstance(x, dict) for x in parameters.values()):
+        return parameters
+    first, *others = parameters.values()
+    if any(x != first for x in others):
+        raise ValueError(f"{where}: rope_parameters differ between kinds of layers, which is not supported")
+    return first

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,6 +26,7 @@ from nanokv.model.rope import inverse_frequencies
 
 LazyTensor = tuple[str, tuple[int, ...], Callable[[], Any]]  # checkpoint name, shape, reader of the values
 FLOATS = ("F64", "F32", "F16", "BF16")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -56,10 +58,10 @@ def fill(model: Llama, tensors: Iterable[LazyTensor], where: str, bar: bool = Fa
 
     Two threads copy: one can copy while the other waits for the disk.
     """
+    tensors = [x for x in tensors if not x[0].endswith("rotary_emb.inv_freq")]  # old checkpoints store the rotary table
+    tensors = _settle_head(model, tensors)
     missing, jobs = targets(model), []
     for name, shape, read_values in tensors:
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
-            continue  # old checkpoints store the rotary table; a tied head repeats the embedding
         if name not in missing:
             raise ValueError(
                 f"{where} holds {name[:80]!r}, which is not a tensor of this model or occurs twice; "
@@ -74,6 +76,29 @@ def fill(model: Llama, tensors: Iterable[LazyTensor], where: str, bar: bool = Fa
     with ThreadPoolExecutor(2) as pool:
         done = pool.map(lambda job: job[0].copy_(torch.as_tensor(job[1]())), jobs)
         list(tqdm(done, total=len(jobs), desc="load", unit="tensor", leave=False, disable=not bar))
+
+
+def _settle_head(model: Llama, tensors: list[LazyTensor]) -> list[LazyTensor]:
+    """Tie the output head to the embedding, or not, by what the checkpoint holds; config.json may be wrong about it.
+
+    If only one of the two is there, it serves as both. If both are there and differ, both are used. Returns the tensors
+    to read.
+    """
+    found = {name: read_values for name, _, read_values in tensors if name in (EMBEDDING, HEAD)}
+    tied = model.config.tie_word_embeddings
+    if len(found) == 2 and tied:
+        tied = torch.equal(*(torch.as_tensor(read_values()) for read_values in found.values()))
+    elif len(found) == 1:
+        tied = True
+    if tied != model.config.tie_word_embeddings:
+        weight = model.embed_tokens.weight
+        model.lm_head.weight = weight if tied else torch.nn.Parameter(torch.empty_like(weight), requires_grad=False)
+        model.config = replace(model.config, tie_word_embeddings=tied)
+    if not tied:
+        return tensors
+    if EMBEDDING in found:
+        return [x for x in tensors if x[0] != HEAD]
+    return [(EMBEDDING if name == HEAD else name, shape, read_values) for name, shape, read_values in tensors]
 
 
 def read(files: dict[Path, list[str]]) -> Iterator[LazyTensor]:

@@ -52,6 +52,16 @@ def probabilities(logits: Tensor, s: Sampling) -> Tensor:
     return p / p.sum(-1, keepdim=True)
 
 
+def finite(logits: Tensor) -> Tensor:
+    """Return the logits. ValueError if one is NaN or infinite: no token and no statistic may come of them."""
+    if not logits.sum(dtype=torch.float32).isfinite():  # a sum is the cheapest look at all of them
+        raise ValueError(
+            "the model's logits are not finite (NaN or infinity), so there is no next token; the weights may be damaged, or "
+            "their type may be too narrow: try --dtype float32"
+        )
+    return logits
+
+
 def sample(logits: Tensor, s: Sampling, generator: torch.Generator | None) -> Tensor:
     """Logits (B,vocab) → token ids (B,)."""
     if s.temperature == 0:

@@ -30,6 +30,7 @@ class Tokenizer:
     eos: tuple[int, ...]  # every id that ends a text
     template: str | None = None  # the chat template, in jinja2
     specials: dict[str, str] = field(default_factory=dict)  # name in a template, such as bos_token → special token
+    hidden: dict[str, int] = field(default_factory=dict)  # special tokens, which `decode` leaves out → their ids
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the ids of a text. `special` adds the BOS token that the model expects, but never a second one.
@@ -108,6 +109,8 @@ def _from_json(file: Path, settings: dict[str, Any], config: ModelConfig) -> Tok
         fast = Fast.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
         raise ValueError(f"{file} cannot be read ({_first_line(e)}); fetch it again") from None
+    fast.no_truncation()  # what a file says about clipping and padding is of training, and no prompt is ever clipped
+    fast.no_padding()
     bos = _id(settings.get("bos_token"), fast.token_to_id, config.bos_token_id)
     wants_bos = settings.get("add_bos_token") is True
 
@@ -119,7 +122,8 @@ def _from_json(file: Path, settings: dict[str, Any], config: ModelConfig) -> Tok
         return fast.decode(ids, skip_special_tokens=True)
 
     size = max(fast.get_vocab().values(), default=-1) + 1  # ids may have gaps, so this is not their number
-    return Tokenizer(encode, decode, size, bos, _eos(settings, fast.token_to_id, config))
+    hidden = {token.content: i for i, token in fast.get_added_tokens_decoder().items() if token.special}
+    return Tokenizer(encode, decode, size, bos, _eos(settings, fast.token_to_id, config), hidden=hidden)
 
 
 def _from_sentencepiece(file: Path, settings: dict[str, Any], config: ModelConfig) -> Tokenizer:
@@ -151,7 +155,8 @@ def _from_sentencepiece(file: Path, settings: dict[str, Any], config: ModelConfi
         return special.get(piece, sp.PieceToId(piece) if sp.PieceToId(piece) != sp.unk_id() else None)
 
     eos = _eos(settings, find, config) or ((sp.eos_id(),) if sp.eos_id() >= 0 else ())
-    return Tokenizer(encode, decode, max([sp.GetPieceSize(), *(i + 1 for i in added.values())]), bos, eos)
+    size = max([sp.GetPieceSize(), *(i + 1 for i in added.values())])
+    return Tokenizer(encode, decode, size, bos, eos, hidden=special)
 
 
 def byte_level() -> Tokenizer:
