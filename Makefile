@@ -1,9 +1,12 @@
 # Every command starts from a bare clone with python3 (3.10 or newer, with venv) and make, and may be repeated.
 PYTHON ?= python3
 PY := .venv/bin/python
-# what runs in a minute: rules of the house, pages, plans, policies against their papers, one file of each other kind
-QUICK := tests/test_architecture.py tests/policies/test_policies.py tests/cache/test_plan.py tests/model/test_model.py \
-	tests/model/test_sampler.py tests/io/test_loader.py tests/stores/test_codecs.py
+# what runs in a minute: rules of the house, pages, plans, what every policy must have, one file of each other kind
+QUICK := tests/test_architecture.py tests/policies/test_policies.py tests/policies/test_interfaces.py tests/cache/test_plan.py \
+	tests/model/test_sampler.py tests/io/test_loader.py tests/stores/test_codecs.py tests/evals/test_docs.py \
+	tests/policies/test_identity.py::test_every_policy_has_examples_of_its_own \
+	tests/policies/test_identity.py::test_tokens_that_must_stay_fit_the_smallest_budget \
+	tests/cli/test_cli.py::test_every_option_of_every_part_has_a_meaning
 
 .PHONY: demo check test gpu lint clean
 SHELL := /bin/sh
@@ -11,6 +14,7 @@ SHELL := /bin/sh
 demo: .venv/run
 	@$(PY) -m evals.tasks --tokens 3000 --seed 3 > .venv/demo.txt
 	@echo "A text of about 3,000 tokens that names a code somewhere, and ends with:"; tail -n 1 .venv/demo.txt; echo
+	@echo "(the code is $$($(PY) -m evals.tasks --tokens 3000 --seed 3 --answer))"; echo
 	@echo "== continued with the full cache:"
 	@$(PY) generate.py --prompt-file .venv/demo.txt -n 12
 	@echo; echo "== with a quarter of it (snapkv):"

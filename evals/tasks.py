@@ -241,8 +241,10 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--tokens", type=int, default=3000)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--answer", action="store_true", help="print the answer instead of the text")
     args = p.parse_args()
-    print(needle(args.seed, args.tokens, lambda text: len(re.findall(r"\w+|[^\w\s]", text))).unfinished, end="")
+    task = needle(args.seed, args.tokens, lambda text: len(re.findall(r"\w+|[^\w\s]", text)))
+    print(task.answer.strip() if args.answer else task.unfinished, end="")
 
 
 if __name__ == "__main__":

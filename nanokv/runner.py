@@ -52,7 +52,7 @@ class CompileOptions:
             raise ValueError(
                 f"compile options are Inductor's, and the backend is {self.backend}; leave one of them out"
             )
-        known = torch._inductor.list_options() if self.options else []
+        known = _inductor().list_options() if self.options else []
         for key in self.options:
             if key not in known:
                 close = difflib.get_close_matches(key, known, 3, 0.6)
@@ -111,7 +111,7 @@ class Compiled:
             if model.embed_tokens.weight.device.type == "cpu":
                 options |= {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
             # torch.compile takes a mode or options, not both, so the mode is written out
-            options |= torch._inductor.list_mode_options(how.mode) | dict(how.options)
+            options |= _inductor().list_mode_options(how.mode) | dict(how.options)
         given = {"backend": backend or how.backend, "fullgraph": True, "dynamic": how.dynamic}
         self.model, self.compile_s = model, 0.0
         self.block, self.head = (
@@ -126,6 +126,13 @@ class Compiled:
         if _n_compiled() > before:
             self.compile_s += time.perf_counter() - t0
         return out
+
+
+def _inductor() -> Any:
+    """torch's compiler, which takes a while to import."""
+    import torch._inductor
+
+    return torch._inductor
 
 
 def _keep_guard(guard: Any) -> bool:

@@ -45,7 +45,10 @@ def explain_part(name: str) -> str:
         for key, value in given.items():
             indent = " " * (width + 2)
             lines += textwrap.wrap(
-                meanings[key], WIDTH, initial_indent="  " + value.ljust(width), subsequent_indent=indent
+                meanings.get(key, "(its class does not say)"),
+                WIDTH,
+                initial_indent="  " + value.ljust(width),
+                subsequent_indent=indent,
             )
     return "\n".join(lines)
 

@@ -87,7 +87,8 @@ def _settle_head(model: Llama, tensors: list[LazyTensor]) -> list[LazyTensor]:
     found = {name: read_values for name, _, read_values in tensors if name in (EMBEDDING, HEAD)}
     tied = model.config.tie_word_embeddings
     if len(found) == 2 and tied:
-        tied = torch.equal(*(torch.as_tensor(read_values()) for read_values in found.values()))
+        one, other = (torch.as_tensor(read_values()) for read_values in found.values())
+        tied = torch.equal(one, other.to(one.dtype))
     elif len(found) == 1:
         tied = True
     if tied != model.config.tie_word_embeddings:

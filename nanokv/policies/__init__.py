@@ -50,7 +50,9 @@ POLICIES: dict[str, Policy] = {
 
 
 class Examples(NamedTuple):
-    """Plans that every test of a policy uses. The first of `small` has no option beside the policy's own."""
+    """Plans that every test of a policy uses. The first of `small` sets the budget and fields of the policy's own class, and
+    nothing else of `Scorer`: tests append such options to it.
+    """
 
     small: list[str]  # evict or demote something of 60 tokens
     whole: str  # keeps all of 80 tokens

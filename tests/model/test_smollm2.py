@@ -208,7 +208,7 @@ def test_the_peak_of_a_compressed_prefill_is_far_below_the_full_cache(short, cou
     assert peaks["full"] - peaks["snapkv:budget=512"] >= (LAYERS - 2) * one
 
 
-def test_the_readmes_five_lines_of_python_run(capsys):
+def test_the_short_way_from_python_runs(capsys):
     from nanokv import load
 
     llm = load("smollm2-135m", plan="snapkv:budget=256+int4")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import PLANS, STEPS, masked, run
+from helpers import PLANS, STEPS, compress, masked, run, shape
 from tiny import text
 
 from nanokv import parse
@@ -91,6 +92,23 @@ def test_every_policy_has_examples_of_its_own():
     assert set(EXAMPLES) == set(POLICIES)
     for name, examples in EXAMPLES.items():
         assert {parse(plan).names[0] for plan in (*examples.small, examples.whole)} == {name}
+
+
+@pytest.mark.parametrize("name", [n for n, p in POLICIES.items() if isinstance(p, Scorer)])
+def test_tokens_that_must_stay_fit_the_smallest_budget(name, monkeypatch):
+    """A score of infinity keeps a token in any case, so a policy's least budget must hold all of them."""
+    part = parse(EXAMPLES[name].small[0])
+    policy = replace(part.policy, budget=max(1, part.policy.min_budget(60), part.policy.every + 1))
+    original, counts = type(policy).score, []
+
+    def noted(self, p):
+        score = original(self, p)
+        counts.append(int((score == torch.inf).sum(-1).max()))
+        return score
+
+    monkeypatch.setattr(type(policy), "score", noted)
+    compress(replace(part, policy=policy), shape(), 60)
+    assert counts and max(counts) <= policy.budget
 
 
 def test_the_oracle_notices_one_wrong_token(llm_of):
