@@ -244,7 +244,7 @@ def main() -> None:
     p.add_argument("--answer", action="store_true", help="print the answer instead of the text")
     args = p.parse_args()
     task = needle(args.seed, args.tokens, lambda text: len(re.findall(r"\w+|[^\w\s]", text)))
-    print(task.answer.strip() if args.answer else task.unfinished, end="")
+    print(task.turns[0][0].answer.strip() if args.answer else task.unfinished, end="")
 
 
 if __name__ == "__main__":
