@@ -11,7 +11,7 @@ import torch
 from nanokv.device import wait_for
 from nanokv.engine import Session, generate
 from nanokv.text import tokenizer
-from nanokv.text.sampler import Sampling, finite, sample
+from nanokv.text.sampler import NOT_FINITE, Sampling, finite_rows, sample
 from nanokv.text.stream import Stopper, Stream
 
 TURN_CHUNK = 512  # tokens of a turn that are fed at once
@@ -78,6 +78,8 @@ class Answer:
         before = compiled = runner.compile_s
         for i, column in enumerate(generate(self.session, self.logits, self.limit, self._sample)):
             tokens = column.tolist()
+            if -1 in tokens:
+                raise ValueError(NOT_FINITE)
             if i > 1 and runner.compile_s == compiled:  # a step that compiled is not counted
                 self.decode_s += time.perf_counter() - clock
                 self.counted += self.reasons.count(None)
@@ -105,7 +107,8 @@ class Answer:
 
     def _sample(self, logits: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            return sample(finite(logits), self.sampling, self.generator)
+            tokens = sample(logits, self.sampling, self.generator)
+            return tokens.masked_fill(~finite_rows(logits), -1)  # read with the tokens, so no step waits twice
 
     def _take(self, row: int, token: int, last: bool) -> Iterator[tuple[int, str]]:
         if self.reasons[row]:

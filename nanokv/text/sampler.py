@@ -52,13 +52,21 @@ def probabilities(logits: Tensor, s: Sampling) -> Tensor:
     return p / p.sum(-1, keepdim=True)
 
 
+NOT_FINITE = (
+    "the model's logits are not finite (NaN or infinity), so there is no next token; the weights may be damaged, or their "
+    "type may be too narrow: try --dtype float32"
+)
+
+
+def finite_rows(logits: Tensor) -> Tensor:
+    """Logits (B,vocab) → bool (B,): no logit of the row is NaN or infinite. A sum is the cheapest look at all of them."""
+    return logits.sum(-1, dtype=torch.float32).isfinite()
+
+
 def finite(logits: Tensor) -> Tensor:
-    """Return the logits. ValueError if one is NaN or infinite: no token and no statistic may come of them."""
-    if not logits.sum(dtype=torch.float32).isfinite():  # a sum is the cheapest look at all of them
-        raise ValueError(
-            "the model's logits are not finite (NaN or infinity), so there is no next token; the weights may be damaged, or "
-            "their type may be too narrow: try --dtype float32"
-        )
+    """Return the logits. ValueError if one is NaN or infinite: no statistic may come of them."""
+    if not finite_rows(logits).all():
+        raise ValueError(NOT_FINITE)
     return logits
 
 
