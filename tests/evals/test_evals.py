@@ -619,6 +619,22 @@ def test_the_whole_of_peers_beside_kvpress(roomy, capsys):
     }
 
 
+def test_compile_counts_graphs_and_times_both_ways(roomy, capsys):
+    """By Dynamo alone, which counts the same graphs and needs no C++ compiler."""
+    flags = ["compile", "--model", roomy, "--dtype", "float32", "--lengths", "40", "60", "--compile-backend", "eager"]
+    code, out, err = run([*flags, "--plans", "full", "snapkv:budget=20,window=4"], capsys)
+    assert code == 0, err
+    full, snapkv = json.loads(out.splitlines()[-1])["compile"]
+    assert full["graphs"] == snapkv["graphs"] == 2
+    assert full["graphs_second_length"] == 1 and full["dynamic"] and len(full["recompiles"]) == 1
+    assert snapkv["graphs_second_length"] == 0 and not snapkv["dynamic"]  # it keeps 20 tokens of either prompt
+    for row in (full, snapkv):
+        assert row["ratio"] == pytest.approx(row["eager_ms"] / row["compiled_ms"]) and row["cold_s"] > 0 < row["warm_s"]
+    assert "graphs at 40" in out
+    code, _, err = run(["compile", "--model", roomy, "--lengths", "40"], capsys)
+    assert code == 2 and "compile takes two" in err
+
+
 def test_endless_and_prose_print_their_tables(roomy, capsys):
     code, out, err = run(
         ["endless", "--model", roomy, "--dtype", "float32", "--lengths", "40", "--plans", "h2o:budget=20"], capsys
