@@ -134,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
         random_weights=args.random_weights,
         bar=cli.shows_progress(args.quiet),
     )
+    for note in llm.notes:
+        log(args, note)
     if args.interactive:
         log(args, first_line(llm, str(plan)))
     status = converse(args, llm, text, options) if args.interactive else answer(args, llm, text, options, reference)

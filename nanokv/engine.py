@@ -35,7 +35,9 @@ class Models:
     @property
     def context(self) -> Context:
         model, weight = self.decode, self.decode.embed_tokens.weight
-        return Context(model.config, self.ops, weight.device, weight.dtype, model.inv_freq, model.output_weights())
+        return Context(
+            model.config, self.ops, weight.device, weight.dtype, model.inv_freq, output_weights=model.output_weights()
+        )
 
 
 def prefill(

@@ -60,7 +60,7 @@ def load(
 
     Raises ValueError for whatever the user can mend: unknown names, damaged files, too little memory.
     """
-    t0 = time.perf_counter()
+    t0, notes = time.perf_counter(), []
     plan = parse(plan) if isinstance(plan, str) else plan
     if backend not in ("auto", "triton", *BACKENDS):
         raise ValueError(
@@ -78,7 +78,7 @@ def load(
             )
         config, vocabulary, fill = PRESETS[shape], tokenizer.byte_level(), lambda m, bar: loader.randomise(m)
     else:
-        config, vocabulary, fill = _source(locate(model, bar))
+        config, vocabulary, fill = _source(locate(model, bar, notes.append), notes)
     use = choose_precision(config, where, dtype)
     check_weights(model, config, where, use)
     ops = ops if backend == "triton" else replace(ops, linear=use.linear)
@@ -90,12 +90,13 @@ def load(
     models = Models(main, decode, ops, make(runner, decode, compile_options))
     name = f"{model} (random weights)" if random_weights else model
     llm = LLM(name, models, vocabulary, plan, use.why, time.perf_counter() - t0, calls)
+    llm.notes = notes
     llm.plan = llm.ready(plan)
     return llm
 
 
-def _source(path: Path) -> tuple[ModelConfig, tokenizer.Tokenizer, Callable]:
-    """A directory or a .gguf file as (config, tokenizer, how to fill a model)."""
+def _source(path: Path, notes: list[str]) -> tuple[ModelConfig, tokenizer.Tokenizer, Callable]:
+    """A directory or a .gguf file as (config, tokenizer, how to fill a model). What had to be guessed is added to `notes`."""
     if path.is_dir():
         config, files = ModelConfig.from_dir(path), loader.find_shards(path)
         return (
@@ -108,6 +109,7 @@ def _source(path: Path) -> tuple[ModelConfig, tokenizer.Tokenizer, Callable]:
         file.write_texts(Path(tmp))
         config = ModelConfig.from_dir(Path(tmp))
         vocabulary = tokenizer.from_dir(Path(tmp), config)
+    notes += file.notes
     return config, vocabulary, lambda m, bar: loader.fill(m, file.tensors(), str(path), bar)
 
 
@@ -127,6 +129,7 @@ class LLM:
         self.config, self.why_dtype, self.load_s = models.decode.config, why_dtype, load_s
         self.device = models.context.device
         self.last: Session | None = None
+        self.notes: list[str] = []  # what the user should know of how the model was found and read
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -156,7 +159,7 @@ class LLM:
 
     def fingerprint(self) -> str:
         """A hash of the shape and of the signs of some weights in each matrix, which are the same in every precision."""
-        found = hashlib.sha256(repr(self.config).encode())
+        found = hashlib.sha256(f"{self.config}{self.config.full_attention_layers or ''}".encode())
         for weight in self.models.prefill.parameters():
             flat = weight.detach().flatten()
             found.update((flat[:: max(1, len(flat) // 64)] < 0).cpu().numpy().tobytes())
@@ -168,10 +171,10 @@ class LLM:
         """
         if plan.ready:
             return plan
-        want, n_layers = plan.sharer, self.config.num_hidden_layers
+        want = plan.sharer
         file = Path(want.map) if want.map else search.map_file(settings().weights, self.fingerprint(), want)
         if want.map or file.is_file():
-            layers = search.read_map(file, self.fingerprint(), n_layers)
+            layers = search.read_map(file, self.fingerprint(), self.config)
         else:
             layers = self.search(want, file)
         return replace(plan, share=layers, sharer=replace(want, layers=len(layers)), ready=True)

@@ -33,6 +33,8 @@ def tiny(tmp_path_factory):
             oracle = getattr(transformers, f"{kind}ForCausalLM")(config).eval().float()
             with torch.no_grad():
                 for key, value in oracle.named_parameters():
+                    if key.endswith(("q_norm.weight", "k_norm.weight")):
+                        value.uniform_(0.5, 1.5)  # and these at one
                     if key.endswith("bias"):
                         value.normal_(0, 0.5)  # transformers starts them at zero, which would hide a missing one
             path = tmp_path_factory.mktemp(name)

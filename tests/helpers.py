@@ -130,7 +130,7 @@ class Shape:
     """What a store reads of a model's configuration."""
 
     def __init__(self, dim: int, heads: int = 2):
-        self.head_dim, self.num_key_value_heads, self.sliding_window = dim, heads, None
+        self.head_dim, self.num_key_value_heads = dim, heads
 
 
 def context(dim: int, heads: int = 2) -> Context:

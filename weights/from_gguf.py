@@ -1,6 +1,6 @@
-"""Convert GGUF files of the llama architecture to the Hugging Face format.
+"""Convert GGUF files of the llama, qwen2 and qwen3 architectures to the Hugging Face format.
 
-Weights are dequantised, llama.cpp's permutation of the Q and K rows is undone, and the tokenizer is rebuilt from the
+Weights are dequantised, llama.cpp's permutation of the Q and K rows of llama is undone, and the tokenizer is rebuilt from the
 metadata. The `gguf` library reads the file. This module does not import nanokv.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ LAYER_NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -32,6 +35,8 @@ OTHER_NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+PERMUTED = ("llama",)  # architectures whose Q and K rows llama.cpp's converter reorders
 
 # llama.cpp's pre-tokenizer name → the pattern that splits text before byte-level BPE. "digits" makes each digit a
 # piece, None uses GPT-2's pattern. The patterns are those of the original tokenizers
@@ -44,31 +49,34 @@ PRE: dict[str, str | None] = {
     "gpt-2": None,
     **dict.fromkeys(LLAMA3, _LLAMA3),
     "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
 }
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED = 1, 2, 3, 4, 5  # GGUF token types; 6 is a byte token
 
 
 class GGUF:
-    """An open GGUF file. ValueError if it cannot be read or is not of the llama architecture."""
+    """An open GGUF file, with the other parts if the model is split. ValueError if one cannot be read or is not of a
+    supported architecture.
+    """
 
     def __init__(self, file: Path):
-        from gguf import GGUFReader
-
-        self.file = file
-        try:
-            self.reader = GGUFReader(file)
-            self.meta = {k: f.contents() for k, f in self.reader.fields.items()}
-        except Exception as e:  # a damaged header fails in numpy, struct or the reader, each with its own type
-            raise ValueError(
-                f"{file} is not a complete GGUF file ({(str(e) or type(e).__name__).splitlines()[0]}); fetch it again"
-            ) from None
-        arch = self.meta.get("general.architecture")
-        if arch != "llama":
-            raise ValueError(f"{file}: architecture {arch!r} is not supported in GGUF; supported is llama")
-        if self.meta.get("split.count", 1) > 1:
-            raise ValueError(f"{file} is one part of a split model; join the parts with llama.cpp's gguf-split first")
-        self.tensors_by_name = {t.name: t for t in self.reader.tensors}
+        self.file, self.notes = file, []  # what had to be guessed, one sentence each
+        self.meta, tensors = _read(file)
+        count = self.meta.get("split.count", 1)
+        if count > 1:
+            parts = [_read(part) for part in _parts(file, count)]
+            self.meta, tensors = parts[0][0], [t for _, found in parts for t in found]
+        kind = self.meta.get("general.type", "model")
+        if kind != "model":
+            name = "a LoRA adapter" if kind == "adapter" else f"of type {kind!r}"
+            raise ValueError(f"{file} is {name}, not a model; give the file of the whole model")
+        self.arch = self.meta.get("general.architecture")
+        if self.arch not in ARCHITECTURES:
+            supported = ", ".join(ARCHITECTURES)
+            raise ValueError(f"{file}: architecture {self.arch!r} is not supported in GGUF; supported are {supported}")
+        self.tensors_by_name = {t.name: t for t in tensors}
         self.tokens = self._get("tokenizer.ggml.tokens")
+        self.pre = self.meta.get("tokenizer.ggml.pre") or self._guess_pre()
 
     def _get(self, key: str, default: Any = None) -> Any:
         """Return a metadata value. ValueError if it is missing and has no default."""
@@ -79,9 +87,9 @@ class GGUF:
 
     def _number(self, key: str, default: float | None = None, kind: type = int) -> Any:
         """Return a positive number from the metadata."""
-        value = self._get(f"llama.{key}", default)
+        value = self._get(f"{self.arch}.{key}", default)
         if not isinstance(value, kind) or not 0 < value < math.inf:
-            raise ValueError(f"{self.file}: llama.{key} is {value!r}; it must be a positive {kind.__name__}")
+            raise ValueError(f"{self.file}: {self.arch}.{key} is {value!r}; it must be a positive {kind.__name__}")
         return value
 
     def _token(self, name: str) -> int | None:
@@ -99,21 +107,40 @@ class GGUF:
             raise ValueError(f"{self.file}: tokenizer.ggml.{key} has {len(values)} entries for {size} tokens")
         return values
 
+    def _guess_pre(self) -> str:
+        """The pre-tokenizer of a byte-level vocabulary whose file names none, as old converters wrote them."""
+        if self.arch in ("qwen2", "qwen3"):
+            guess = "qwen2"
+        else:
+            guess = LLAMA3[0] if "<|begin_of_text|>" in self.tokens else "default"
+        if self.meta.get("tokenizer.ggml.model") == "gpt2":
+            self.notes.append(
+                f"{self.file.name} does not say how it splits text (tokenizer.ggml.pre); "
+                f"{guess} is assumed, by its architecture and tokens"
+            )
+        return guess
+
+    def _vocab_size(self) -> int:
+        """The rows of the embedding, of which the last may belong to no token."""
+        embedding = self.tensors_by_name.get("token_embd.weight")
+        return len(self.tokens) if embedding is None else int(embedding.shape[-1])
+
     def config(self) -> dict[str, Any]:
         """Return the contents of config.json."""
         heads, hidden = self._number("attention.head_count"), self._number("embedding_length")
         dim = self._number("attention.key_length", hidden // heads)
         if self._number("rope.dimension_count", dim) != dim:
             raise ValueError(
-                f"{self.file}: llama.rope.dimension_count is not the head dimension {dim}; "
+                f"{self.file}: {self.arch}.rope.dimension_count is not the head dimension {dim}; "
                 "partial rotation is not supported"
             )
         eps = self._number("attention.layer_norm_rms_epsilon", kind=float)
         raw = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [ARCHITECTURES[self.arch]],
+            "model_type": self.arch,
             "hidden_act": "silu",
-            "vocab_size": len(self.tokens),
+            "vocab_size": self._vocab_size(),
+            "attention_bias": self.arch != "qwen2" and "blk.0.attn_q.bias" in self.tensors_by_name,
             "hidden_size": hidden,
             "intermediate_size": self._number("feed_forward_length"),
             "num_hidden_layers": self._number("block_count"),
@@ -133,19 +160,21 @@ class GGUF:
     def _eos_ids(self) -> list[int]:
         """Return every id that ends a text: those of the metadata, and the markers that end a turn of a chat."""
         ids = [i for i in map(self._token, ("eos", "eot", "eom")) if i is not None]
-        ends = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>")
+        ends = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>")
         ids += [self.tokens.index(t) for t in ends if t in self.tokens]
         return list(dict.fromkeys(ids))
 
     def _scaling(self, raw: dict[str, Any]) -> dict[str, Any] | None:
         """Return rope_scaling for config.json, or None. ValueError if the scaling is not supported."""
-        kind, freqs = self.meta.get("llama.rope.scaling.type"), self.tensors_by_name.get("rope_freqs.weight")
-        old = self.meta.get("llama.rope.scale_linear")
-        factor = self.meta.get("llama.rope.scaling.factor", old)
+        kind, freqs = self.meta.get(f"{self.arch}.rope.scaling.type"), self.tensors_by_name.get("rope_freqs.weight")
+        old = self.meta.get(f"{self.arch}.rope.scale_linear")
+        factor = self.meta.get(f"{self.arch}.rope.scaling.factor", old)
         if kind is None and factor not in (None, 0.0, 1.0):
             kind = "linear"
         if kind == "linear" and freqs is None:
-            return {"rope_type": "linear", "factor": self._number("rope.scaling.factor", factor, float)}
+            found = {"rope_type": "linear", "factor": self._number("rope.scaling.factor", factor, float)}
+            before = self.meta.get(f"{self.arch}.rope.scaling.original_context_length")
+            return found if before is None else {**found, "original_max_position_embeddings": before}
         if kind not in (None, "none", ""):
             both = " with rope_freqs" if kind == "linear" else ""
             raise ValueError(
@@ -175,6 +204,7 @@ class GGUF:
         """Yield (Hugging Face name, shape, reader) for every weight. Values are read when the reader is called."""
         heads = self._number("attention.head_count")
         permuted = {"attn_q": heads, "attn_k": self._number("attention.head_count_kv", heads)}
+        permuted = permuted if self.arch in PERMUTED else {}
         for name, tensor in self.tensors_by_name.items():
             if name == "rope_freqs.weight":
                 continue
@@ -186,7 +216,7 @@ class GGUF:
             layer, _, rest = rest.partition(".")
             part, _, kind = rest.rpartition(".")
             if blk != "blk" or part not in LAYER_NAMES:
-                raise ValueError(f"{self.file} has a tensor {name}, which the llama architecture does not have")
+                raise ValueError(f"{self.file} has a tensor {name}, which the {self.arch} architecture does not have")
             n = permuted.get(part)
             yield (
                 f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}",
@@ -225,14 +255,16 @@ class GGUF:
 
     def _byte_level(self) -> Any:
         """Build a byte-level BPE tokenizer."""
-        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-        pre = self.meta.get("tokenizer.ggml.pre", "default")
+        pre = self.pre
         if pre not in PRE:
             raise ValueError(f"{self.file}: pre-tokenizer {pre!r} is not supported; supported are {', '.join(PRE)}")
         vocab = {t: i for i, t in enumerate(self.tokens)}
         merges = [tuple(m.split(" ", 1)) for m in self._get("tokenizer.ggml.merges")]
         tok = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in LLAMA3))
+        if PRE[pre] == _QWEN2:
+            tok.normalizer = normalizers.NFC()  # as in Qwen's own tokenizer.json
         rule, first = PRE[pre], []
         if rule == "digits":
             first = [pre_tokenizers.Digits(individual_digits=True)]
@@ -279,10 +311,11 @@ class GGUF:
 
     def tokenizer_config(self) -> dict[str, Any]:
         """Return the contents of tokenizer_config.json."""
-        meta, named = self.meta, {k: self._token(k) for k in ("bos", "eos")}
-        raw = {f"{k}_token": self.tokens[i] for k, i in named.items() if i is not None}
+        meta, names = self.meta, {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+        named = {name: self._token(key) for key, name in names.items()}
+        raw = {f"{name}_token": self.tokens[i] for name, i in named.items() if i is not None}
         # like llama.cpp: if the file does not say, sentencepiece and Llama 3 texts begin with BOS
-        default = meta.get("tokenizer.ggml.model") == "llama" or meta.get("tokenizer.ggml.pre") in LLAMA3
+        default = meta.get("tokenizer.ggml.model") == "llama" or self.pre in LLAMA3
         raw["tokenizer_class"] = "PreTrainedTokenizerFast"  # the class that reads tokenizer.json as it is
         raw["add_bos_token"] = bool(meta.get("tokenizer.ggml.add_bos_token", default))
         if "tokenizer.chat_template" in meta:
@@ -294,6 +327,31 @@ class GGUF:
         (path / "config.json").write_text(json.dumps(self.config(), indent=1), encoding="utf-8")
         (path / "tokenizer.json").write_text(self.tokenizer_json(), encoding="utf-8")
         (path / "tokenizer_config.json").write_text(json.dumps(self.tokenizer_config(), indent=1), encoding="utf-8")
+
+
+def _read(file: Path) -> tuple[dict[str, Any], list[Any]]:
+    """The metadata and the tensors of one file."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+        return {k: f.contents() for k, f in reader.fields.items()}, reader.tensors
+    except Exception as e:  # a damaged header fails in numpy, struct or the reader, each with its own type
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{file} is not a complete GGUF file ({reason}); fetch it again") from None
+
+
+def _parts(file: Path, count: int) -> list[Path]:
+    """All parts of a split model, in order, from the path of one: NAME-00001-of-00003.gguf and so on."""
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", file.name)
+    if match is None or int(match[3]) != count:
+        raise ValueError(
+            f"{file} is one of {count} parts and has another name than NAME-00001-of-{count:05}.gguf; rename the parts"
+        )
+    parts = [file.with_name(f"{match[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise ValueError(f"{file} is one of {count} parts, and {missing[0]} is not beside it; fetch it too")
+    return parts
 
 
 def unpermute(x: np.ndarray, heads: int | None) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,13 @@ class Context:
     device: torch.device
     dtype: torch.dtype
     inv_freq: Tensor  # (D/2,) fp32, the model's rotation
+    sliding_window: int | None = None  # of the layer that this context is for, in tokens
     output_weights: Sequence[Tensor] = ()  # (C, H·D) of each layer, for policies that ask for them
     constants: dict[str, Tensor] = field(default_factory=dict)  # tensors that all layers share
+
+    def of_layer(self, layer: int) -> Context:
+        """This context for one layer's store."""
+        return replace(self, sliding_window=self.config.window(layer))
 
     def shared_constant(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """A tensor that all layers share, made when it is first asked for."""

@@ -65,7 +65,7 @@ class KVCache:
             kept = [row.pop(owner) for row in rows]
             scores[owner] = [k.layer_score for k in kept]
             store = plan.store_of(owner, ctx.config.num_hidden_layers)
-            stores[owner] = store.pack(kept, plan.policy, plan.slots_ahead(room), ctx)
+            stores[owner] = store.pack(kept, plan.policy, plan.slots_ahead(room), ctx.of_layer(owner))
         return cls(plans, stores, scores, room, ctx)
 
     def next_piece(self, n: int) -> int:
@@ -99,7 +99,7 @@ class KVCache:
         self.layout += 1
         frozen = self.stores[i].slots.frozen
         store = self.plan.store_of(i, self.ctx.config.num_hidden_layers)
-        self.stores[i] = self.layers[i].store = store.pack(rows, self.plan.policy, ahead, self.ctx)
+        self.stores[i] = self.layers[i].store = store.pack(rows, self.plan.policy, ahead, self.ctx.of_layer(i))
         if frozen:
             self.stores[i].freeze()
         self.plan.store.link(list(self.stores.values()))
@@ -191,7 +191,7 @@ class Owner:
         self.store, self.policy, self.queries, self.ctx = store, plan.policy, queries, ctx
         self.ops, self.dtype = ctx.ops, ctx.dtype
         self.owner = self
-        self.sliding_window = ctx.config.sliding_window
+        self.sliding_window = ctx.config.window(index)
         self.only_reader = plan.last_reader(index) == index  # the owner attends first, so as the last one only if alone
         self.piece_kv: tuple[Tensor, Tensor] | None = (
             None  # k and v of a piece of a turn, until the last reader has attended

@@ -74,7 +74,7 @@ class PromptCache:
 
     def _keep(self, owner: int, kept: Kept) -> None:
         store = self.plan.store_of(owner, len(self.layers))
-        self.kept[owner] = store.prepack(kept, self.ctx) if self.ctx else kept
+        self.kept[owner] = store.prepack(kept, self.ctx.of_layer(owner)) if self.ctx else kept
 
 
 class PromptLayer:
@@ -92,7 +92,7 @@ class PromptLayer:
             dense.extend(k, v)
         keys, values = dense.keys_and_values()
         start = keys.shape[2] - q.shape[2]
-        out = cache.ops.prefill(q, keys, values, start, cache.config.sliding_window)
+        out = cache.ops.prefill(q, keys, values, start, cache.config.window(self.index))
         for statistics in dense.statistics.values():
             statistics.add(self.index, q, pos, keys, dense, cache)
         if self.is_last_reader and dense.complete:
@@ -142,7 +142,7 @@ class DenseLayer:
 
     def as_prompt(self, layer: int, cache: PromptCache, wanted: Scores) -> Prompt:
         """This layer as a policy sees it, without the tokens that the model's sliding window will never show again."""
-        window, plan, found = cache.config.sliding_window, cache.plan, self.statistics[wanted]
+        window, plan, found = cache.config.window(layer), cache.plan, self.statistics[wanted]
         first = 0 if window is None else max(0, self.length - window + 1)
         pos = torch.arange(first, self.length, dtype=torch.int32, device=self.k.device).expand(1, self.k.shape[1], -1)
         scores = [x[:, :, first:] for x in found.scores.values()]  # in the order of the layers
@@ -186,27 +186,27 @@ class Statistics:
         if dense.pass_length is not None:
             # every reader has the same queries, so only the first reader counts them
             self.pass_queries += q.shape[2] if reader == min(self.scores, default=reader) else 0
-            self._join(reader, self._score(q, keys, start, cache)[:, :, : dense.length])
+            self._join(reader, self._score(reader, q, keys, start, cache)[:, :, : dense.length])
             return
         if wanted.query_moments is not None:
             self._add_moments(reader, q, pos, start, dense.length, cache.inv_freq)
         if cache.plan.policy.passes or wanted.last_queries == 0:
             return
         if wanted.last_queries is None:  # all queries score the keys, as they come
-            self._join(reader, self._score(q, keys, start, cache))
+            self._join(reader, self._score(reader, q, keys, start, cache))
             return
         before, n = self.held_queries.get(reader), wanted.last_queries
         last = q[:, :, -n:] if before is None else _cat(before, q)[:, :, -n:]
         if dense.complete:
-            self.scores[reader] = self._score(last, keys, dense.length - last.shape[2], cache)
+            self.scores[reader] = self._score(reader, last, keys, dense.length - last.shape[2], cache)
         else:
             self.held_queries[reader] = last.clone()  # a view would keep the whole chunk's queries alive
 
-    def _score(self, q: Tensor, k: Tensor, start: int, cache: PromptCache) -> Tensor:
+    def _score(self, reader: int, q: Tensor, k: Tensor, start: int, cache: PromptCache) -> Tensor:
         """(1,Hkv,N): each query's softmax over the keys that it sees, summed over the queries and reduced over the G query
         heads of each KV head. kernels/reference.py, `attention_scores`, has the formula.
         """
-        wanted, window = self.wanted, cache.config.sliding_window
+        wanted, window = self.wanted, cache.config.window(reader)
         over_group = "each" if self.joins_groups_last(cache) else wanted.over_group
         return cache.ops.attention_scores(q, k, start, window, over_group, wanted.over_queries, wanted.noise(0))
 

@@ -45,13 +45,14 @@ def held_as_prompt(
 ) -> Prompt:
     """What one row holds in one layer, as the policy sees it. buffers: of all layers that read this one."""
     config, wanted, n = ctx.config, plan.policy.rescore_scores, seen[row]
-    kept = kept.in_window(n, config.sliding_window)
+    window = config.window(layer)
+    kept = kept.in_window(n, window)
     found = Prompt(
         layer=layer,
         rank=plan.rank(layer),
         owners=config.num_hidden_layers - len(plan.share),
         seen=n,
-        n_visible=min(n, config.sliding_window - 1) if config.sliding_window else n,
+        n_visible=min(n, window - 1) if window else n,
         k=kept.k,
         v=kept.v,
         pos=kept.pos,

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
+
+@dataclass(frozen=True)
+class Architecture:
+    """The values of fields that a config.json of this architecture leaves out, as in transformers."""
+
+    model_type: str
+    max_position_embeddings: int
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture("llama", 2048),
+    "MistralForCausalLM": Architecture("mistral", 131072, 8),
+    "Qwen2ForCausalLM": Architecture("qwen2", 32768, 32),
+    "Qwen3ForCausalLM": Architecture("qwen3", 32768, 32, 128),
+}
 
 
 @dataclass(frozen=True)
@@ -39,12 +55,22 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = field(default=(), repr=False)  # layers to which the window does not apply
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each query and key head is normed before it is rotated."""
+        return self.model_type == "qwen3"
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of one layer in tokens, the token itself included. None: the layer sees all tokens."""
+        return None if layer in self.full_attention_layers else self.sliding_window
 
     @property
     def family(self) -> str:
@@ -68,28 +94,32 @@ class ModelConfig:
 
     @classmethod
     def from_dir(cls, path: Path) -> ModelConfig:
-        """Read config.json, and the EOS ids of generation_config.json. ValueError names what is wrong."""
+        """Read config.json, the EOS ids of generation_config.json, and whether tokenizer_config.json knows of a context
+        longer by the factor of linear scaling. ValueError names what is wrong.
+        """
         file = path / "config.json"
-        raw = read_json(file)
-        config = cls.from_json(raw, str(file))
-        extra = path / "generation_config.json"
+        config = cls.from_json(read_json(file), str(file))
+        extra, words = path / "generation_config.json", path / "tokenizer_config.json"
         if extra.is_file():
             ids = (*config.eos_token_id, *_ids(read_json(extra).get("eos_token_id"), str(extra)))
             config = replace(config, eos_token_id=tuple(dict.fromkeys(ids)))
+        scaling = config.rope_scaling
+        if words.is_file() and scaling is not None and scaling.rope_type == "linear":
+            scaled = config.max_position_embeddings * scaling.factor
+            if read_json(words).get("model_max_length") == scaled:
+                config = replace(config, max_position_embeddings=int(scaled))
         return config
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], where: str) -> ModelConfig:
         """Check the contents of config.json and build a config. Errors begin with `where`, the name of the file."""
-        architecture = (raw.get("architectures") or [f"model_type {raw.get('model_type')}"])[0]
-        if architecture not in ARCHITECTURES:
-            supported = ", ".join(ARCHITECTURES)
-            raise ValueError(f"{where}: architecture {architecture} is not supported; supported are {supported}")
-        if raw.get("quantization_config"):
-            raise ValueError(
-                f"{where}: the weights are quantised; use the model's fp16 or bf16 checkpoint, or a .gguf file"
-            )
-        model_type = ARCHITECTURES[architecture]
+        kind = _architecture(raw, where)
+        model_type = kind.model_type
+        for key, maker in (("quantization_config", ""), ("quantization", " by MLX")):
+            if raw.get(key):
+                raise ValueError(
+                    f"{where}: the weights are quantised{maker}; use the model's fp16 or bf16 checkpoint, or a .gguf file"
+                )
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"{where}: hidden_act {raw['hidden_act']} is not supported; supported is silu")
 
@@ -101,25 +131,29 @@ class ModelConfig:
             return value
 
         heads, hidden = number("num_attention_heads"), number("hidden_size")
+        n_layers, rope = number("num_hidden_layers"), _rope(raw, where)
+        kv_heads = (kind.num_key_value_heads or heads) if "num_key_value_heads" not in raw else heads
         config = cls(
             model_type=model_type,
             vocab_size=number("vocab_size"),
             hidden_size=hidden,
             intermediate_size=number("intermediate_size"),
-            num_hidden_layers=number("num_hidden_layers"),
+            num_hidden_layers=n_layers,
             num_attention_heads=heads,
-            num_key_value_heads=number("num_key_value_heads", heads),
-            head_dim=number("head_dim", hidden // heads),
-            max_position_embeddings=number("max_position_embeddings", 2048),
+            num_key_value_heads=number("num_key_value_heads", kv_heads),
+            head_dim=number("head_dim", kind.head_dim or hidden // heads),
+            max_position_embeddings=_context(
+                raw, number("max_position_embeddings", kind.max_position_embeddings), rope.get("rope_scaling")
+            ),
             rms_norm_eps=_float(raw, "rms_norm_eps", 1e-6, where),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            sliding_window=_window(raw, model_type, where),
+            **_windows(raw, model_type, n_layers, where),
             qkv_bias=model_type == "qwen2" or bool(raw.get("attention_bias", False)),
-            o_bias=model_type == "llama" and bool(raw.get("attention_bias", False)),
+            o_bias=model_type in ("llama", "qwen3") and bool(raw.get("attention_bias", False)),
             mlp_bias=bool(raw.get("mlp_bias", False)),
             bos_token_id=next(iter(_ids(raw.get("bos_token_id"), where)), None),
             eos_token_id=_ids(raw.get("eos_token_id"), where),
-            **_rope(raw, where),
+            **rope,
         )
         if heads % config.num_key_value_heads:
             raise ValueError(
@@ -133,7 +167,7 @@ class ModelConfig:
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object. ValueError names the file if it is missing, damaged or not an object."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark first
     except FileNotFoundError:
         raise ValueError(
             f"{file.parent} has no {file.name}; a model directory holds config.json, *.safetensors and a tokenizer"
@@ -153,18 +187,56 @@ def _float(raw: Mapping[str, Any], key: str, default: float, where: str) -> floa
     return float(value)
 
 
-def _window(raw: Mapping[str, Any], model_type: str, where: str) -> int | None:
-    """Return the sliding window in tokens, or None. ValueError if layers have different windows."""
-    if model_type == "qwen2" and raw.get("use_sliding_window"):
-        raise ValueError(
-            f"{where}: use_sliding_window gives layers different windows, which is not supported for qwen2"
-        )
-    if model_type != "mistral":
-        return None
+def _architecture(raw: Mapping[str, Any], where: str) -> Architecture:
+    """The first supported one of `architectures`, and of several the one of model_type. Without a list, model_type decides."""
+    listed, model_type = raw.get("architectures") or [], raw.get("model_type")
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise ValueError(f"{where}: architectures is {listed!r}; it must be a list of names")
+    known = {name.lower(): kind for name, kind in ARCHITECTURES.items()}  # old files write LLaMAForCausalLM
+    found = [known[name.lower()] for name in listed if name.lower() in known] if listed else list(known.values())
+    chosen = next((kind for kind in found if kind.model_type == model_type), found[0] if listed and found else None)
+    if chosen is None:
+        name = listed[0] if listed else f"model_type {model_type}"
+        raise ValueError(f"{where}: architecture {name} is not supported; supported are {', '.join(ARCHITECTURES)}")
+    return chosen
+
+
+def _context(raw: Mapping[str, Any], length: int, scaling: RopeScaling | None) -> int:
+    """The context in tokens. Under linear scaling some files give the length before scaling and others the one after
+    it. So the factor counts only if another field names the longer length.
+    """
+    if scaling is None or scaling.rope_type != "linear":
+        return length
+    stated = (raw.get("rope_parameters") or raw.get("rope_scaling") or {}).get("original_max_position_embeddings")
+    if isinstance(stated, int) and stated * scaling.factor > length:
+        return int(stated * scaling.factor)
+    scaled = length * scaling.factor
+    return int(scaled) if scaled in (raw.get("max_sequence_length"), raw.get("model_max_length")) else length
+
+
+def _windows(raw: Mapping[str, Any], model_type: str, n_layers: int, where: str) -> dict[str, Any]:
+    """Read the sliding window, and which layers it leaves out."""
+    if model_type == "llama" or (model_type != "mistral" and not raw.get("use_sliding_window")):
+        return {}
     value = raw.get("sliding_window", 4096)  # Mistral v0.1 relies on this default; later versions write null
-    if value is not None and (not isinstance(value, int) or value <= 0):
+    if value is None:
+        return {}
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"{where}: sliding_window is {value!r}; it must be a positive whole number or null")
-    return value
+    if model_type == "mistral":
+        return {"sliding_window": value}
+    types = raw.get("layer_types")
+    if types is None:
+        first = raw.get("max_window_layers", 28)
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            raise ValueError(f"{where}: max_window_layers is {first!r}; it must be a whole number")
+        full = range(min(first, n_layers))
+    else:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != n_layers or any(t not in known for t in types):
+            raise ValueError(f"{where}: layer_types must name {' or '.join(known)} for each of {n_layers} layers")
+        full = [i for i, t in enumerate(types) if t == "full_attention"]
+    return {} if len(full) == n_layers else {"sliding_window": value, "full_attention_layers": tuple(full)}
 
 
 def _ids(value: Any, where: str) -> tuple[int, ...]:

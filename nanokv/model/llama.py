@@ -1,4 +1,4 @@
-"""The Llama family in one file: Llama 1–3.2, Mistral, Qwen2, SmolLM2, TinyLlama.
+"""The Llama family in one file: Llama 1–3.2, Mistral, Qwen2 and 3, SmolLM2, TinyLlama.
 
 The model computes queries, keys and values and calls `layer.attend(q, k, v, pos)`. It does not know what a cache does
 with them.
@@ -30,7 +30,7 @@ class Llama(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, ops) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config, ops)
+        self.norm = RMSNorm(torch.ones(config.hidden_size), config, ops)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -63,9 +63,9 @@ class Llama(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
-        self.input_layernorm = RMSNorm(config, ops)
+        self.input_layernorm = RMSNorm(torch.ones(config.hidden_size), config, ops)
         self.self_attn = Attention(config, ops)
-        self.post_attention_layernorm = RMSNorm(config, ops)
+        self.post_attention_layernorm = RMSNorm(torch.ones(config.hidden_size), config, ops)
         self.mlp = MLP(config, ops)
 
     def forward(self, x: Tensor, pos: Tensor, angle: tuple[Tensor, Tensor], layer: Layer) -> Tensor:
@@ -81,6 +81,9 @@ class Attention(nn.Module):
         rows = (self.heads + 2 * self.kv_heads) * self.dim  # q, k and v in one matrix: one pass over x
         self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=config.qkv_bias)
         self.o_proj = nn.Linear(self.heads * self.dim, config.hidden_size, bias=config.o_bias)
+        self.q_norm, self.k_norm = (
+            (RMSNorm(torch.ones(self.dim), config, ops) for _ in range(2)) if config.qk_norm else (None, None)
+        )
         self.linear = ops.linear
 
     def forward(self, x: Tensor, pos: Tensor, angle: tuple[Tensor, Tensor], layer: Layer) -> Tensor:
@@ -89,11 +92,15 @@ class Attention(nn.Module):
         if layer.owns:
             qkv = self.linear(x, weight, bias).view(B, T, -1, self.dim)
             qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)
+            if self.q_norm is not None:
+                q, k = qk.split((self.heads, self.kv_heads), 2)
+                qk = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
             q, k = rotate(qk, angle).split((self.heads, self.kv_heads), 2)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:  # another layer has the keys and values: only the query part of the weight is used
             n = self.heads * self.dim
-            q = rotate(self.linear(x, weight[:n], None if bias is None else bias[:n]).view(B, T, -1, self.dim), angle)
+            q = self.linear(x, weight[:n], None if bias is None else bias[:n]).view(B, T, -1, self.dim)
+            q = rotate(q if self.q_norm is None else self.q_norm(q), angle)
             k = v = None
         out = layer.attend(q.transpose(1, 2), k, v, pos)
         return self.linear(out.transpose(1, 2).reshape(B, T, -1), self.o_proj.weight, self.o_proj.bias)
@@ -112,9 +119,9 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, config: ModelConfig, ops: Ops):
+    def __init__(self, weight: Tensor, config: ModelConfig, ops: Ops):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.weight = nn.Parameter(weight)
         self.eps = config.rms_norm_eps
         self.rms_norm, self.add_rms_norm = ops.rms_norm, ops.add_rms_norm
 

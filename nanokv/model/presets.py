@@ -28,6 +28,12 @@ _MISTRAL = replace(
     max_position_embeddings=32768, rope_theta=1e6,
 )  # fmt: skip
 
+_QWEN25 = ModelConfig(
+    model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+    num_attention_heads=14, num_key_value_heads=2, head_dim=64, max_position_embeddings=32768, rms_norm_eps=1e-6,
+    rope_theta=1e6, tie_word_embeddings=True, qkv_bias=True,
+)  # fmt: skip
+
 PRESETS: dict[str, ModelConfig] = {
     "smollm2-135m": _SMOLLM2,
     "smollm2-360m": replace(
@@ -52,5 +58,9 @@ PRESETS: dict[str, ModelConfig] = {
         rope_scaling=RopeScaling("llama3", 32.0),
     ),
     "mistral-7b": _MISTRAL,
+    "qwen2.5-coder-0.5b": _QWEN25,
+    "qwen2.5-coder-1.5b": replace(
+        _QWEN25, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, head_dim=128
+    ),
     "mistral-7b-v0.1": replace(_MISTRAL, vocab_size=32000, rope_theta=10000.0, sliding_window=4096),
 }  # fmt: skip

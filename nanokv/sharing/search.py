@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from nanokv.backends.base import Ops
+from nanokv.model.config import ModelConfig
 from nanokv.model.llama import Llama
 from nanokv.sharing.base import Sharing
 from nanokv.text.tokenizer import Tokenizer
@@ -42,11 +43,11 @@ class Pair:
 class SearchCache:
     """A cache for one forward pass of texts of equal length, in which layers share keys and values by a map."""
 
-    def __init__(self, n_layers: int, share: Mapping[int, int], ops: Ops, sliding_window: int | None):
+    def __init__(self, share: Mapping[int, int], ops: Ops, config: ModelConfig):
         self.k: dict[int, Tensor] = {}  # owner → (B,Hkv,T,D)
         self.v: dict[int, Tensor] = {}
-        self.ops, self.sliding_window = ops, sliding_window
-        self.layers = [SearchLayer(self, i, share.get(i, i)) for i in range(n_layers)]
+        self.ops, self.config = ops, config
+        self.layers = [SearchLayer(self, i, share.get(i, i)) for i in range(config.num_hidden_layers)]
 
 
 class SearchLayer:
@@ -57,7 +58,7 @@ class SearchLayer:
         c = self.cache
         if self.owns:
             c.k[self.owner], c.v[self.owner] = k, v
-        return c.ops.prefill(q, c.k[self.owner], c.v[self.owner], 0, c.sliding_window)
+        return c.ops.prefill(q, c.k[self.owner], c.v[self.owner], 0, c.config.window(self.owner))
 
 
 @torch.inference_mode()
@@ -80,7 +81,7 @@ def search(
     pos = torch.arange(texts.shape[1], device=texts.device).expand(texts.shape)
 
     def run(share: Mapping[int, int]) -> tuple[Tensor, SearchCache]:
-        cache = SearchCache(n, share, ops, model.config.sliding_window)
+        cache = SearchCache(share, ops, model.config)
         return model.hidden(texts, pos, cache).float().flatten(1), cache  # (n,T·C) after the last norm
 
     reference, cache = run({})
@@ -103,14 +104,16 @@ def search(
 
 
 def ranked_pairs(cache: SearchCache, n: int, order: str) -> list[Pair]:
-    """All pairs by the L2 distance of keys and of values, averaged over texts position by position, then over heads
-    and positions.
+    """All pairs of layers with one sliding window, by the L2 distance of keys and of values, averaged over texts position
+    by position, then over heads and positions.
     """
+    window = cache.config.window
     k, v = ([x[i].float().mean(0) for i in range(n)] for x in (cache.k, cache.v))  # (Hkv,T,D) each
     pairs = [
         Pair(i, j, sum((x[i] - x[j]).norm(dim=-1).mean().item() for x in (k, v)) / 2)
         for i in range(n)
         for j in range(i)
+        if window(i) == window(j)
     ]
     if order == "random":
         random.Random(0).shuffle(pairs)
@@ -158,9 +161,9 @@ def write_map(
         raise ValueError(f"{file} cannot be written ({e.strerror}); give a file of yours") from None
 
 
-def read_map(file: Path, fingerprint: str, n_layers: int) -> dict[int, int]:
-    """The map of shared layers in `file`. ValueError if it is incomplete, of another model, or has a reader without
-    an owner.
+def read_map(file: Path, fingerprint: str, config: ModelConfig) -> dict[int, int]:
+    """The map of shared layers in `file`. ValueError if it is incomplete, of another model, has a reader without an
+    owner, or joins layers of different sliding windows.
     """
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
@@ -174,8 +177,10 @@ def read_map(file: Path, fingerprint: str, n_layers: int) -> dict[int, int]:
         raise ValueError(
             f"{file} is the map of another model ({facts.get('model')}); search again, or give the model it was made for"
         )
-    if not all(0 <= o < i < n_layers and o not in share for i, o in share.items()):
+    if not all(0 <= o < i < config.num_hidden_layers and o not in share for i, o in share.items()):
         raise ValueError(f"{file} is no map of this model: each reader needs an earlier layer that owns its cache")
+    if differ := [f"{i} and {o}" for i, o in share.items() if config.window(i) != config.window(o)]:
+        raise ValueError(f"{file} joins layers {differ[0]}, which have different sliding windows; search again")
     return share
 
 

@@ -98,7 +98,7 @@ class SlotStore:
         codecs: tuple[Codec, Codec],
         pin: int = 0,
     ):
-        self.slots, self.policy, self.ctx = Slots(rows, room, ctx.config.sliding_window), policy, ctx
+        self.slots, self.policy, self.ctx = Slots(rows, room, ctx.sliding_window), policy, ctx
         self.codecs, self.rounds = codecs, codecs[0].rounds
         # a ring reuses all slots behind its sinks; eviction by score may reuse any slot
         sinks = 0 if policy.eviction == "score" else self.slots.n_sink

@@ -35,7 +35,7 @@ class RaggedStore(SlotStore):
     """K and V as (slots,D). What does not look at a single head is inherited from the dense store."""
 
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context):
-        self.slots, self.policy, self.ctx = Slots(rows, room, ctx.config.sliding_window, ragged=True), policy, ctx
+        self.slots, self.policy, self.ctx = Slots(rows, room, ctx.sliding_window, ragged=True), policy, ctx
         self.codecs, self.rounds, self.n_pinned = plain_codecs(ctx), False, 0
         self.lossless_prefix, self.pinned = None, []
         self.k, self.v = (ctx.empty(self.slots.total, ctx.config.head_dim) for _ in range(2))

@@ -21,7 +21,7 @@ from nanokv.policies.base import Policy
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("model", ["g3", "mistral"])
+@pytest.mark.parametrize("model", ["g3", "windows"])
 def test_the_receipt_equals_the_storages_the_cache_reaches(plan, model, llm_of):
     from nanokv.cache.context import Context
 

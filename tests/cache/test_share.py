@@ -40,7 +40,7 @@ def found(llm, **options):
 
 
 def test_pairs_are_ranked_by_the_distance_of_mean_keys_and_values(deep):
-    cache = share.SearchCache(8, {}, deep.models.ops, None)
+    cache = share.SearchCache({}, deep.models.ops, deep.config)
     ids = texts()
     with torch.inference_mode():
         deep.models.prefill.hidden(ids, torch.arange(24).expand(5, 24), cache)
@@ -72,7 +72,7 @@ def test_the_search_takes_the_first_pairs_that_leave_the_output_similar(deep):
             so_far = with_pair(so_far, p)
         outs = []
         for m in ({}, so_far):
-            cache = share.SearchCache(8, m, deep.models.ops, None)
+            cache = share.SearchCache(m, deep.models.ops, deep.config)
             with torch.inference_mode():
                 outs.append(
                     deep.models.prefill.hidden(texts(), torch.arange(24).expand(5, 24), cache).double().flatten(1)

@@ -18,6 +18,7 @@ KINDS = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
 }
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 MISSING = object()  # the field is left out
@@ -41,14 +42,17 @@ EVERY = [
     {"rope_parameters": {"rope_type": "llama3", **LLAMA3, "rope_theta": 500000.0}},
     {"rope_parameters": None, "rope_theta": 40000.0},
     {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 40000.0},
+    {"max_position_embeddings": MISSING},
+    {"num_key_value_heads": None},
+    {"architectures": MISSING},
+    {"architectures": None},
+    {"architectures": []},
 ]
 LLAMA = [
     {"num_key_value_heads": MISSING},
-    {"num_key_value_heads": None},
     {"head_dim": 16},
     {"head_dim": None},
     {"rms_norm_eps": MISSING},
-    {"max_position_embeddings": MISSING},
     {"tie_word_embeddings": True},
     {"attention_bias": True},
     {"mlp_bias": True},
@@ -63,16 +67,28 @@ MISTRAL = [
     {"sliding_window": MISSING},
     {"head_dim": None},
 ]
+SLIDING = {"use_sliding_window": True, "sliding_window": 32}
 QWEN2 = [
     {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 2},
     {"use_sliding_window": MISSING},
+    {"use_sliding_window": MISSING, "sliding_window": 32, "max_window_layers": 0},
+    {"num_key_value_heads": MISSING, "num_attention_heads": 32},
+    {**SLIDING},
+    {**SLIDING, "max_window_layers": 0},
+    {**SLIDING, "max_window_layers": 1},
+    {**SLIDING, "max_window_layers": 2},
+    {**SLIDING, "max_window_layers": 1, "sliding_window": None},
+    {**SLIDING, "max_window_layers": 1, "sliding_window": MISSING},
+    {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]},
+    {**SLIDING, "layer_types": ["full_attention", "full_attention"], "max_window_layers": 0},
+    {"use_sliding_window": False, "layer_types": ["full_attention", "full_attention"]},
     {"tie_word_embeddings": True},
     {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "rope_theta": 1000000.0},
 ]
+QWEN3 = [{"head_dim": 16}, {"head_dim": 16, "attention_bias": True}]
 CASES = [(kind, change) for kind in KINDS for change in EVERY]
-CASES += [
-    (kind, change) for kind, more in (("llama", LLAMA), ("mistral", MISTRAL), ("qwen2", QWEN2)) for change in more
-]
+for name, more in (("llama", LLAMA), ("mistral", MISTRAL), ("qwen2", QWEN2), ("qwen3", QWEN2 + QWEN3)):
+    CASES += [(name, change) for change in more]
 
 
 def raw(kind: str, change: dict) -> dict:
@@ -92,7 +108,9 @@ def test_a_config_is_read_as_transformers_reads_it(kind, change, tmp_path):
         assert getattr(mine, name) == getattr(theirs, name), name
     assert mine.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert mine.tie_word_embeddings == bool(theirs.tie_word_embeddings)
-    assert mine.sliding_window == (theirs.sliding_window if kind == "mistral" else None)
+    window = getattr(theirs, "sliding_window", None)
+    slides = [t == "sliding_attention" for t in getattr(theirs, "layer_types", [])] or [True] * 2
+    assert [mine.window(i) for i in range(2)] == [window if x else None for x in slides]
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
     torch.testing.assert_close(inverse_frequencies(mine), rotary.inv_freq, atol=0, rtol=1e-6)
     model = transformers.AutoModelForCausalLM.from_config(theirs)

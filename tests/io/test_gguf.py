@@ -362,7 +362,7 @@ def test_linear_rope_scaling_is_followed_however_it_is_said(tmp_path, meta):
         ({"llama.rope.scaling.type": "linear"}, "rope.scaling.factor"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count"),
         ({"general.architecture": "gemma"}, "gemma"),
-        ({"split.count": 3}, "split"),
+        ({"split.count": 3}, "one of 3 parts"),
         ({"tokenizer.ggml.pre": "tekken"}, "tekken"),
         ({"tokenizer.ggml.model": "bert"}, "bert"),
         ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
@@ -409,12 +409,17 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path):
 
 
 def test_a_file_that_is_something_else_is_refused(tmp_path):
-    (tmp_path / "tiny.gguf").write_text("version https://git-lfs.github.com/spec/v1\n" * 20)
-    assert "not a complete GGUF" in refusal(str(tmp_path / "tiny.gguf"))
+    file = tmp_path / "tiny.gguf"
+    starts = {b"GG": "not a complete GGUF", b"<html>": "not a complete GGUF", b"tjgg\3\0\0\0": "GGML format"}
+    starts |= {b"version https://git-lfs.github.com/spec/v1\n": "Git LFS pointer", b"PK\3\4": "can run code"}
+    starts |= {(99).to_bytes(8, "little") + b'{"a"': "give the directory that holds it"}
+    for start, words in starts.items():
+        file.write_bytes(start + b"x" * 99)
+        assert words in refusal(str(file))
 
 
 def test_config_json_of_a_file_is_one_that_nanokv_reads(tmp_path):
     convert(Path(write(tmp_path / "tiny.gguf", make())), tmp_path / "out")
     config = ModelConfig.from_dir(tmp_path / "out")
     assert (config.rms_norm_eps, config.rope_theta, config.head_dim) == (1e-5, 50000.0, 16)
-    assert (config.bos_token_id, config.eos_token_id) == (1, (2,))
+    assert (config.bos_token_id, config.eos_token_id) == (1, (2, 0))

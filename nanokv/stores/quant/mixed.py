@@ -110,9 +110,8 @@ class MixedStore:
     def _tier(self, rows: list[Kept], spec: StoreSpec, room: int) -> SlotStore:
         rows = [replace(r, demoted=None, attention=None, limit=torch.full_like(r.limit, -1)) for r in rows]
         # no ring of the model's window: tokens come in no order of time, so the oldest slot may still be inside it
-        config = self.ctx.config
-        store = spec.pack(rows, AppendOnly(), room, replace(self.ctx, config=replace(config, sliding_window=None)))
-        store.slots.sliding_window = config.sliding_window
+        store = spec.pack(rows, AppendOnly(), room, replace(self.ctx, sliding_window=None))
+        store.slots.sliding_window = self.ctx.sliding_window
         store.slots.uniform = False  # heads fill up at different paces
         if self.recent.slots.frozen:
             store.freeze()

@@ -153,7 +153,7 @@ class Chunked(StoreSpec):
         if r.state is not None:
             return replace(r.state, exact=replace(r.state.exact, layer_score=r.layer_score))
         r = replace(r, k=r.k.to(ctx.dtype), v=r.v.to(ctx.dtype))
-        (heads, n), window = r.pos.shape[1:], ctx.config.sliding_window
+        (heads, n), window = r.pos.shape[1:], ctx.sliding_window
         grows = bool((r.limit < 0).all()) and bool((r.length == n).all())
         contiguous = n > 0 and grows and bool((r.pos[..., -1] - r.pos[..., 0] == n - 1).all())
         is_prompt = contiguous and (int(r.pos[0, 0, 0]) == 0 or (window is not None and n >= window - 1))
