@@ -134,6 +134,10 @@ def run(args: argparse.Namespace) -> int:
         random_weights=args.random_weights,
         bar=cli.shows_progress(args.quiet),
     )
+    if (args.chat or args.system is not None or args.interactive) and not args.ignore_eos:
+        from nanokv.text.chat import stops
+
+        options["stop"] = stops(llm, args.stop)
     for note in llm.notes:
         log(args, note)
     if args.interactive:

@@ -83,7 +83,7 @@ class Answer:
             if i > 1 and runner.compile_s == compiled:  # a step that compiled is not counted
                 self.decode_s += time.perf_counter() - clock
                 self.counted += self.reasons.count(None)
-            self.unfed = tokens[0] if self.ignore_eos or tokens[0] not in self.tokenizer.eos else None
+            self.unfed = None if self._ends(tokens[0]) else tokens[0]
             for row, token in enumerate(tokens):
                 yield from self._take(row, token, last=i + 1 == self.limit)
             if self.interrupted:
@@ -110,12 +110,15 @@ class Answer:
             tokens = sample(logits, self.sampling, self.generator)
             return tokens.masked_fill(~finite_rows(logits), -1)  # read with the tokens, so no step waits twice
 
+    def _ends(self, token: int) -> bool:
+        """Whether the token ends a text without being part of it."""
+        return token in self.stop_ids or (token in self.tokenizer.eos and not self.ignore_eos)
+
     def _take(self, row: int, token: int, last: bool) -> Iterator[tuple[int, str]]:
         if self.reasons[row]:
             return  # a finished row goes on decoding into its own slots until all are finished
-        by_id = token in self.stop_ids
-        if by_id or (token in self.tokenizer.eos and not self.ignore_eos):
-            self.reasons[row] = "stop" if by_id else "eos"
+        if self._ends(token):
+            self.reasons[row] = "stop" if token in self.stop_ids else "eos"
             yield from self._emit(row, self.streams[row].end())
             return
         self.ids[row].append(token)

@@ -183,7 +183,7 @@ def _needed_files(repo: str, files: list[str]) -> tuple[list[str], list[str]]:
 def _indexed_shards(repo: str, index: Path, files: Container[str]) -> list[str]:
     """Return the shards that the index names. ValueError if the repository lacks one of them."""
     try:
-        shards = sorted({str(f) for f in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        shards = sorted({str(f) for f in json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
             f"{repo}: {INDEX} has no weight_map of tensor names to files; choose another repository"

@@ -143,42 +143,71 @@ def randomise(model: Llama, seed: int = 0) -> None:
 
 
 def find_shards(path: Path) -> dict[Path, list[str]]:
-    """Return {shard file: names of its tensors}, from the index if there is one.
+    """Return {shard file: names of its tensors}. As in transformers, model.safetensors comes first, and then what the
+    index names. If there is neither, the files that hold this kind of model count; adapters, states of an optimizer and
+    weights under other names are passed over.
 
     ValueError if a file is missing, is not safetensors or lies outside the directory.
     """
-    index = path / "model.safetensors.index.json"
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.is_file():
+        return {whole: _tensor_names(whole)}
     if index.is_file():
-        files = {}
-        table = read_json(index).get("weight_map")
-        if not isinstance(table, dict) or not all(isinstance(f, str) for f in table.values()):
-            raise ValueError(f"{index} has no weight_map of tensor names to files; fetch it again")
-        for name, file in table.items():
-            if PurePosixPath(file).name != file or file in ("", ".", "..") or "\\" in file:
-                raise ValueError(f"{index.name} puts {name} into {file!r}, outside the model's directory; refused")
-            if not file.endswith(".safetensors"):
-                raise ValueError(f"{index.name} names {file!r}; only .safetensors shards are read")
-            files.setdefault(path / file, []).append(name)
-        for file, names in files.items():
-            if not file.is_file():
-                raise ValueError(f"{path} lacks the shard {file.name}, which {index.name} names; fetch the model again")
-            absent = set(names) - set(_tensor_names(file))
-            if absent:
-                raise ValueError(
-                    f"{file.name} lacks {min(absent)}, which {index.name} puts there; fetch the model again"
-                )
-        return {file: _tensor_names(file) for file in files}
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        pickled = [f.name for f in sorted(path.iterdir()) if f.suffix in PICKLE_SUFFIXES]
-        if pickled:
-            raise ValueError(
-                f"{path} holds only pickled weights ({pickled[0]}), which can run code when read; get the safetensors version"
-            )
-        raise ValueError(
-            f"{path} has no *.safetensors; a model directory holds config.json, *.safetensors and a tokenizer"
-        )
+        return _indexed_shards(path, index)
+    files = sorted(path.glob("model-*-of-*.safetensors")) or sorted(path.glob("*.safetensors"))
+    found = {file: _tensor_names(file) for file in files}
+    shards = {file: names for file, names in found.items() if any(map(_is_weight, names))}
+    holders: dict[str, Path] = {}
+    for file, names in shards.items():
+        for name in names:
+            if (other := holders.setdefault(name, file)) != file:
+                raise ValueError(f"{path}: {other.name} and {file.name} both hold {name}; move one of the two away")
+    if shards:
+        return shards
+    raise ValueError(_no_weights(path, found))
+
+
+def _is_weight(name: str) -> bool:
+    """Whether a tensor of this name belongs to a model, and not to an adapter."""
+    return name == HEAD or (name.startswith("model.") and "lora_" not in name)
+
+
+def _indexed_shards(path: Path, index: Path) -> dict[Path, list[str]]:
+    files: dict[Path, list[str]] = {}
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(f, str) for f in table.values()):
+        raise ValueError(f"{index} has no weight_map of tensor names to files; fetch it again")
+    for name, file in table.items():
+        if PurePosixPath(file).name != file or file in ("", ".", "..") or "\\" in file:
+            raise ValueError(f"{index.name} puts {name} into {file!r}, outside the model's directory; refused")
+        if not file.endswith(".safetensors"):
+            raise ValueError(f"{index.name} names {file!r}; only .safetensors shards are read")
+        files.setdefault(path / file, []).append(name)
+    for file, names in files.items():
+        if not file.is_file():
+            raise ValueError(f"{path} lacks the shard {file.name}, which {index.name} names; fetch the model again")
+        absent = set(names) - set(_tensor_names(file))
+        if absent:
+            raise ValueError(f"{file.name} lacks {min(absent)}, which {index.name} puts there; fetch the model again")
     return {file: _tensor_names(file) for file in files}
+
+
+def _no_weights(path: Path, found: dict[Path, list[str]]) -> str:
+    """Why the files of this directory, among them these safetensors files, hold no model."""
+    for file, names in found.items():
+        if any("lora_" in name for name in names):
+            return f"{path}: {file.name} is a LoRA adapter, not a model; merge it into its base model, and give that"
+        if any(name.startswith("layers.0.attention") for name in names):
+            return (
+                f"{path}: {file.name} has the names of Mistral's own format; get the repository's model-*.safetensors"
+            )
+        return f"{path}: {file.name} holds {min(names, default='nothing')[:80]!r} and no weights of a supported model"
+    pickled = [f.name for f in sorted(path.iterdir()) if f.suffix in PICKLE_SUFFIXES]
+    if pickled:
+        return f"{path} holds only pickled weights ({pickled[0]}), which can run code when read; get the safetensors version"
+    if arrays := [f.name for f in sorted(path.glob("*.npz"))]:
+        return f"{path} holds weights in MLX's own format ({arrays[0]}); get the safetensors version"
+    return f"{path} has no *.safetensors; a model directory holds config.json, *.safetensors and a tokenizer"
 
 
 def _tensor_names(file: Path) -> list[str]:

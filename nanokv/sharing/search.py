@@ -166,7 +166,7 @@ def read_map(file: Path, fingerprint: str, config: ModelConfig) -> dict[int, int
     owner, or joins layers of different sliding windows.
     """
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = json.loads(file.read_text(encoding="utf-8-sig"))
         share = {int(i): int(o) for i, o in facts["map"].items()}
         is_this_model = facts["fingerprint"] == fingerprint
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:

@@ -7,7 +7,7 @@ keyboard.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from nanokv.answer import Answer
@@ -31,6 +31,19 @@ def encode_prompt(
     if question is None:
         return llm.tokenizer.encode(llm.tokenizer.chat(messages), special=False), []
     return split_at_question(llm, messages, question)
+
+
+def stops(llm: LLM, given: Sequence[str]) -> list[str]:
+    """The stop texts of a chat: `given`, and the token that ends a turn in the chat template, if the model's files do not
+    name it as an end of text. A line of `llm.notes` says so.
+    """
+    end = llm.tokenizer.turn_end()
+    if not end or llm.tokenizer.hidden[end] in llm.tokenizer.eos:
+        return list(given)
+    llm.notes.append(
+        f"the chat template ends a turn with {end}, which the model's files do not name as an end of text; it ends an answer"
+    )
+    return [*given, end]
 
 
 def split_at_question(llm: LLM, messages: list[dict[str, str]], question: str) -> tuple[list[int], list[int]]:

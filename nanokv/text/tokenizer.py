@@ -1,12 +1,11 @@
 """Convert text to token ids and back, and render the model's chat template.
 
-One class serves tokenizer.json (the tokenizers library) and tokenizer.model (sentencepiece). A chat template is a
-program from the model's repository, so jinja2's sandbox runs it.
+One class serves tokenizer.json (the tokenizers library) and tokenizer.model (sentencepiece). Tokens that other files of
+the directory add to either are added as transformers adds them.
 """
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanokv.model.config import ModelConfig, read_json
+from nanokv.text.template import render
 
 PREFIX = "\ue000"  # a private-use character: no vocabulary merges it with the text after it
 INCOMPLETE = "\ufffd"  # decoders return it for a character with missing bytes
@@ -31,17 +31,20 @@ class Tokenizer:
     template: str | None = None  # the chat template, in jinja2
     specials: dict[str, str] = field(default_factory=dict)  # name in a template, such as bos_token → special token
     hidden: dict[str, int] = field(default_factory=dict)  # special tokens, which `decode` leaves out → their ids
+    unknown: dict[int, str] = field(default_factory=dict)  # added tokens for which the model has no embedding
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the ids of a text. `special` adds the BOS token that the model expects, but never a second one.
 
-        ValueError if the text is not UTF-8.
+        ValueError if the text is not UTF-8, or holds a token that the model does not know.
         """
         try:
             text.encode()
         except UnicodeEncodeError as e:  # Python reads an argument that is not UTF-8 as surrogates
             raise ValueError(f"the text is not UTF-8 (character {e.start + 1}); convert it first") from None
         ids = self.encode_plain(text, special)
+        if self.unknown and (unknown := next((self.unknown[i] for i in ids if i in self.unknown), None)):
+            raise ValueError(f"the text holds {unknown!r}, a token for which this model has no embedding; leave it out")
         return ids[1:] if special and len(ids) > 1 and ids[0] == ids[1] == self.bos else ids
 
     def encode_more(self, text: str) -> list[int]:
@@ -64,51 +67,105 @@ class Tokenizer:
             raise ValueError(
                 "this model has no chat template; leave out --chat, --system and --interactive, or use its instruct variant"
             )
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        return render(self.template, messages, self.specials, add_generation_prompt)
 
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        env.globals["raise_exception"] = _raise_exception
-        env.globals["strftime_now"] = lambda f: datetime.datetime.now().strftime(f)
-        env.filters["tojson"] = _tojson
+    def turn_end(self) -> str:
+        """The special token with which the chat template ends an assistant's message. Empty if there is none."""
+        mark = "\u241fan answer\u241f"
+        messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": mark}]
         try:
-            template = env.from_string(self.template)
-            return template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self.specials,
-            )
-        except Exception as e:  # a template can raise any exception
-            raise ValueError(f"the model's chat template refuses this conversation: {_first_line(e)}") from None
+            _, _, rest = self.chat(messages, add_generation_prompt=False).partition(mark)
+        except ValueError:  # no template, or one that takes no such conversation
+            return ""
+        found = [t for t in self.hidden if rest.startswith(t)]
+        return max(found, key=len, default="")
 
 
 def from_dir(path: Path, config: ModelConfig) -> Tokenizer:
     """Load the tokenizer of a model directory. ValueError if there is none or it cannot be read."""
     settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
+    added = _added_tokens(path, settings)
     if (path / "tokenizer.json").is_file():
-        tok = _from_json(path / "tokenizer.json", settings, config)
+        tok, base = _from_json(path / "tokenizer.json", settings, added, config)
     elif (path / "tokenizer.model").is_file():
-        tok = _from_sentencepiece(path / "tokenizer.model", settings, config)
+        tok, base = _from_sentencepiece(path / "tokenizer.model", settings, added, config)
     else:
         raise ValueError(f"{path} has neither tokenizer.json nor tokenizer.model; fetch the model again")
-    if tok.size > config.vocab_size:
+    if base > config.vocab_size:
         raise ValueError(
-            f"{path}: the tokenizer has {tok.size} tokens, the model {config.vocab_size}; they belong to different models"
+            f"{path}: the tokenizer has {base} tokens, the model {config.vocab_size}; they belong to different models"
         )
+    tok.unknown = {i: content for i, content in tok.unknown.items() if i >= config.vocab_size}
     tok.template = _template(path, settings)
     tok.specials = {k: _content(v) for k, v in settings.items() if k.endswith("_token") and _content(v)}
     return tok
 
 
-def _from_json(file: Path, settings: dict[str, Any], config: ModelConfig) -> Tokenizer:
+@dataclass(frozen=True)
+class Added:
+    """A token that is found in a text before the vocabulary is applied."""
+
+    content: str
+    id: int | None = None  # None: the next free id
+    special: bool = True  # `decode` leaves it out
+    flags: tuple[tuple[str, bool], ...] = ()  # of the tokenizers library: lstrip, rstrip, single_word, normalized
+
+
+def _added_tokens(path: Path, settings: dict[str, Any]) -> list[Added]:
+    """The tokens that tokenizer_config.json, added_tokens.json and special_tokens_map.json add, by id where they have one.
+
+    The special tokens of special_tokens_map.json become part of `settings` where that lacks them.
+    """
+    maps = {name: path / f"{name}.json" for name in ("added_tokens", "special_tokens_map")}
+    files = {name: read_json(file) if file.is_file() else {} for name, file in maps.items()}
+    for key, value in files["special_tokens_map"].items():
+        settings.setdefault(key, value)
+    found: dict[str, Added] = {}
+    names = ("lstrip", "rstrip", "single_word", "normalized")
+    for i, token in _items(settings.get("added_tokens_decoder")):
+        flags = tuple((k, token[k]) for k in names if k in token) if isinstance(token, dict) else ()
+        special = bool(token.get("special", False)) if isinstance(token, dict) else False
+        found[_content(token)] = Added(_content(token), int(i), special, flags)
+    for content, i in _items(files["added_tokens"]):
+        found.setdefault(content, Added(content, int(i), False))
+    special = [v for k, v in settings.items() if k.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        value = settings.get(key) or []
+        special += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    for token in special:
+        if isinstance(token, str | dict) and (content := _content(token)):
+            before = found.get(content, Added(content))
+            found[content] = Added(content, before.id, True, before.flags)
+    return sorted(found.values(), key=lambda token: (token.id is None, token.id))
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    return list(value.items()) if isinstance(value, dict) else []
+
+
+def _from_json(file: Path, settings: dict[str, Any], added: list[Added], config: ModelConfig) -> tuple[Tokenizer, int]:
+    """The tokenizer, and the size of its vocabulary without added tokens."""
+    from tokenizers import AddedToken
     from tokenizers import Tokenizer as Fast
 
     try:
-        fast = Fast.from_file(str(file))
+        fast = Fast.from_str(file.read_text(encoding="utf-8-sig"))
+        base = max(fast.get_vocab(with_added_tokens=False).values(), default=-1) + 1  # ids may have gaps
+        there = {token.content: token.special for token in fast.get_added_tokens_decoder().values()}
+        for token in added:
+            if there.get(token.content, False) or (not token.special and fast.token_to_id(token.content) is not None):
+                continue
+            flags = {"normalized": not token.special} | dict(token.flags)
+            new = AddedToken(token.content, special=token.special, **flags)
+            fast.add_special_tokens([new]) if token.special else fast.add_tokens([new])
     except Exception as e:  # the library raises bare Exception
         raise ValueError(f"{file} cannot be read ({_first_line(e)}); fetch it again") from None
+    for token in added:
+        if token.id is not None and fast.token_to_id(token.content) != token.id:
+            raise ValueError(
+                f"{file.parent} gives token {token.content!r} the id {token.id}, and {file.name} puts "
+                f"{fast.token_to_id(token.content)} there; fetch both files again"
+            )
     fast.no_truncation()  # what a file says about clipping and padding is of training, and no prompt is ever clipped
     fast.no_padding()
     bos = _id(settings.get("bos_token"), fast.token_to_id, config.bos_token_id)
@@ -121,12 +178,18 @@ def _from_json(file: Path, settings: dict[str, Any], config: ModelConfig) -> Tok
     def decode(ids: Sequence[int]) -> str:
         return fast.decode(ids, skip_special_tokens=True)
 
-    size = max(fast.get_vocab().values(), default=-1) + 1  # ids may have gaps, so this is not their number
-    hidden = {token.content: i for i, token in fast.get_added_tokens_decoder().items() if token.special}
-    return Tokenizer(encode, decode, size, bos, _eos(settings, fast.token_to_id, config), hidden=hidden)
+    size = max(fast.get_vocab().values(), default=-1) + 1
+    tokens = fast.get_added_tokens_decoder()
+    hidden = {token.content: i for i, token in tokens.items() if token.special}
+    unknown = {i: token.content for i, token in tokens.items()}
+    eos = _eos(settings, fast.token_to_id, config)
+    return Tokenizer(encode, decode, size, bos, eos, hidden=hidden, unknown=unknown), base
 
 
-def _from_sentencepiece(file: Path, settings: dict[str, Any], config: ModelConfig) -> Tokenizer:
+def _from_sentencepiece(
+    file: Path, settings: dict[str, Any], added: list[Added], config: ModelConfig
+) -> tuple[Tokenizer, int]:
+    """The tokenizer, and the number of sentencepiece's own pieces."""
     import sentencepiece
 
     sp = sentencepiece.SentencePieceProcessor()
@@ -134,29 +197,43 @@ def _from_sentencepiece(file: Path, settings: dict[str, Any], config: ModelConfi
         sp.Load(str(file))
     except (RuntimeError, OSError) as e:
         raise ValueError(f"{file} is not a sentencepiece model ({_first_line(e)}); fetch it again") from None
-    added = {_content(v): int(i) for i, v in settings.get("added_tokens_decoder", {}).items()}
-    control = {sp.IdToPiece(i): i for i in range(sp.GetPieceSize()) if sp.IsControl(i) or sp.IsUnknown(i)}
-    special = {**control, **added}
-    split = re.compile("(" + "|".join(re.escape(s) for s in sorted(special, key=len, reverse=True)) + ")")
+    base = sp.GetPieceSize()
+    ids = {sp.IdToPiece(i): i for i in range(base)}
+    given, free = {}, base
+    for token in added:
+        i = token.id if token.id is not None else ids.get(token.content, free)
+        given[token.content], free = i, max(free, i + 1)
+    control = {sp.IdToPiece(i): i for i in range(base) if sp.IsControl(i) or sp.IsUnknown(i)}
+    hidden = control | {t.content: given[t.content] for t in added if t.special}
+    shown = {given[t.content]: t.content for t in added if not t.special}
+    found = control | given
+    split = re.compile("(" + "|".join(re.escape(s) for s in sorted(found, key=len, reverse=True)) + ")")
     bos = sp.bos_id() if sp.bos_id() >= 0 else config.bos_token_id
     wants_bos = settings.get("add_bos_token", True) and bos is not None
+    hidden_ids = set(hidden.values())
 
     def encode(text: str, with_bos: bool) -> list[int]:
         ids = [bos] if with_bos and wants_bos else []
         for piece in filter(None, split.split(text)):
-            ids += [special[piece]] if piece in special else sp.EncodeAsIds(piece)
+            ids += [found[piece]] if piece in found else sp.EncodeAsIds(piece)
         return ids
 
     def decode(ids: Sequence[int]) -> str:
-        hidden = set(special.values())
-        return sp.DecodeIds([i for i in ids if i not in hidden and i < sp.GetPieceSize()])
+        text, run = "", []
+        for i in ids:
+            if i in shown:
+                text, run = text + sp.DecodeIds(run) + shown[i], []
+            elif i not in hidden_ids and i < base:
+                run.append(i)
+        return text + sp.DecodeIds(run)
 
     def find(piece: str) -> int | None:
-        return special.get(piece, sp.PieceToId(piece) if sp.PieceToId(piece) != sp.unk_id() else None)
+        return found.get(piece, ids.get(piece))
 
     eos = _eos(settings, find, config) or ((sp.eos_id(),) if sp.eos_id() >= 0 else ())
-    size = max([sp.GetPieceSize(), *(i + 1 for i in added.values())])
-    return Tokenizer(encode, decode, size, bos, eos, hidden=special)
+    size = max([base, *(i + 1 for i in given.values())])
+    unknown = {i: content for content, i in given.items()}
+    return Tokenizer(encode, decode, size, bos, eos, hidden=hidden, unknown=unknown), base
 
 
 def byte_level() -> Tokenizer:
@@ -175,7 +252,7 @@ def _template(path: Path, settings: dict[str, Any]) -> str | None:
     file, value = path / "chat_template.jinja", settings.get("chat_template")
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as e:
             raise ValueError(f"{file} cannot be read ({_first_line(e)}); fetch it again") from None
     if isinstance(value, list):  # several named templates
@@ -207,17 +284,3 @@ def _eos(settings: dict[str, Any], find: Callable[[str], int | None], config: Mo
 def _first_line(e: Exception) -> str:
     """Return the first line of an error's message."""
     return next(iter(str(e).splitlines()), type(e).__name__)
-
-
-def _raise_exception(message: str) -> None:
-    """The function of this name that chat templates call."""
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    """The jinja2 filter `tojson`, without HTML escapes."""
-    import json
-
-    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -148,3 +148,53 @@ def test_a_chat_says_what_became_of_a_percentage(path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello there\nand again\n"))
     status, _, err = call(capsys, "--model", path, "--interactive", "--policy", "h2o:budget=50%", "-n", "4")
     assert status == 0 and err.count("percentages are of the first turn: h2o:budget=6") == 2
+
+
+def test_the_token_that_ends_a_turn_of_the_chat_template_ends_an_answer(path, capsys, monkeypatch):
+    """The model's files name no end of text, as with a base model whose template is one for chats."""
+    template = "{% for m in messages %}{{ m.content }}MARK{% endfor %}"
+    base = ["--model", path, "-p", "hello", "-n", "40", "--dtype", "float32"]
+
+    def run(mark: str, *more: str) -> tuple[dict, str]:
+        (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template.replace("MARK", mark)}))
+        status, _, err = call(capsys, *base, *more, "--json", path / "o.json")
+        assert status == 0, err
+        return json.loads((path / "o.json").read_text()), err
+
+    tok = Fast.from_file(str(path / "tokenizer.json"))
+    for mark in (chr(i) for i in range(33, 127) if chr(i) not in "hello"):
+        ids = run(mark, "--chat")[0]["token_ids"]
+        if ord(mark) - 32 in ids[4:]:
+            break
+    at = ids.index(ord(mark) - 32)
+    tok.add_special_tokens([mark])
+    tok.save(str(path / "tokenizer.json"))
+    record, err = run(mark, "--chat")
+    assert record["finish_reason"] == "stop" and record["token_ids"] == ids[:at]
+    assert f"the chat template ends a turn with {mark}, which the model's files do not name" in err
+    record, err = run(mark, "--chat", "--ignore-eos")
+    assert record["token_ids"] == ids and "ends a turn" not in err
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ord(mark) - 32}))
+    record, err = run(mark, "--chat")
+    assert record["finish_reason"] == "eos" and "ends a turn" not in err
+
+
+def test_a_conversation_goes_on_behind_a_stop_that_is_a_special_token(path):
+    """The stop is no part of the answer, so the next turn must not feed it a second time."""
+    from nanokv.text.chat import Conversation
+
+    answer = "".join(load(str(path), dtype="float32").stream("hi", max_new_tokens=60))
+    mark = next(c for c in answer[5:] if c.isalpha() and c not in answer[:5] + "hi more")
+    tok = Fast.from_file(str(path / "tokenizer.json"))
+    tok.add_special_tokens([mark])
+    tok.save(str(path / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}MARK{% endif %}{% endfor %}"
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template.replace("MARK", mark)}))
+    chat = Conversation(load(str(path), dtype="float32"), None, {"limit": 60, "stop": [mark]})
+    list(chat.ask("hi"))
+    assert chat.latest.reasons == ["stop"] and chat.latest.texts == [answer[: answer.index(mark)]]
+    chat.finish()
+    list(chat.ask("more"))
+    said = chat.llm.tokenizer.encode("hi" + answer[: answer.index(mark)] + mark + "more")
+    stopped, new = chat.latest.reasons == ["stop"], len(chat.latest.ids[0])
+    assert chat.session.seen[0] == len(said) + new - (0 if stopped else 1)  # the last token is fed by the next turn

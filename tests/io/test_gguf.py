@@ -289,6 +289,22 @@ def test_only_llama_3_takes_a_word_of_the_vocabulary_whole_without_a_merge(tmp_p
     assert [tokens[i] for i in words.encode("xyz", special=False)] == pieces
 
 
+def test_a_file_that_names_no_pre_tokenizer_is_read_by_what_else_it_holds_and_says_so(tmp_path):
+    def words(arch: str, tokens: list[str], **meta):
+        names = {k.replace("llama.", f"{arch}."): v for k, v in metadata(make(vocab_size=len(tokens)).config).items()}
+        meta = {**names, "tokenizer.ggml.pre": None, "tokenizer.ggml.tokens": tokens, **meta}
+        meta |= {"tokenizer.ggml.token_type": [1] * len(tokens), "general.architecture": arch}
+        file = GGUF(Path(write(tmp_path / "tiny.gguf", make(vocab_size=len(tokens)), meta=meta)))
+        return file.pre, file.notes
+
+    spare = [f"<spare{i}>" for i in range(5)]
+    assert words("qwen2", TOKENS)[0] == "qwen2" and words("qwen3", TOKENS)[0] == "qwen2"
+    assert words("llama", [*TOKENS, "<|begin_of_text|>"])[0] == "llama-bpe"
+    pre, notes = words("llama", [*TOKENS, *spare])
+    assert pre == "default" and "tiny.gguf does not say how it splits text" in notes[0]
+    assert words("llama", TOKENS, **{"tokenizer.ggml.pre": "smollm"}) == ("smollm", [])
+
+
 @pytest.mark.parametrize("pre, adds", [("llama-bpe", True), ("smollm", False)])
 def test_llama_3_begins_with_bos_where_the_file_leaves_it_open(tmp_path, pre, adds):
     words = load(write(tmp_path / "tiny.gguf", make(), meta={"tokenizer.ggml.pre": pre}), dtype="float32").tokenizer

@@ -11,6 +11,7 @@ import torch
 from helpers import edit, reconfigure, shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny import text, write_tokenizer
 
 from nanokv import load
@@ -81,6 +82,130 @@ def test_faults_of_shards_are_named(model):
     refused(model, "an object is expected")
     index.write_text("{}")
     refused(model, "has no weight_map")
+
+
+# ---- what lies beside the weights ----
+
+
+def strays(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Files that real directories hold beside a model's weights."""
+    k = "layers.0.self_attn.k_proj"
+    return {
+        "consolidated.safetensors": {"layers.0.attention.wk.weight": torch.ones(2, 2), "norm.weight": torch.ones(2)},
+        "adapter_model.safetensors": {f"base_model.model.model.{k}.lora_A.weight": torch.ones(2, 2)},
+        "adapters.safetensors": {f"model.{k}.lora_a": torch.ones(2, 2)},
+        "optimizer.safetensors": {f"exp_avg.model.{k}.weight": torch.ones(2, 2)},
+    }
+
+
+def same_logits(path, llm) -> None:
+    ids = text(20)
+    assert torch.equal(load(str(path), dtype="float32").session(2).start([ids]), llm.session(2).start([ids]))
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "weights.safetensors", "indexed", "unindexed"])
+def test_strays_beside_the_weights_are_passed_over(weights, model, llm_of):
+    tensors = load_file(model / "model.safetensors")
+    if weights.endswith("indexed"):
+        shard(model, ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"))
+        save_file(tensors, model / "second-copy.safetensors")
+        if weights == "unindexed":
+            (model / "model.safetensors.index.json").unlink()
+    else:
+        (model / "model.safetensors").rename(model / weights)
+    for name, held in strays(tensors).items():
+        save_file(held, model / name)
+    (model / "training_args.bin").write_bytes(b"pickle")
+    same_logits(model, llm_of("g3"))
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": {"x": "model-00001-of-00009.safetensors"}}', "[]", "no JSON"])
+def test_a_stale_index_beside_model_safetensors_is_passed_over(index, model, llm_of):
+    (model / "model.safetensors.index.json").write_text(index)
+    save_file({"model.norm.weight": torch.zeros(96)}, model / "model-00001-of-00002.safetensors")
+    same_logits(model, llm_of("g3"))
+
+
+def test_of_two_copies_neither_is_chosen(model):
+    (model / "model.safetensors").rename(model / "a.safetensors")
+    shutil.copy(model / "a.safetensors", model / "b.safetensors")
+    refused(model, "a.safetensors and b.safetensors both hold lm_head.weight; move one of the two away")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("adapter_model.safetensors", "is a LoRA adapter, not a model"),
+        ("adapters.safetensors", "is a LoRA adapter, not a model"),
+        ("consolidated.safetensors", "has the names of Mistral's own format"),
+        ("optimizer.safetensors", "and no weights of a supported model"),
+    ],
+)
+def test_a_directory_of_strays_alone_is_refused_by_name(name, says, model):
+    held = strays(load_file(model / "model.safetensors"))[name]
+    (model / "model.safetensors").unlink()
+    save_file(held, model / name)
+    refused(model, f"{name} {says}" if name != "optimizer.safetensors" else says)
+
+
+def test_weights_of_mlx_are_refused_by_name(model):
+    reconfigure(model, quantization={"group_size": 64, "bits": 4})
+    refused(model, "the weights are quantised by MLX")
+    reconfigure(model, quantization=...)
+    (model / "model.safetensors").rename(model / "weights.npz")
+    refused(model, "MLX's own format (weights.npz)")
+
+
+# ---- spellings of config.json that are beside the numbers ----
+
+
+@pytest.mark.parametrize("names", [None, [], ["LLaMAForCausalLM"], ["SomethingElse", "LlamaForCausalLM"], ...])
+def test_the_architecture_is_found_where_it_can_be(names, model, llm_of):
+    reconfigure(model, architectures=names)
+    same_logits(model, llm_of("g3"))
+
+
+def test_model_type_decides_between_architectures(model):
+    reconfigure(model, architectures=["MistralForCausalLM", "LlamaForCausalLM"])
+    assert load(str(model)).config.model_type == "llama"
+    reconfigure(model, architectures=["LlamaModel"])
+    refused(model, "architecture LlamaModel is not supported")
+    reconfigure(model, architectures=..., model_type="gemma")
+    refused(model, "architecture model_type gemma is not supported")
+    reconfigure(model, architectures="LlamaForCausalLM")
+    refused(model, "architectures is 'LlamaForCausalLM'; it must be a list")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_byte_order_mark_changes_nothing(file, model, llm_of):
+    before = (model / file).read_bytes() if (model / file).is_file() else b"{}"
+    (model / file).write_bytes(b"\xef\xbb\xbf" + before)
+    same_logits(model, llm_of("g3"))
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "context"),
+    [
+        ({}, {}, 512),
+        ({"rope_scaling": LINEAR}, {}, 512),
+        ({"rope_scaling": LINEAR}, {"model_max_length": 2048}, 2048),
+        ({"rope_scaling": LINEAR}, {"model_max_length": 512}, 512),
+        ({"rope_scaling": LINEAR}, {"model_max_length": 10**30}, 512),
+        ({"rope_scaling": LINEAR, "max_sequence_length": 2048}, {}, 2048),
+        ({"rope_scaling": LINEAR, "max_sequence_length": 512}, {}, 512),
+        ({"rope_scaling": {**LINEAR, "original_max_position_embeddings": 512}}, {}, 2048),
+        ({"rope_scaling": {**LINEAR, "original_max_position_embeddings": 128}}, {}, 512),
+        ({"rope_scaling": {**LINEAR, "original_max_position_embeddings": 128}}, {"model_max_length": 512}, 512),
+        ({}, {"model_max_length": 2048}, 512),
+    ],
+)
+def test_linear_scaling_lengthens_the_context_only_if_a_file_says_so(config, words, context, model):
+    reconfigure(model, rope_parameters=..., **config)
+    (model / "tokenizer_config.json").write_text(json.dumps(words))
+    assert ModelConfig.from_dir(model).max_position_embeddings == context
 
 
 def test_a_pickle_is_refused_by_name(model):

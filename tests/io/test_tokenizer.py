@@ -358,6 +358,76 @@ def test_a_stream_of_bytes_that_are_no_text_still_flows():
     assert any(pieces[:100]) and "".join(pieces) == "\ufffd" * 200
 
 
+# tokens that other files add
+
+ADDED = {"<|im_end|>": 96, "<|x|>": 97}
+FILES = {
+    "added_tokens": {"added_tokens.json": ADDED},
+    "special_tokens_map": {
+        "special_tokens_map.json": {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|x|>"]}
+    },
+    "both": {"added_tokens.json": ADDED, "special_tokens_map.json": {"eos_token": {"content": "<|im_end|>"}}},
+    "decoder": {
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {
+                "96": {"content": "<|im_end|>", "special": True, "normalized": False},
+                "97": {"content": "<|x|>", "special": False, "lstrip": True},
+            }
+        }
+    },
+    "extra": {"tokenizer_config.json": {"extra_special_tokens": ["<|im_end|>", "<|x|>"]}},
+    "additional": {"tokenizer_config.json": {"additional_special_tokens": ["<|im_end|>", "<|x|>"]}},
+    "eos_token": {"tokenizer_config.json": {"eos_token": "<|im_end|>"}},
+}
+
+
+@pytest.mark.parametrize("which", FILES)
+def test_tokens_of_every_file_are_added_as_transformers_adds_them(which, tmp_path):
+    from tiny import write_tokenizer
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path)
+    files = {"tokenizer_config.json": {}, **FILES[which]}
+    files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast", **files["tokenizer_config.json"]}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    ours, theirs = from_dir(tmp_path, shape(vocab_size=128)), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a<|im_end|>b <|x|> c", "<|x|><|im_end|>", "plain"):
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.eos == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
+    assert ours.size == len(theirs)
+
+
+def test_tokens_are_added_to_a_tokenizer_model_too(sp, tmp_path):
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 480, "<|x|>": 481}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    words = write_sp(tmp_path, sp)
+    hello = sp.EncodeAsIds("hello")
+    assert words.encode("hello<|x|>hello<|im_end|>") == [1, *hello, 481, *hello, 480]
+    assert words.decode([*hello, 481, *hello, 480]) == "hello<|x|>hello"  # only special tokens are hidden
+    assert 480 in words.eos
+
+
+def test_an_added_token_that_the_model_has_no_row_for_is_refused_only_where_a_text_holds_it(sp, tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "tokenizer.json").write_text(Fast(models.BPE({"a": 0, "b": 1}, [])).to_str())
+    (tmp_path / "b" / "tokenizer.model").write_bytes(sp.serialized_model_proto())
+    for name, rows in (("a", 2), ("b", 480)):
+        (tmp_path / name / "added_tokens.json").write_text(json.dumps({"<pad>": rows}))
+        words = from_dir(tmp_path / name, shape(vocab_size=rows))
+        assert words.decode(words.encode("a")) == "a" and words.size == rows + 1
+        assert "'<pad>', a token for which this model has no embedding" in refusal(words.encode, "ab<pad>")
+        assert from_dir(tmp_path / name, shape(vocab_size=rows + 1)).encode("<pad>")[-1] == rows
+
+
+def test_an_id_that_cannot_be_given_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(Fast(models.BPE({"a": 0, "b": 1}, [])).to_str())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": 7}))
+    assert "gives token '<pad>' the id 7" in refusal(from_dir, tmp_path, shape(vocab_size=10))
+
+
 # chat templates
 
 
@@ -387,6 +457,41 @@ def test_a_template_sees_messages_and_special_tokens(tmp_path):
 def test_templates_trim_blocks_and_may_break_out_of_loops(tmp_path):
     template = "{% for m in messages %}\n  {% if loop.index > 2 %}\n{% break %}{% endif %}\n{{ m.role }}\n{% endfor %}"
     assert templated(tmp_path, template).chat(CHAT) == "system\nuser\n"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages | tojson }}",
+        "{{ messages | tojson(indent=2) }}",
+        "{{ messages | tojson(ensure_ascii=True) }}",
+        "{{ messages | tojson(separators=(',', ':'), sort_keys=True) }}",
+        "{{ {'b': 1, 'a': ['é']} | tojson(True, 1) }}",
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}",
+        "{%- generation -%} {{ bos_token }} {%- endgeneration -%} end",
+    ],
+)
+def test_templates_may_use_what_transformers_adds_to_jinja(template, tmp_path):
+    from transformers import AutoTokenizer
+
+    words = templated(tmp_path, template, bos_token="<s>", tokenizer_class="PreTrainedTokenizerFast")
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(CHAT, tokenize=False)
+    assert words.chat(CHAT, add_generation_prompt=False) == theirs
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}", "<|im_end|>"),
+        ("{% for m in messages %}{{ m.content }}<|im_end|>{{ eos_token }}{% endfor %}", "<|im_end|>"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", ""),
+        ("{{ raise_exception('no') }}", ""),
+        (None, ""),
+    ],
+)
+def test_the_token_that_ends_a_turn_is_the_one_behind_an_answer(template, end, tmp_path):
+    special = ["<|im_start|>", "<|im_end|>", "<|im_end|>>"]
+    assert templated(tmp_path, template, additional_special_tokens=special).turn_end() == end
 
 
 def test_of_several_named_templates_the_default_one_is_used(tmp_path):
