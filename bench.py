@@ -274,7 +274,7 @@ def judge(job: Job, plans: dict[str, Plan], items: list[Item], texts: list[tuple
             job.journal.keep(key, found)
         return done[key]
 
-    if args.full:
+    if args.full and not args.quiet:
         estimate(llm, chosen, items, texts, n, done)
     tests = {i: keep(str(i), lambda i=i: q.judge(llm, chosen, i)) for i in job.bar(items, "tasks")}
     near = {
