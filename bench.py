@@ -33,6 +33,7 @@ from evals.quality import Item, named, registered
 from evals.tasks import TASKS
 from nanokv import cli
 from nanokv.cache.plan import Plan, parse
+from nanokv.files import check_outputs, write_text
 from nanokv.llm import LLM, load
 from nanokv.runner import MODES, RUNNERS
 from weights.registry import DEFAULT
@@ -95,6 +96,7 @@ def parser() -> cli.Parser:
 
 
 def main(argv: Sequence[str]) -> int:
+    cli.prepare_streams()
     args = parser().parse_args(argv)
     return cli.exits(
         PROGRAM,
@@ -142,7 +144,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     result["seconds"] = round(time.perf_counter() - t0, 1)
     print(json.dumps(result), flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text("--json", args.json, json.dumps(result, indent=1) + "\n")
     if job.journal:
         job.journal.file.unlink()
     if args.plot:
@@ -198,12 +200,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--lengths is {min(args.lengths)}; {args.what} needs at least {least}")
     if args.what == "quick" and len(args.lengths or [1]) > 1:
         raise ValueError("without a part to run, bench.py takes one length; give one, or run quality or speed")
-    for flag, file in (("json", args.json), ("plot", args.plot)):
-        folder = Path(file or ".") if flag == "plot" and Path(file or ".").exists() else Path(file or ".").parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK) or (flag == "json" and Path(file or "x").is_dir()):
-            raise ValueError(
-                f"--{flag} {file} cannot be written; give a {'file' if flag == 'json' else 'folder'} in a directory of yours"
-            )
+    check_outputs({"--json": args.json})
+    folder = Path(args.plot or ".")
+    if not os.access(folder if folder.exists() else folder.parent, os.W_OK) or folder.is_file():
+        raise ValueError(f"--plot {args.plot} cannot be written; give a folder in a directory of yours")
     if args.plot:
         try:
             import matplotlib  # noqa: F401

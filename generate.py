@@ -14,9 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nanokv import cli
+from nanokv.files import check_outputs, write_text
 from weights.registry import DEFAULT, describe_models
 
 PROGRAM = "generate.py"
+OUTPUTS = ("--json", "--save-cache", "--xray")
 STORE_FLAGS = {"k": "--k-bits", "v": "--v-bits", "group": "--kv-group-size", "residual": "--residual"}
 
 
@@ -85,11 +87,12 @@ def parser() -> cli.Parser:
 
 
 def main(argv: Sequence[str]) -> int:
+    stdout_is_open = cli.prepare_streams()
     args = parser().parse_args(argv)
-    return cli.exits(PROGRAM, lambda: run(args))
+    return cli.exits(PROGRAM, lambda: run(args, stdout_is_open))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, stdout_is_open: bool = True) -> int:
     if args.list_models:
         print(describe_models())
         return 0
@@ -105,8 +108,10 @@ def run(args: argparse.Namespace) -> int:
         plan = make_plan(args, args.policy, args.kv_budget)
         print(sizes(args.model, {args.policy: plan}, args.max_new_tokens))
         return 0
-    if args.json:
-        cli.check_output_file("--json", args.json)
+    outputs = {flag: value_of(args, flag) for flag in OUTPUTS}
+    check_outputs(outputs, {"--prompt-file": args.prompt_file})
+    if not (stdout_is_open or any(outputs.values()) or args.interactive):
+        raise ValueError("standard output is closed, so the answer would be lost; open it, or give --json FILE")
     text = cli.read_prompt(args)
 
     from nanokv import Sampling, load, parse
@@ -237,19 +242,18 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
     with tqdm(total=len(prompt), desc="prefill", unit="tok", leave=False, disable=hidden) as bar:
         prompts = [] if args.load_cache else [prompt]
         result = llm.answer(session, prompts, then=question, copies=args.num_samples, progress=bar.update, **options)
-    cli.print_answer(result)
+    error = cli.print_answer(result, go_on=bool(args.json or args.xray or args.save_cache))
     if args.explain:
         print(explain(session), file=sys.stderr)
     lines = end_block(llm, result)  # made now, as the record is: --compare would raise the peak memory
     record = as_record(llm, result) if args.json else {}
-    error = ""
     if args.save_cache and args.load_cache:  # with what was loaded, all that followed it
 
         def save_all() -> None:
             result.feed_rest()
             save(llm, session, Path(args.save_cache))
 
-        error = cli.attempt(f"--save-cache {args.save_cache}", save_all)
+        error = error or cli.attempt(f"--save-cache {args.save_cache}", save_all)
     if reference and not result.interrupted:
 
         def compare() -> None:
@@ -263,9 +267,9 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
     log(args, lines)
     if args.xray:
         pieces = [llm.tokenizer.decode([i]) for i in (*prompt, *question, *result.ids[0])]
-        cli.write_text("--xray", args.xray, xray(session, pieces))
+        write_text("--xray", args.xray, xray(session, pieces))
     if args.json:
-        cli.write_text("--json", args.json, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_text("--json", args.json, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     if error:
         return cli.fail(PROGRAM, error)
     return 130 if result.interrupted else 0

@@ -7,18 +7,55 @@ It knows no model and no policy, and it does not import torch.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from weights.registry import settings
 
 if TYPE_CHECKING:
     from nanokv.answer import Answer
     from nanokv.runner import CompileOptions
+
+
+def prepare_streams() -> bool:
+    """Make the standard streams fit for any text and any terminal. Returns whether standard output is open.
+
+    Characters that a stream's encoding lacks are written as "?". What is said on stderr is lost without an error if
+    nobody can read it. A closed stream is opened on the null device, so that no other file takes its number.
+    """
+    is_open = sys.stdout is not None
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            while (null := os.open(os.devnull, os.O_RDWR)) < number:
+                pass  # a lower one is closed, too
+            setattr(sys, name, open(null, mode, encoding="utf-8"))  # noqa: SIM115 it stays open
+    if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if sys.stdin is sys.__stdin__ and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = Forgiving(sys.stderr.buffer, sys.stderr.encoding, "backslashreplace", line_buffering=True)
+    return is_open
+
+
+class Forgiving(io.TextIOWrapper):
+    """A text stream that ignores that its other end is closed or full."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,6 +86,18 @@ class Parser(argparse.ArgumentParser):
         flag, equals, value = argument.partition("=")
         dashed = flag.replace("_", "-")
         return dashed + equals + value if dashed in self._option_string_actions else argument
+
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        """As argparse's, which says nothing if the message cannot be written."""
+        if file is not sys.stdout:
+            super()._print_message(message, file)
+            return
+        try:
+            write_out(message)
+        except BrokenPipeError:
+            drop_output()
+        except OSError as e:
+            self.error(str(e))
 
     def error(self, message: str) -> None:
         sys.exit(fail(self.prog, message))
@@ -91,9 +140,11 @@ def exits(
     raised.
     """
     try:
-        return main()
+        status = main()
+        write_out()
+        return status
     except BrokenPipeError:  # the program that reads our output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 0
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
@@ -101,12 +152,35 @@ def exits(
     except (ValueError, OSError) as e:
         if settings().debug:
             raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            drop_output()
         return fail(program, str(e))
     except (MemoryError, RuntimeError) as e:  # torch raises either one, with a different message on each device
         out_of_memory = isinstance(e, MemoryError) or "memory" in str(e)
         if settings().debug or not out_of_memory:
             raise
         return fail(program, f"not enough memory; {need_less_memory}")
+
+
+def write_out(text: str = "") -> None:
+    """Write a text to standard output, and what is buffered before it. OSError says in words that it cannot be written; a
+    BrokenPipeError, that nobody reads it.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        drop_output()
+        raise OSError(f"standard output cannot be written ({e.strerror}); send it elsewhere") from None
+
+
+def drop_output() -> None:
+    """Send standard output to the null device, with what is still buffered, so that nothing fails when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def attempt(what: str, work: Callable[[], object]) -> str:
@@ -123,8 +197,11 @@ def shows_progress(quiet: bool = False) -> bool:
     return sys.stderr.isatty() and not quiet
 
 
-def print_answer(answer: Answer) -> None:
+def print_answer(answer: Answer, go_on: bool = False) -> str:
     """Print one answer while it is generated. Several answers are printed one after the other at the end.
+
+    If standard output cannot be written, this raises as `write_out` does. With `go_on`, because the answer has
+    another place to go to, it is generated to its end, and the error is returned; otherwise the result is "".
 
     Ctrl-C ends the answer after the current step, so that the cache stays complete. A second Ctrl-C ends it at once.
     """
@@ -135,19 +212,34 @@ def print_answer(answer: Answer) -> None:
         answer.interrupted = True
 
     several, previous = len(answer.texts) > 1, signal.signal(signal.SIGINT, interrupt)
+    error, is_open = "", True
+
+    def show(text: str) -> None:
+        nonlocal error, is_open
+        try:
+            if is_open:
+                write_out(text)
+        except OSError as e:
+            if not go_on:
+                raise
+            drop_output()
+            error, is_open = "" if isinstance(e, BrokenPipeError) else str(e), False
+
     try:
         for _, piece in answer:
             if not several:
-                print(piece, end="", flush=True)
+                show(piece)
     finally:
         signal.signal(signal.SIGINT, previous)
-    print("\n\n".join(answer.texts) if several else "", flush=True)
+    show(("\n\n".join(answer.texts) if several else "") + "\n")
+    return error
 
 
 def read_text(source: str, read: Callable[[], bytes]) -> str:
     """The UTF-8 text that read() returns as bytes. `source` names it in an error."""
     try:
-        return read().decode("utf-8").removesuffix("\n")  # editors and echo add one line break at the end
+        text = read().decode("utf-8-sig")  # some editors put a byte order mark first
+        return text[: -2 if text.endswith("\r\n") else -1] if text.endswith("\n") else text  # and one line break last
     except OSError as e:
         raise ValueError(f"{source} cannot be read ({e.strerror}); give a text file") from None
     except UnicodeDecodeError as e:
@@ -172,24 +264,6 @@ def read_prompt(args: argparse.Namespace) -> str | None:
     return text
 
 
-def check_output_file(flag: str, file: str) -> None:
-    """Raise ValueError, before the work begins, if write_text() could not write this file."""
-    folder = Path(file).parent
-    if file == "-":
-        raise ValueError(f"{flag} - is not possible, standard output carries the text; give a file")
-    if not folder.is_dir():
-        raise ValueError(f"{flag} {file}: there is no directory {folder}; make it first")
-    if Path(file).is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"{flag} {file} cannot be written; give a file in a directory of yours")
-
-
-def write_text(flag: str, file: str, text: str) -> None:
-    try:
-        Path(file).write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise ValueError(f"{flag} {file} cannot be written ({e.strerror}); the text above is complete") from None
-
-
 def read_lines(first: str | None = None) -> Iterator[str]:
     """`first`, if it is given, and then what the user types, until the input ends or Ctrl-C. The prompt goes to
     stderr.
@@ -203,4 +277,6 @@ def read_lines(first: str | None = None) -> Iterator[str]:
             line = input()
         except (EOFError, KeyboardInterrupt):
             return
-        yield line
+        # bytes that the terminal's encoding does not know are read as surrogates; they may still be UTF-8
+        known = line.isprintable() or max(line) < "\udc80"
+        yield line if known else line.encode(sys.stdin.encoding, "surrogateescape").decode("utf-8", "surrogateescape")

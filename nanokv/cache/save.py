@@ -7,7 +7,6 @@ refused.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from nanokv.cache.kept import Kept
 from nanokv.cache.plan import Plan, parse
 from nanokv.engine import Session
+from nanokv.files import replacing
 from nanokv.llm import LLM
 
 FIELDS = ("k", "v", "pos", "length", "limit", "sink")
@@ -45,10 +45,9 @@ def save(llm: LLM, session: Session, file: Path) -> None:
             tensors |= {f"{owner}.{i}.{field}": x.contiguous() for field, x in found.items()}
     facts = {"plan": str(session.plans[0]), "seen": session.seen[0], "model": llm.fingerprint(), "scores": layer_scores}
     facts["share"] = session.plans[0].share
-    part = file.with_name(f".{file.name}.part")
     try:
-        save_file(tensors, part, metadata={"nanokv": json.dumps(facts)})
-        os.replace(part, file)
+        with replacing(file) as part:
+            save_file(tensors, part, metadata={"nanokv": json.dumps(facts)})
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{file} cannot be written ({str(e).splitlines()[0]})") from None
 

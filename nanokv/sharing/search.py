@@ -6,7 +6,6 @@ It knows the model and a tokenizer, no policy and no store.
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from nanokv.backends.base import Ops
+from nanokv.files import replacing
 from nanokv.model.config import ModelConfig
 from nanokv.model.llama import Llama
 from nanokv.sharing.base import Sharing
@@ -152,11 +152,10 @@ def write_map(
         **asdict(want),
         "map": {str(i): o for i, o in sorted(share.items())},
     }
-    part = file.with_name(f".{file.name}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({**facts, "pairs": [asdict(p) for p in pairs]}, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, file)
+        with replacing(file) as part:
+            part.write_text(json.dumps({**facts, "pairs": [asdict(p) for p in pairs]}, indent=1) + "\n")
     except OSError as e:
         raise ValueError(f"{file} cannot be written ({e.strerror}); give a file of yours") from None
 

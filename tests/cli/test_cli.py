@@ -99,7 +99,7 @@ def test_a_damaged_model_gets_one_line_and_status_2(damage, says, model, capsys)
 
 ARGUMENTS = [
     (["--model", "lama2-7b", "-p", "x"], "unknown model 'lama2-7b' (did you mean llama2-7b"),
-    (["--model", "MODEL/model.safetensors", "-p", "x"], "a model is a directory or a .gguf file"),
+    (["--model", "MODEL/model.safetensors", "-p", "x"], "give the directory that holds it"),
     (["--model", "MODEL/x.bin", "-p", "x"], "pickled weights can run code"),
     (["--policy", "snapkw", "-p", "x"], "unknown policy 'snapkw' (did you mean snapkv"),
     (["--policy", "snapkv+int5", "-p", "x"], "unknown policy 'int5'"),
