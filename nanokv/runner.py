@@ -13,7 +13,9 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from shutil import which
+from subprocess import SubprocessError
 from types import FunctionType
 from typing import Any, Protocol
 
@@ -121,11 +123,43 @@ class Compiled:
     def step(self, tokens: Tensor, pos: Tensor, cache: KVCache) -> Tensor:
         cache.freeze()
         t0, before = time.perf_counter(), _n_compiled()
-        with torch._dynamo.config.patch(recompile_limit=256):  # a process may see many plans
-            out = self.head(self.model, self.model.hidden(tokens, pos, cache, self.block)[:, -1])
+        try:
+            with torch._dynamo.config.patch(recompile_limit=256):  # a process may see many plans
+                out = self.head(self.model, self.model.hidden(tokens, pos, cache, self.block)[:, -1])
+        except Exception as e:
+            if not _is_of_compiling(e):
+                raise
+            raise ValueError(f"runner compile: torch.compile fails here ({_reason(e)}); use --runner eager") from e
         if _n_compiled() > before:
             self.compile_s += time.perf_counter() - t0
         return out
+
+
+def _is_of_compiling(error: Exception) -> bool:
+    """Whether torch.compile raised this while it compiled: by itself, or because a file or a program failed it."""
+    from_torch = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    return from_torch or isinstance(error, OSError | ImportError | SubprocessError)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of the error, and of a compiler's own error."""
+    lines = [x for x in str(error).splitlines() if not x.endswith("raised:")] or [type(error).__name__]
+    at_fault = [line.strip() for line in lines[1:] if "error:" in line]
+    return "; ".join([lines[0].strip(), *at_fault[:1]])
+
+
+def _no_cpp_compiling() -> str:
+    """Why Inductor could not compile C++ here: the end of a sentence; empty if nothing is known to stand in the way."""
+    if not any(map(which, COMPILERS)):
+        return f"needs a C++ compiler and there is no {' or '.join(COMPILERS)}"
+    try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        folders = [str(Path(torch.__file__).parent), cache_dir()]
+    except OSError as e:
+        return f"cannot make the folder for what it compiles, {e.filename} ({e.strerror}): set TORCHINDUCTOR_CACHE_DIR"
+    blank = next((folder for folder in folders if " " in folder), "")
+    return f"would fail, because torch does not quote the blank in {blank!r} for the compiler" if blank else ""
 
 
 def _inductor() -> Any:
@@ -190,8 +224,7 @@ def make(name: str, model: Llama, how: CompileOptions | None = None) -> Runner:
         raise ValueError(
             "runner graph captures CUDA graphs and the device is no CUDA device; use --runner compile or eager"
         )
-    if name == "compile" and model.embed_tokens.weight.device.type == "cpu" and not any(map(which, COMPILERS)):
-        raise ValueError(
-            f"runner compile needs a C++ compiler and there is no {' or '.join(COMPILERS)}; use --runner eager"
-        )
+    makes_cpp = (how or CompileOptions()).backend == "inductor" and model.embed_tokens.weight.device.type == "cpu"
+    if name == "compile" and makes_cpp and (reason := _no_cpp_compiling()):
+        raise ValueError(f"runner compile {reason}; use --runner eager")
     return Compiled(model, how) if name == "compile" else {"eager": Eager, "graph": Graphed}[name](model)

@@ -159,3 +159,31 @@ def test_compiling_without_a_compiler_is_refused_in_one_sentence(llm_of, monkeyp
     monkeypatch.setattr("nanokv.runner.which", lambda name: None)
     with pytest.raises(ValueError, match="use --runner eager"):
         make("compile", llm_of("g3").models.decode)
+
+
+@pytest.mark.parametrize("folder", ["blank in it", "no folder/at all"])
+def test_what_is_known_to_stand_in_the_way_of_compiling_is_told_at_once(folder, llm_of, monkeypatch, tmp_path):
+    (tmp_path / "no folder").write_text("a file")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / folder))
+    says = "torch does not quote the blank in" if folder == "blank in it" else "cannot make the folder"
+    with pytest.raises(ValueError, match=f"runner compile .*{says}.*; use --runner eager"):
+        make("compile", llm_of("g3").models.decode)
+    if folder == "blank in it":
+        make("compile", llm_of("g3").models.decode, CompileOptions(backend="aot_eager"))  # which compiles no C++
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [RuntimeError("no such thing\nmain.cpp:3: fatal error: it does not compile"), OSError(28, "No space left on device")],
+)
+def test_a_failure_of_compiling_is_one_sentence(failure, llm_of):
+    def backend(graph, inputs):
+        raise failure
+
+    llm = llm_of("g3")
+    session = Session(replace(llm.models, runner=Compiled(llm.models.decode, backend=backend)), parse("full"), 4)
+    session.start([text(20)])
+    with pytest.raises(ValueError, match="runner compile: torch.compile fails here") as e:
+        session.feed(torch.tensor([[3]]))
+    assert str(failure).splitlines()[-1].rpartition("error: ")[2] in str(e.value) and "\n" not in str(e.value)
+    assert str(e.value).endswith("use --runner eager")
