@@ -33,6 +33,7 @@ VARIANTS = {
     "g3": ("Llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "hidden_size": 96}),
     "mqa": ("Llama", {"num_key_value_heads": 1}),
     "mistral": ("Mistral", {"sliding_window": 24}),
+    "window-1": ("Mistral", {"sliding_window": 1}),
     "mistral-v2": ("Mistral", {"sliding_window": None}),
     "tied": ("Llama", {"tie_word_embeddings": True}),
     "head-dim": ("Llama", {"head_dim": 32}),

@@ -142,10 +142,14 @@ class Kept:
         return cls(k, v, pos, n.clone(), ones * limit, ones * sink, attention, state=state)
 
     def in_window(self, seen: int, sliding_window: int | None) -> Kept:
-        """Drop the tokens that lie outside the model's sliding window for every token after the first `seen`."""
+        """Drop the tokens that lie outside the model's sliding window for every token after the first `seen`, but not the
+        last one.
+        """
         if sliding_window is None:
             return self
-        gone = ((self.pos >= 0) & (self.pos <= seen - sliding_window)).sum(-1)  # how many first tokens each head drops
+        gone = ((self.pos >= 0) & (self.pos <= seen - max(sliding_window, 2))).sum(
+            -1
+        )  # how many first tokens each head drops
         index = torch.arange(self.pos.shape[2], device=self.pos.device) + gone[..., None]
         valid = index < self.length[..., None]
         index = index.masked_fill(~valid, 0)

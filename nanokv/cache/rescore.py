@@ -52,7 +52,7 @@ def held_as_prompt(
         rank=plan.rank(layer),
         owners=config.num_hidden_layers - len(plan.share),
         seen=n,
-        n_visible=min(n, window - 1) if window else n,
+        n_visible=min(n, max(window, 2) - 1) if window else n,
         k=kept.k,
         v=kept.v,
         pos=kept.pos,

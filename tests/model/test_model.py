@@ -27,8 +27,20 @@ def test_logits_equal_those_of_transformers(name, chunk, tiny, llm_of):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["window-1", "mistral", "windows"])
+def test_a_turn_of_many_tokens_sees_what_single_tokens_see(name, tiny, llm_of):
+    ids, llm = text(60, seed=1), llm_of(name)
+    for prompt in (1, 2, 40):
+        session = llm.session(60)
+        first = session.start([ids[:prompt]])
+        ours = torch.cat((first, session.feed(torch.tensor([ids[prompt:]]), every_logit=True)[0]))
+        with torch.no_grad():
+            theirs = tiny(name)[1](torch.tensor([ids])).logits[0, prompt - 1 :]
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["llama31", "mistral"])
-def test_the_check_above_notices_a_wrong_position(name, tiny, llm_of):
+def test_the_checks_above_notice_a_wrong_position(name, tiny, llm_of):
     ids = text(90, seed=1)
     session = llm_of(name).session(4)
     session.start([ids[:80]])

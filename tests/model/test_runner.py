@@ -174,7 +174,10 @@ def test_what_is_known_to_stand_in_the_way_of_compiling_is_told_at_once(folder, 
 
 @pytest.mark.parametrize(
     "failure",
-    [RuntimeError("no such thing\nmain.cpp:3: fatal error: it does not compile"), OSError(28, "No space left on device")],
+    [
+        RuntimeError("no such thing\nmain.cpp:3: fatal error: it does not compile"),
+        OSError(28, "No space left on device"),
+    ],
 )
 def test_a_failure_of_compiling_is_one_sentence(failure, llm_of):
     def backend(graph, inputs):
@@ -183,7 +186,7 @@ def test_a_failure_of_compiling_is_one_sentence(failure, llm_of):
     llm = llm_of("g3")
     session = Session(replace(llm.models, runner=Compiled(llm.models.decode, backend=backend)), parse("full"), 4)
     session.start([text(20)])
-    with pytest.raises(ValueError, match="runner compile: torch.compile fails here") as e:
+    with pytest.raises(ValueError, match=r"runner compile: torch\.compile fails here") as e:
         session.feed(torch.tensor([[3]]))
     assert str(failure).splitlines()[-1].rpartition("error: ")[2] in str(e.value) and "\n" not in str(e.value)
     assert str(e.value).endswith("use --runner eager")
