@@ -10,10 +10,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from nanokv import load
@@ -43,6 +44,8 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -59,16 +62,19 @@ def permute(w: np.ndarray, heads: int) -> np.ndarray:
     return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
-def make(**shape) -> LlamaForCausalLM:
+def make(family: str = "Llama", **shape) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **shape}, attn_implementation="eager")).eval()
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **shape}, attn_implementation="eager")
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for name, weight in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(weight, 0.5, 1.5)  # ones would hide a norm in the wrong place
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight, 0, 0.5)
     return model.requires_grad_(False)
 
 
-def round_to(model: LlamaForCausalLM, kind: Kind) -> LlamaForCausalLM:
+def round_to(model: PreTrainedModel, kind: Kind) -> PreTrainedModel:
     """Give the model's matrices the values that they have in a file of this kind."""
     for weight in model.parameters():
         if weight.dim() == 2:
@@ -76,24 +82,25 @@ def round_to(model: LlamaForCausalLM, kind: Kind) -> LlamaForCausalLM:
     return model
 
 
-def tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
-    """The weights named and ordered as in llama.cpp."""
+def tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """The weights named and ordered as in llama.cpp, whose converter reorders Q and K of llama alone."""
     heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
+    heads = heads if model.config.model_type == "llama" else {}
     out = {}
     for name, weight in model.state_dict().items():
-        layer, part = re.fullmatch(r"(?:model\.)?(?:layers\.(\d+)\.)?(.*)\.weight", name).groups()
+        layer, part, kind = re.fullmatch(r"(?:model\.)?(?:layers\.(\d+)\.)?(.*)\.(weight|bias)", name).groups()
         part = NAMES[part]
         if part == "output" and model.config.tie_word_embeddings:
             continue
         value = weight.numpy()
         value = permute(value, heads[part]) if part in heads else value
-        out[f"{part}.weight" if layer is None else f"blk.{layer}.{part}.weight"] = value
+        out[f"{part}.{kind}" if layer is None else f"blk.{layer}.{part}.{kind}"] = value
     return out
 
 
-def metadata(config: LlamaConfig) -> dict:
+def metadata(config: PreTrainedConfig) -> dict:
     rope = getattr(config, "rope_parameters", None) or vars(config)  # of transformers 5, of 4
-    return {
+    meta = {
         "llama.block_count": config.num_hidden_layers,
         "llama.context_length": config.max_position_embeddings,
         "llama.embedding_length": config.hidden_size,
@@ -113,14 +120,15 @@ def metadata(config: LlamaConfig) -> dict:
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
+    return {k.replace("llama.", f"{config.model_type}."): v for k, v in meta.items()}
 
 
 def write(
-    file: Path, model: LlamaForCausalLM, kind: Kind = Kind.F32, meta: dict | None = None, extra: dict | None = None
+    file: Path, model: PreTrainedModel, kind: Kind = Kind.F32, meta: dict | None = None, extra: dict | None = None
 ) -> str:
     """The model as a GGUF file; meta: metadata to change, None takes a key away; extra: tensors to add."""
     meta = {**metadata(model.config), **(meta or {})}
-    writer = gguf.GGUFWriter(file, meta.pop("general.architecture", "llama"))
+    writer = gguf.GGUFWriter(file, meta.pop("general.architecture", model.config.model_type))
     for key, value in meta.items():
         add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
         if value is not None:
@@ -143,7 +151,7 @@ def ours(path: str, ids: list[int]) -> torch.Tensor:
     return load(path, dtype="float32").session(8).start([ids])[0]
 
 
-def theirs(model: LlamaForCausalLM, ids: list[int]) -> torch.Tensor:
+def theirs(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0, -1]
 
@@ -185,11 +193,129 @@ def test_unpermute_undoes_what_the_converter_does_to_q_and_k(shape):
     assert (permute(x, 4) != x).any()
 
 
-@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1], ids=lambda k: k.name)
+@pytest.mark.parametrize(
+    "kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1], ids=lambda k: k.name
+)
 def test_a_file_of_each_kind_gives_the_logits_of_its_dequantised_weights(tmp_path, kind):
     model = make()
     path = write(tmp_path / "tiny.gguf", model, kind)
     same(ours(path, prompt()), theirs(round_to(model, kind), prompt()))
+
+
+FAMILIES = {
+    "Llama": {"attention_bias": True},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 32},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_file_of_each_architecture_gives_the_logits_of_its_model(tmp_path, family, converted):
+    model = make(family, **FAMILIES[family])
+    meta = {"qwen2.attention.key_length": None, "qwen2.rope.dimension_count": None, "qwen3.rope.dimension_count": None}
+    path = write(tmp_path / "tiny.gguf", model, Kind.F16, meta=meta)
+    right = theirs(round_to(model, Kind.F16), prompt())
+    if converted:
+        convert(Path(path), tmp_path / "out")
+        path = str(tmp_path / "out")
+        oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        same(theirs(oracle, prompt()), right)
+    same(ours(path, prompt()), right)
+
+
+# bytes per block of 256 weights (32 for the last one), and where its fp16 scales lie
+BLOCKS = {
+    Kind.Q2_K: (84, (80, 82)), Kind.Q3_K: (110, (108,)), Kind.Q4_K: (144, (0, 2)), Kind.Q5_K: (176, (0, 2)),
+    Kind.Q6_K: (210, (208,)), Kind.IQ4_XS: (136, (0,)), Kind.IQ4_NL: (18, (0,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda k: k.name)
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_the_reader_of_transformers_agrees_on_files_of_every_quantisation(tmp_path, kind, family):
+    """The blocks hold random codes and small scales: the gguf library reads these formats and writes few of them."""
+    shape = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+    path = write_blocks(tmp_path / "tiny.gguf", make(family, **shape), kind)
+    oracle = make(family, **shape)
+    oracle.load_state_dict(load_gguf_checkpoint(path, return_tensors=True, model_to_load=oracle)["tensors"])
+    same(ours(path, prompt()), theirs(oracle, prompt()), 1e-3)
+
+
+def write_blocks(file: Path, model: PreTrainedModel, kind: Kind) -> str:
+    dice, (size, scales) = np.random.default_rng(0), BLOCKS[kind]
+    per_block = gguf.GGML_QUANT_SIZES[kind][0]
+
+    def blocks(rows: int, columns: int) -> np.ndarray:
+        codes = dice.integers(0, 256, (rows, columns // per_block, size), dtype=np.uint8)
+        for at in scales:
+            values = dice.uniform(1e-4, 3e-4, (rows, columns // per_block, 1)).astype(np.float16)
+            codes[:, :, at : at + 2] = values.view(np.uint8)
+        return codes.reshape(rows, -1)
+
+    writer = gguf.GGUFWriter(file, model.config.model_type)
+    for key, value in metadata(model.config).items():
+        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        add.get(type(value), writer.add_array)(key, value)
+    for name, value in tensors(model).items():
+        if value.ndim == 2:
+            writer.add_tensor(name, blocks(*value.shape), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(file)
+
+
+def split(file: Path, model: PreTrainedModel, count: int = 3) -> list[Path]:
+    """As llama.cpp's gguf-split writes a model: the metadata in the first part, tensors in all of them."""
+    every = list(tensors(model).items())
+    parts = [file.with_name(f"{file.stem}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
+    for i, part in enumerate(parts):
+        writer = gguf.GGUFWriter(part, "llama")
+        for key, value in metadata(model.config).items() if i == 0 else ():
+            add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+            add.get(type(value), writer.add_array)(key, value)
+        writer.add_uint16("split.no", i)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(every))
+        for name, value in every[i::count]:
+            writer.add_tensor(name, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return parts
+
+
+def test_a_split_model_is_read_from_any_of_its_parts(tmp_path):
+    model = make()
+    parts = split(tmp_path / "tiny.gguf", model)
+    for part in (parts[0], parts[2]):
+        same(ours(str(part), prompt()), theirs(model, prompt()))
+    parts[1].rename(tmp_path / "away.gguf")
+    assert "tiny-00002-of-00003.gguf is not beside it" in refusal(str(parts[0]))
+    parts[0].rename(tmp_path / "other.gguf")
+    assert "has another name than NAME-00001-of-00003.gguf" in refusal(str(tmp_path / "other.gguf"))
+
+
+def test_a_gguf_file_is_known_by_its_content_and_not_by_its_name(tmp_path):
+    path = Path(write(tmp_path / "tiny.gguf", make()))
+    blob = path.rename(tmp_path / "sha256-0123")
+    same(ours(str(blob), prompt()), theirs(make(), prompt()))
+
+
+def test_an_adapter_is_refused_by_name(tmp_path):
+    meta = {"general.type": "adapter", "adapter.type": "lora"}
+    assert "is a LoRA adapter, not a model" in refusal(write(tmp_path / "tiny.gguf", make(), meta=meta))
+    assert "is of type 'mmproj'" in refusal(write(tmp_path / "tiny.gguf", make(), meta={"general.type": "mmproj"}))
+
+
+def test_rows_of_the_embedding_beyond_the_tokens_are_read(tmp_path):
+    model = make(vocab_size=len(TOKENS) + 9)
+    same(ours(write(tmp_path / "tiny.gguf", model), prompt()), theirs(model, prompt()))
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.Q8_0], ids=lambda k: k.name)
@@ -291,7 +417,8 @@ def test_only_llama_3_takes_a_word_of_the_vocabulary_whole_without_a_merge(tmp_p
 
 def test_a_file_that_names_no_pre_tokenizer_is_read_by_what_else_it_holds_and_says_so(tmp_path):
     def words(arch: str, tokens: list[str], **meta):
-        names = {k.replace("llama.", f"{arch}."): v for k, v in metadata(make(vocab_size=len(tokens)).config).items()}
+        names = metadata(make(vocab_size=len(tokens)).config).items()
+        names = {k.replace("llama.", f"{arch}."): v for k, v in names}
         meta = {**names, "tokenizer.ggml.pre": None, "tokenizer.ggml.tokens": tokens, **meta}
         meta |= {"tokenizer.ggml.token_type": [1] * len(tokens), "general.architecture": arch}
         file = GGUF(Path(write(tmp_path / "tiny.gguf", make(vocab_size=len(tokens)), meta=meta)))
