@@ -42,11 +42,12 @@ def compiled(request, tmp_path_factory):
     program = [sys.executable, str(ROOT / "tests" / "kernels" / "gates.py"), str(request.param)]
     done = subprocess.run(program, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return request.param, json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    return request.param, found, found.pop("too large")
 
 
 def test_nothing_spills_and_tiles_come_in_128_bits(compiled):
-    arch, found = compiled
+    arch, found, _ = compiled
     assert len(found) == (27 if arch == 90 else 26)  # sm_80 has no e4m3
     assert {name: m["stack"] for name, m in found.items() if m["stack"]} == {}
     for name in DOTS:
@@ -64,19 +65,13 @@ def test_nothing_spills_and_tiles_come_in_128_bits(compiled):
 
 
 def test_few_instructions_per_cached_token(compiled):
-    arch, found = compiled
+    arch, found, _ = compiled
     if arch == 90:
         assert {
             n: found[n]["per_token"] for n, most in PER_TOKEN.items() if not 0 < found[n]["per_token"] <= most
         } == {}
 
 
-def test_the_gates_can_fail():
+def test_the_gates_can_fail(compiled):
     """A tile too large for the registers shows."""
-    code = "import gates, torch; f, call, more = gates.kernels(torch.bfloat16, True)['decode _decode_split']; "
-    code += "print(gates.machine(f, call, 90, more | {'BLOCK_N': 64, 'BLOCK_M': 64, 'num_warps': 1}).stack)"
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=ROOT / "tests" / "kernels", capture_output=True, text=True
-    )
-    assert int(done.stdout) > 0, done.stderr[-500:]
+    assert compiled[2]["stack"] > 0

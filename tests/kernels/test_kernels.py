@@ -414,8 +414,8 @@ def test_the_backend_gives_the_oracles_logits(plan, llm_of, tiny):
     found = []
     for llm in (llm_of("g3"), fast):
         session = llm.session(6, plan=parse(plan))
-        out = [session.start([text(60, seed=5)])]
-        out += [session.feed(torch.tensor([[t]], device=llm.device)) for t in text(5, seed=6)]
+        out = [session.start([text(44, seed=5)])]
+        out += [session.feed(torch.tensor([[t]], device=llm.device)) for t in text(4, seed=6)]
         found.append(torch.cat(out).cpu())
     close = 2e-3 if "+" in plan else 2e-4
     torch.testing.assert_close(*found, atol=close, rtol=close)
