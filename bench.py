@@ -31,7 +31,7 @@ from tqdm import tqdm
 from evals import record, show
 from evals.quality import Item, named, registered
 from evals.tasks import TASKS
-from nanokv import cli
+from nanokv import cli, streams
 from nanokv.cache.plan import Plan, parse
 from nanokv.files import check_outputs, write_text
 from nanokv.llm import LLM, load
@@ -96,7 +96,7 @@ def parser() -> cli.Parser:
 
 
 def main(argv: Sequence[str]) -> int:
-    cli.prepare_streams()
+    streams.prepare()
     args = parser().parse_args(argv)
     return cli.exits(
         PROGRAM,
@@ -200,7 +200,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--lengths is {min(args.lengths)}; {args.what} needs at least {least}")
     if args.what == "quick" and len(args.lengths or [1]) > 1:
         raise ValueError("without a part to run, bench.py takes one length; give one, or run quality or speed")
-    check_outputs({"--json": args.json})
+    check_outputs({"--json": args.json}, {})
     folder = Path(args.plot or ".")
     if not os.access(folder if folder.exists() else folder.parent, os.W_OK) or folder.is_file():
         raise ValueError(f"--plot {args.plot} cannot be written; give a folder in a directory of yours")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from nanokv import cli
+from nanokv import cli, streams
 from nanokv.files import check_outputs, write_text
 from weights.registry import DEFAULT, describe_models
 
@@ -87,7 +87,7 @@ def parser() -> cli.Parser:
 
 
 def main(argv: Sequence[str]) -> int:
-    stdout_is_open = cli.prepare_streams()
+    stdout_is_open = streams.prepare()
     args = parser().parse_args(argv)
     return cli.exits(PROGRAM, lambda: run(args, stdout_is_open))
 

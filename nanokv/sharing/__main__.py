@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanokv import cli
+from nanokv import cli, streams
 from nanokv.files import check_outputs
 from nanokv.llm import load
 from nanokv.sharing.kvsharer import KVSharer
@@ -30,13 +30,13 @@ def main(argv: Sequence[str]) -> int:
     a("--out", metavar="FILE", help="the map; by default where kvsharer:layers=N looks for it")
     a("--device", default="auto", metavar="D")
     a("--dtype", default="auto", metavar="T")
-    cli.prepare_streams()
+    streams.prepare()
     args = p.parse_args(argv)
     return cli.exits(PROGRAM, lambda: run(args), need_less_memory="give a smaller model")
 
 
 def run(args: argparse.Namespace) -> int:
-    check_outputs({"--out": args.out})
+    check_outputs({"--out": args.out}, {})
     want = KVSharer(layers=args.layers, threshold=args.threshold, order=args.order)
     llm = load(args.model, device=args.device, dtype=args.dtype, bar=cli.shows_progress())
     file = Path(args.out) if args.out else map_file(settings().weights, llm.fingerprint(), want)
