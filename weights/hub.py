@@ -116,16 +116,16 @@ def _download_repo(repo: str, target: Path) -> Path:
     done |= {f: _download_file(repo, info.sha, files[f], partial) for f in shards}
     from nanokv.model.loader import find_shards  # imported here because it imports torch
 
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as tmp:
-        staging = Path(tmp) / "model"
-        staging.mkdir()
+    with staging(target) as tmp:
+        folder = tmp / "model"
+        folder.mkdir()
         for name, file in done.items():
-            os.replace(file, staging / name)
+            os.replace(file, folder / name)
         try:
-            find_shards(staging)
+            find_shards(folder)
         except ValueError as e:
-            raise ValueError(f"{repo}: {str(e).replace(f'{staging}{os.sep}', '')}") from None
-        publish(staging, target)
+            raise ValueError(f"{repo}: {str(e).replace(f'{folder}{os.sep}', '')}") from None
+        publish(folder, target)
     shutil.rmtree(partial, ignore_errors=True)
     return target
 
@@ -215,10 +215,20 @@ def _cached_snapshot(repo: str) -> Path | None:
     return path if complete else None
 
 
-def publish(staging: Path, target: Path) -> Path:
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to make a model in. What a killed process left of one is removed; call under `only_one`."""
+    prefix = f".fetch-{target.name}-"
+    for left in target.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as tmp:
+        yield Path(tmp)
+
+
+def publish(folder: Path, target: Path) -> Path:
     """Rename a finished directory to its final name. If another process was faster, keep its directory."""
     try:
-        os.replace(staging, target)
+        os.replace(folder, target)
     except OSError:
         if not (target / "config.json").is_file():
             raise

@@ -452,6 +452,8 @@ def test_a_conversion_that_dies_half_way_leaves_no_model_and_needs_no_second_dow
         fetch.locate("tiny")
     assert index.left() == [".lock-tiny", ".partial-tiny/tiny.gguf"]
     index.asked = []
+    (index.weights / ".fetch-tiny-x" / "out").mkdir(parents=True)  # as a process that is killed leaves it
+    (index.weights / ".fetch-tiny-x" / "out" / "config.json").write_text("{}")
     monkeypatch.setattr(from_gguf, "convert", index.convert)
     assert fetch.locate("tiny") == index.weights / "tiny" and index.asked == []
     assert index.left() == [".lock-tiny", "tiny/config.json"]
