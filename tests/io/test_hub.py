@@ -34,7 +34,7 @@ INDEX = "model.safetensors.index.json"
 MIB = 1 << 20
 # generate.py with its own way of telling an error, without the second and a half of importing torch
 ONLY_LOCATE = """import sys, generate, weights.fetch
-generate.run = lambda args: weights.fetch.locate(args.model)
+generate.run = lambda args, stdout_is_open: weights.fetch.locate(args.model)
 sys.exit(generate.main(sys.argv[1:]))"""
 
 
