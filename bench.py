@@ -96,8 +96,12 @@ def parser() -> cli.Parser:
 
 
 def main(argv: Sequence[str]) -> int:
-    streams.prepare()
+    stdout_is_open = streams.prepare()
     args = parser().parse_args(argv)
+    if args.json:
+        streams.forgive_output()
+    elif not stdout_is_open:
+        return cli.fail(PROGRAM, "standard output is closed, so the result would be lost; open it, or give --json FILE")
     return cli.exits(
         PROGRAM,
         lambda: run(args, argv),

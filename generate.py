@@ -14,11 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nanokv import cli, streams
-from nanokv.files import check_outputs, write_text
+from nanokv.files import write_text
 from weights.registry import DEFAULT, describe_models
 
 PROGRAM = "generate.py"
-OUTPUTS = ("--json", "--save-cache", "--xray")
 STORE_FLAGS = {"k": "--k-bits", "v": "--v-bits", "group": "--kv-group-size", "residual": "--residual"}
 
 
@@ -93,6 +92,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(args: argparse.Namespace, stdout_is_open: bool = True) -> int:
+    if not (stdout_is_open or args.json or args.xray):
+        raise ValueError("standard output is closed, so the answer would be lost; open it, or give --json FILE")
     if args.list_models:
         print(describe_models())
         return 0
@@ -108,10 +109,7 @@ def run(args: argparse.Namespace, stdout_is_open: bool = True) -> int:
         plan = make_plan(args, args.policy, args.kv_budget)
         print(sizes(args.model, {args.policy: plan}, args.max_new_tokens))
         return 0
-    outputs = {flag: value_of(args, flag) for flag in OUTPUTS}
-    check_outputs(outputs, {"--prompt-file": args.prompt_file})
-    if not (stdout_is_open or any(outputs.values()) or args.interactive):
-        raise ValueError("standard output is closed, so the answer would be lost; open it, or give --json FILE")
+    cli.check_files(args)
     text = cli.read_prompt(args)
 
     from nanokv import Sampling, load, parse
@@ -165,7 +163,9 @@ CONFLICTS = (  # a flag, why it excludes others, and which ones
     ("--load-cache", "keeps the saved plan", "--policy --kv-budget --k-bits --v-bits --kv-group-size --residual"),
     ("--compare", "reads the prompt again under another plan", "--load-cache --interactive --num-samples"),
     ("--save-cache", "saves one prompt", "--interactive --num-samples"),
-    ("--interactive", "reads the keyboard", "--question --num-samples --json"),
+    ("--interactive", "reads the keyboard", "--question --num-samples --json --xray"),
+    ("--xray", "draws one answer", "--num-samples"),
+    ("--plan", "answers nothing", "--json --xray --save-cache --load-cache --compare"),
 )
 
 
@@ -183,6 +183,9 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag, reason, others in CONFLICTS:
         if given(flag) and (excluded := [other for other in others.split() if given(other)]):
             raise ValueError(f"{flag} {reason}; leave out {' and '.join(excluded)}")
+    for flag in (f"--{name.replace('_', '-')}" for name, value in vars(args).items() if value == ""):
+        if flag not in ("--prompt", "--list-policies"):  # the prompt has its own error
+            raise ValueError(f"{flag} is empty; give a value, or leave it out")
     for flag in ("--chunk", "--num-samples", "--max-new-tokens"):
         value = value_of(args, flag)
         if value is not None and value < 1:
@@ -265,11 +268,11 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
 
         error = error or cli.attempt(f"--compare {args.compare}", compare)
     log(args, lines)
-    if args.xray:
-        pieces = [llm.tokenizer.decode([i]) for i in (*prompt, *question, *result.ids[0])]
-        write_text("--xray", args.xray, xray(session, pieces))
-    if args.json:
-        write_text("--json", args.json, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    pages = {"--json": lambda: json.dumps(record, indent=1, ensure_ascii=False) + "\n"}
+    pages["--xray"] = lambda: xray(session, [llm.tokenizer.decode([i]) for i in (*prompt, *question, *result.ids[0])])
+    for flag, make in pages.items():
+        if file := value_of(args, flag):
+            error = cli.attempt("", lambda flag=flag, file=file, make=make: write_text(flag, file, make())) or error
     if error:
         return cli.fail(PROGRAM, error)
     return 130 if result.interrupted else 0

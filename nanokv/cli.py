@@ -13,12 +13,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from nanokv.files import check_outputs
 from nanokv.streams import drop_output, write_out
 from weights.registry import settings
 
 if TYPE_CHECKING:
     from nanokv.answer import Answer
     from nanokv.runner import CompileOptions
+
+
+# of a directory that --model names, what no output may replace
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*token*.json",
+    "tokenizer.model",
+    "model*.safetensors*",
+    "*.gguf",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,7 +144,7 @@ def attempt(what: str, work: Callable[[], object]) -> str:
     try:
         work()
     except ValueError as e:
-        return f"{what}: {e}"
+        return f"{what}: {e}" if what else str(e)
     return ""
 
 
@@ -206,6 +218,15 @@ def read_prompt(args: argparse.Namespace) -> str | None:
     if text is not None and not text.strip():
         raise ValueError("the prompt is empty; give a text with -p, --prompt-file or on standard input (-p -)")
     return text
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Raise ValueError for an output that cannot be written, or that is a file which this run reads or writes."""
+    outputs, model = {"--json": args.json, "--save-cache": args.save_cache, "--xray": args.xray}, Path(args.model)
+    own = [f for pattern in MODEL_FILES for f in model.glob(pattern)] if model.is_dir() else [model]
+    inputs = {f"--model's {f.name}": f for f in own}
+    check_outputs(outputs, {"--prompt-file": args.prompt_file, **inputs})
+    check_outputs({**outputs, "--save-cache": None}, {"--load-cache": args.load_cache})  # it may be written back
 
 
 def read_lines(first: str | None = None) -> Iterator[str]:

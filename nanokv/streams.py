@@ -43,6 +43,12 @@ class Forgiving(io.TextIOWrapper):
             super().flush()
 
 
+def forgive_output() -> None:
+    """From now on, ignore that standard output cannot be written: what is printed also goes to a file."""
+    if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout = Forgiving(sys.stdout.buffer, sys.stdout.encoding, "replace")
+
+
 def write_out(text: str = "") -> None:
     """Write a text to standard output, and what is buffered before it. OSError says in words that it cannot be written; a
     BrokenPipeError, that nobody reads it.

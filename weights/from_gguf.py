@@ -88,14 +88,20 @@ class GGUF:
     def _number(self, key: str, default: float | None = None, kind: type = int) -> Any:
         """Return a positive number from the metadata."""
         value = self._get(f"{self.arch}.{key}", default)
+        if isinstance(value, list) and len(set(value)) == 1:  # the same for every layer
+            value = value[0]
         if not isinstance(value, kind) or not 0 < value < math.inf:
             raise ValueError(f"{self.file}: {self.arch}.{key} is {value!r}; it must be a positive {kind.__name__}")
         return value
 
     def _token(self, name: str) -> int | None:
-        """Return the id of a special token, or None if the file names none."""
+        """Return the id of a special token, or None if the file names none. Of other names than bos and eos, an id beyond
+        the tokens counts as none, as in llama.cpp.
+        """
         key = f"tokenizer.ggml.{name}_token_id"
         i = self.meta.get(key)
+        if name not in ("bos", "eos") and i not in range(len(self.tokens)):
+            return None
         if i is not None and i not in range(len(self.tokens)):
             raise ValueError(f"{self.file}: {key} is {i!r}; the file has {len(self.tokens)} tokens")
         return i
@@ -140,6 +146,7 @@ class GGUF:
             "model_type": self.arch,
             "hidden_act": "silu",
             "vocab_size": self._vocab_size(),
+            "mlp_bias": self.arch == "llama" and "blk.0.ffn_up.bias" in self.tensors_by_name,
             "attention_bias": self.arch != "qwen2" and "blk.0.attn_q.bias" in self.tensors_by_name,
             "hidden_size": hidden,
             "intermediate_size": self._number("feed_forward_length"),
@@ -206,8 +213,8 @@ class GGUF:
         permuted = {"attn_q": heads, "attn_k": self._number("attention.head_count_kv", heads)}
         permuted = permuted if self.arch in PERMUTED else {}
         for name, tensor in self.tensors_by_name.items():
-            if name == "rope_freqs.weight":
-                continue
+            if name == "rope_freqs.weight" or name.endswith(".attn_rot_embd"):
+                continue  # tables of the rotation
             shape = tuple(int(n) for n in reversed(tensor.shape))
             if name in OTHER_NAMES:
                 yield OTHER_NAMES[name], shape, lambda t=tensor, s=shape: self._values(t, s)
@@ -302,7 +309,10 @@ class GGUF:
         """Add control tokens (found in the text, hidden when decoding) and user tokens. Returns tokenizer.json."""
         from tokenizers import AddedToken
 
-        typed = list(zip(self.tokens, self._per_token("token_type"), strict=True))
+        types = (
+            self._per_token("token_type") if "tokenizer.ggml.token_type" in self.meta else [NORMAL] * len(self.tokens)
+        )
+        typed = list(zip(self.tokens, types, strict=True))
         special = [t for t, kind in typed if kind in (UNKNOWN, CONTROL)]
         tok.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
         users = [t for t, kind in typed if kind == USER]

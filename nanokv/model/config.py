@@ -120,12 +120,12 @@ class ModelConfig:
                 raise ValueError(
                     f"{where}: the weights are quantised{maker}; use the model's fp16 or bf16 checkpoint, or a .gguf file"
                 )
-        if raw.get("hidden_act", "silu") != "silu":
+        if raw.get("hidden_act", "silu") not in ("silu", "swish"):
             raise ValueError(f"{where}: hidden_act {raw['hidden_act']} is not supported; supported is silu")
 
         def number(key: str, default: int | None = None) -> int:
             value = raw.get(key)
-            value = default if value is None else value
+            value = _whole(default if value is None else value)
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise ValueError(f"{where}: {key} is {value!r}; it must be a positive whole number")
             return value
@@ -148,9 +148,9 @@ class ModelConfig:
             rms_norm_eps=_float(raw, "rms_norm_eps", 1e-6, where),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             **_windows(raw, model_type, n_layers, where),
-            qkv_bias=model_type == "qwen2" or bool(raw.get("attention_bias", False)),
+            qkv_bias=model_type == "qwen2" or (model_type != "mistral" and bool(raw.get("attention_bias", False))),
             o_bias=model_type in ("llama", "qwen3") and bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
+            mlp_bias=model_type == "llama" and bool(raw.get("mlp_bias", False)),
             bos_token_id=next(iter(_ids(raw.get("bos_token_id"), where)), None),
             eos_token_id=_ids(raw.get("eos_token_id"), where),
             **rope,
@@ -177,6 +177,11 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds a JSON {type(value).__name__}; an object is expected")
     return value
+
+
+def _whole(value: Any) -> Any:
+    """A whole number that is written as 512.0 as an int; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _float(raw: Mapping[str, Any], key: str, default: float, where: str) -> float:
@@ -207,7 +212,7 @@ def _context(raw: Mapping[str, Any], length: int, scaling: RopeScaling | None) -
     """
     if scaling is None or scaling.rope_type != "linear":
         return length
-    stated = (raw.get("rope_parameters") or raw.get("rope_scaling") or {}).get("original_max_position_embeddings")
+    stated = (raw.get("rope_scaling") or raw.get("rope_parameters") or {}).get("original_max_position_embeddings")
     if isinstance(stated, int) and stated * scaling.factor > length:
         return int(stated * scaling.factor)
     scaled = length * scaling.factor
@@ -218,7 +223,7 @@ def _windows(raw: Mapping[str, Any], model_type: str, n_layers: int, where: str)
     """Read the sliding window, and which layers it leaves out."""
     if model_type == "llama" or (model_type != "mistral" and not raw.get("use_sliding_window")):
         return {}
-    value = raw.get("sliding_window", 4096)  # Mistral v0.1 relies on this default; later versions write null
+    value = _whole(raw.get("sliding_window", 4096))  # Mistral v0.1 relies on this default; later versions write null
     if value is None:
         return {}
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
@@ -241,22 +246,22 @@ def _windows(raw: Mapping[str, Any], model_type: str, n_layers: int, where: str)
 
 def _ids(value: Any, where: str) -> tuple[int, ...]:
     """Return token ids that are written as a number, a list of numbers or null."""
-    ids = value if isinstance(value, list) else [] if value is None else [value]
+    ids = [_whole(i) for i in (value if isinstance(value, list) else [value]) if i is not None]
     if not all(isinstance(i, int) for i in ids):
         raise ValueError(f"{where}: token id {value!r} must be a number or a list of numbers")
     return tuple(ids)
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Read the rotary settings: rope_parameters, or the older rope_scaling. Each may hold rope_theta, and then that one
-    counts; otherwise it stands beside them.
+    """Read the rotary settings: the older rope_scaling if it is there, as in transformers, or rope_parameters. Each may
+    hold rope_theta, and then that one counts; otherwise it stands beside them.
     """
     found = {name: raw.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
     if not all(isinstance(x, dict) for x in found.values()):
         raise ValueError(f"{where}: rope_scaling must be an object with rope_type and factor")
-    if raw.get("partial_rotary_factor", 1.0) != 1.0:
+    if raw.get("partial_rotary_factor") not in (None, 1.0):
         raise ValueError(f"{where}: partial_rotary_factor is not supported; rotary positions must cover the whole head")
-    scaling = _one_kind(found["rope_parameters"], where) or found["rope_scaling"]
+    scaling = found["rope_scaling"] or _one_kind(found["rope_parameters"], where)
     settings = {"rope_theta": 10000.0} | {k: v for x in (raw, scaling) for k, v in x.items() if v is not None}
     theta = _float(settings, "rope_theta", 10000.0, where)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"

@@ -7,6 +7,7 @@ the model and two tensors.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,6 +29,10 @@ LazyTensor = tuple[str, tuple[int, ...], Callable[[], Any]]  # checkpoint name, 
 FLOATS = ("F64", "F32", "F16", "BF16")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# tensors that other programs store and no model needs: tables, masks, scales of a quantised cache, a head for training
+EXTRA = re.compile(
+    r"(.*rotary_emb\..*|.*self_attn\.(masked_)?bias|.*self_attn\.[kv]_scale|(model\.)?(causal_mask|position_ids)|v_head\..*)"
+)
 
 
 def empty(config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype) -> Llama:
@@ -58,7 +63,9 @@ def fill(model: Llama, tensors: Iterable[LazyTensor], where: str, bar: bool = Fa
 
     Two threads copy: one can copy while the other waits for the disk.
     """
-    tensors = [x for x in tensors if not x[0].endswith("rotary_emb.inv_freq")]  # old checkpoints store the rotary table
+    tensors = list(tensors)
+    if not any(name.startswith("model.") for name, *_ in tensors):  # saved without the head's class
+        tensors = [(name if name == HEAD else f"model.{name}", *rest) for name, *rest in tensors]
     tensors = _settle_head(model, tensors)
     missing, jobs = targets(model), []
     for name, shape, read_values in tensors:
@@ -107,6 +114,8 @@ def read(files: dict[Path, list[str]]) -> Iterator[LazyTensor]:
     for file, names in files.items():
         with _open(file) as f:
             for name in names:
+                if EXTRA.fullmatch(name):
+                    continue
                 piece = f.get_slice(name)
                 if piece.get_dtype() not in FLOATS:
                     raise ValueError(
@@ -169,7 +178,7 @@ def find_shards(path: Path) -> dict[Path, list[str]]:
 
 def _is_weight(name: str) -> bool:
     """Whether a tensor of this name belongs to a model, and not to an adapter."""
-    return name == HEAD or (name.startswith("model.") and "lora_" not in name)
+    return name in (HEAD, EMBEDDING.removeprefix("model.")) or (name.startswith("model.") and "lora_" not in name)
 
 
 def _indexed_shards(path: Path, index: Path) -> dict[Path, list[str]]:

@@ -97,7 +97,9 @@ def from_dir(path: Path, config: ModelConfig) -> Tokenizer:
         )
     tok.unknown = {i: content for i, content in tok.unknown.items() if i >= config.vocab_size}
     tok.template = _template(path, settings)
-    tok.specials = {k: _content(v) for k, v in settings.items() if k.endswith("_token") and _content(v)}
+    extra = settings.get("extra_special_tokens")
+    named = {**(extra if isinstance(extra, dict) else {}), **settings}
+    tok.specials = {k: _content(v) for k, v in named.items() if k.endswith("_token") and _content(v)}
     return tok
 
 
@@ -153,7 +155,10 @@ def _from_json(file: Path, settings: dict[str, Any], added: list[Added], config:
         base = max(fast.get_vocab(with_added_tokens=False).values(), default=-1) + 1  # ids may have gaps
         there = {token.content: token.special for token in fast.get_added_tokens_decoder().values()}
         for token in added:
-            if there.get(token.content, False) or (not token.special and fast.token_to_id(token.content) is not None):
+            known = there.get(token.content, False) or (
+                not token.special and fast.token_to_id(token.content) is not None
+            )
+            if known and not token.flags:
                 continue
             flags = {"normalized": not token.special} | dict(token.flags)
             new = AddedToken(token.content, special=token.special, **flags)
@@ -207,15 +212,27 @@ def _from_sentencepiece(
     hidden = control | {t.content: given[t.content] for t in added if t.special}
     shown = {given[t.content]: t.content for t in added if not t.special}
     found = control | given
-    split = re.compile("(" + "|".join(re.escape(s) for s in sorted(found, key=len, reverse=True)) + ")")
+    flags = {token.content: dict(token.flags) for token in added}
+    longest = sorted(found, key=len, reverse=True)
+    split = re.compile("(" + "|".join(_pattern(s, flags.get(s, {})) for s in longest) + ")")
+    # sentencepiece puts a space before every text. These settings want none at the start, or none behind an added token
+    bare, follows = settings.get("add_prefix_space") is False, settings.get("legacy") is False
+    prefix = sp.EncodeAsIds(PREFIX)
     bos = sp.bos_id() if sp.bos_id() >= 0 else config.bos_token_id
     wants_bos = settings.get("add_bos_token", True) and bos is not None
     hidden_ids = set(hidden.values())
 
     def encode(text: str, with_bos: bool) -> list[int]:
         ids = [bos] if with_bos and wants_bos else []
-        for piece in filter(None, split.split(text)):
-            ids += [found[piece]] if piece in found else sp.EncodeAsIds(piece)
+        at_start = True
+        for i, piece in enumerate(split.split(text)):  # every second one is an added token
+            if i % 2:
+                ids.append(found[piece] if piece in found else found[piece.strip()])
+            elif piece and (bare or (follows and not at_start)):
+                ids += sp.EncodeAsIds(PREFIX + piece)[len(prefix) :]
+            elif piece:
+                ids += sp.EncodeAsIds(piece)
+            at_start = False
         return ids
 
     def decode(ids: Sequence[int]) -> str:
@@ -236,6 +253,14 @@ def _from_sentencepiece(
     return Tokenizer(encode, decode, size, bos, eos, hidden=hidden, unknown=unknown), base
 
 
+def _pattern(content: str, flags: dict[str, bool]) -> str:
+    """A regular expression for an added token, with the spaces that its flags say it takes."""
+    found = re.escape(content)
+    if flags.get("single_word"):
+        found = rf"(?<!\w){found}(?!\w)"
+    return (r"\s*" if flags.get("lstrip") else "") + found + (r"\s*" if flags.get("rstrip") else "")
+
+
 def byte_level() -> Tokenizer:
     """Build a tokenizer with one token per UTF-8 byte. Models with random weights use it."""
     return Tokenizer(
@@ -250,6 +275,8 @@ def byte_level() -> Tokenizer:
 def _template(path: Path, settings: dict[str, Any]) -> str | None:
     """Return the chat template from chat_template.jinja or tokenizer_config.json, or None."""
     file, value = path / "chat_template.jinja", settings.get("chat_template")
+    if not file.is_file() and value is None:
+        file = path / "additional_chat_templates" / "default.jinja"
     if file.is_file():
         try:
             return file.read_text(encoding="utf-8-sig")
@@ -257,6 +284,8 @@ def _template(path: Path, settings: dict[str, Any]) -> str | None:
             raise ValueError(f"{file} cannot be read ({_first_line(e)}); fetch it again") from None
     if isinstance(value, list):  # several named templates
         value = next((t.get("template") for t in value if isinstance(t, dict) and t.get("name") == "default"), None)
+    if isinstance(value, dict):
+        value = value.get("default", value)
     if not isinstance(value, str | None):
         raise ValueError(
             f"{path / 'tokenizer_config.json'}: chat_template must be a string or a list of named templates"

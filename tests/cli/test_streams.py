@@ -177,3 +177,64 @@ def test_what_fails_half_way_leaves_the_old_file(tmp_path):
         part.write_text("half")
         raise RuntimeError
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.slow
+def test_the_file_behind_a_stream_is_never_replaced(path, tmp_path):
+    log = tmp_path / "log"
+    for flag, stream, redirection in (
+        ("--json", "/dev/stdout", f">>{log}"),
+        ("--xray", "/dev/stderr", f"2>>{log}"),
+        ("--save-cache", str(log), f"<{log}"),
+    ):
+        log.write_text("earlier\n")
+        done = shell(path, f"{flag} {stream} {redirection}")
+        assert done.returncode == 2 and log.read_text().startswith("earlier\n")
+        assert f"{flag} and standard" in done.stderr.decode() + log.read_text()
+    done = shell(path, "--json /dev/stdout")  # a pipe: the record follows the text
+    assert done.returncode == 0 and b'"token_ids"' in done.stdout
+
+
+def test_an_output_never_replaces_what_the_run_reads(path, tmp_path, capsys):
+    before = {f.name: f.read_bytes() for f in path.iterdir()}
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        _, _, err = call(capsys, "--model", path, *BASE, "--json", path / name)
+        assert f"--json and --model's {name} name the same file" in err
+    assert {f.name: f.read_bytes() for f in path.iterdir()} == before
+    assert call(capsys, "--model", path, *BASE, "--save-cache", tmp_path / "c")[0] == 0
+    flags = ["--model", path, "--load-cache", tmp_path / "c", "-p", "x", "-n", "2", "--dtype", "float32"]
+    assert "--json and --load-cache name the same file" in call(capsys, *flags, "--json", tmp_path / "c")[2]
+    assert call(capsys, *flags, "--save-cache", tmp_path / "c")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "flag", ["--load-cache", "--save-cache", "--json", "--xray", "--compare", "--policy", "--stop"]
+)
+def test_an_empty_value_is_refused(flag, capsys):
+    status, _, err = call(capsys, "--model", "no such model", "-p", "x", flag, "")
+    assert status == 2 and f"{flag} is empty" in err
+
+
+@pytest.mark.slow
+def test_every_output_is_tried_before_an_error_is_told(path, tmp_path):
+    done = shell(path, f"--json {tmp_path}/o.json --xray /dev/full")
+    assert done.returncode == 2 and b"--xray /dev/full cannot be written" in done.stderr
+    assert json.loads((tmp_path / "o.json").read_text())["token_ids"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["--save-cache c", "--plan", "--list-policies", "--interactive"])
+def test_nothing_runs_for_nobody(path, what):
+    done = shell(path, f"{what} >&-")
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"standard output is closed" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_benchmarks_file_is_written_whoever_reads_the_tables(path, tmp_path):
+    line = f"{sys.executable} bench.py prose --model {path} --lengths 1000 --plans streaming --quiet --json {tmp_path}/"
+    for name, redirection in (("a", "| head -c0"), ("b", ">/dev/full"), ("c", ">&-")):
+        done = subprocess.run(f"{line}{name} {redirection}", shell=True, cwd=ROOT, capture_output=True, timeout=120)
+        assert json.loads((tmp_path / name).read_text())["what"] == "prose", done.stderr
+    command = line.partition(" --json")[0] + " >&-"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == 2 and b"standard output is closed" in done.stderr

@@ -429,7 +429,7 @@ def test_memory_is_the_receipt_of_processes_of_their_own(tiny, llm_of, capsys):
         (["speed", "--full"], "--full is of quality"),
         (["quality", "--lengths", "0"], "at least 1"),
         (["quality", "--seeds", "0"], "at least 1"),
-        (["quality", "--json", "/no/such/place/x.json"], "cannot be written"),
+        (["quality", "--json", "/no/such/place/x.json"], "there is no directory"),
         (["quality", "--plot", "README.md"], "cannot be written"),
         (["peers", "--plans", "snapkv"], "--plans is of quick and quality"),
         (["--lengths", "5", "6"], "takes one length"),

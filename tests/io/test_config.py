@@ -47,6 +47,11 @@ EVERY = [
     {"architectures": MISSING},
     {"architectures": None},
     {"architectures": []},
+    {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    {"partial_rotary_factor": None},
+    {"attention_bias": True},
+    {"mlp_bias": True},
 ]
 LLAMA = [
     {"num_key_value_heads": MISSING},

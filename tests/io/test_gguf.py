@@ -313,6 +313,15 @@ def test_an_adapter_is_refused_by_name(tmp_path):
     assert "is of type 'mmproj'" in refusal(write(tmp_path / "tiny.gguf", make(), meta={"general.type": "mmproj"}))
 
 
+def test_what_other_converters_write_differently_is_read(tmp_path):
+    model = make(mlp_bias=True)
+    meta = {"llama.attention.head_count": [4, 4], "llama.feed_forward_length": [96, 96]}
+    meta |= {"tokenizer.ggml.padding_token_id": 2**32 - 1, "tokenizer.ggml.unknown_token_id": len(TOKENS)}
+    meta["tokenizer.ggml.token_type"] = None
+    extra = {"blk.0.attn_rot_embd": np.zeros(8, np.float32)}
+    same(ours(write(tmp_path / "tiny.gguf", model, meta=meta, extra=extra), prompt()), theirs(model, prompt()))
+
+
 def test_rows_of_the_embedding_beyond_the_tokens_are_read(tmp_path):
     model = make(vocab_size=len(TOKENS) + 9)
     same(ours(write(tmp_path / "tiny.gguf", model), prompt()), theirs(model, prompt()))

@@ -51,9 +51,26 @@ def test_faults_of_tensors_are_named(model):
     refused(model, "holds 'model.layers.9.mlp.up_proj.weight', which is not a tensor of this model")
 
 
-def test_harmless_extras_are_passed_over(model):
-    edit(model, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}))
-    assert load(str(model), dtype="float32")
+def test_harmless_extras_are_passed_over(model, llm_of):
+    at = "model.layers.0.self_attn"
+    extras = {f"{at}.rotary_emb.inv_freq": torch.zeros(8), f"{at}.rotary_emb.cos_cached": torch.zeros(1, 1, 9, 8)}
+    extras |= {f"{at}.bias": torch.ones(1, 1, 9, 9, dtype=torch.bool), f"{at}.masked_bias": torch.tensor(-1e9)}
+    extras |= {
+        f"{at}.k_scale": torch.ones(1),
+        f"{at}.v_scale": torch.ones(1),
+        "v_head.summary.weight": torch.ones(1, 96),
+    }
+    extras |= {"model.causal_mask": torch.ones(9, 9, dtype=torch.bool), "model.position_ids": torch.arange(9)}
+    edit(model, lambda t: t.update(extras))
+    same_logits(model, llm_of("g3"))
+
+
+def test_a_checkpoint_saved_without_its_head_class_is_read(model, llm_of):
+    tensors = load_file(model / "model.safetensors")
+    save_file({name.removeprefix("model."): x for name, x in tensors.items()}, model / "model.safetensors")
+    same_logits(model, llm_of("g3"))
+    (model / "model.safetensors").rename(model / "weights.safetensors")
+    same_logits(model, llm_of("g3"))
 
 
 def test_a_truncated_file_is_refused(model):

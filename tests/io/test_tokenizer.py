@@ -378,6 +378,11 @@ FILES = {
     "extra": {"tokenizer_config.json": {"extra_special_tokens": ["<|im_end|>", "<|x|>"]}},
     "additional": {"tokenizer_config.json": {"additional_special_tokens": ["<|im_end|>", "<|x|>"]}},
     "eos_token": {"tokenizer_config.json": {"eos_token": "<|im_end|>"}},
+    "flags": {
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {"96": {"content": "<|im_end|>", "lstrip": True, "rstrip": True, "special": True}}
+        }
+    },
 }
 
 
@@ -398,6 +403,40 @@ def test_tokens_of_every_file_are_added_as_transformers_adds_them(which, tmp_pat
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     assert ours.eos == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
     assert ours.size == len(theirs)
+
+
+def test_flags_of_an_added_token_count_with_a_tokenizer_model_too(sp, tmp_path):
+    hello, world = (sp.EncodeAsIds(x) for x in ("hello", "world"))
+    for name, flags, text, ids in (
+        ("strip", {"lstrip": True, "rstrip": True}, "hello  <|x|>  world", [*hello, 480, *world]),
+        ("plain", {}, "hello<|x|>world", [*hello, 480, *world]),
+    ):
+        (tmp_path / name).mkdir()
+        words = write_sp(tmp_path / name, sp, added_tokens_decoder={"480": {"content": "<|x|>", **flags}})
+        assert words.encode(text, special=False) == ids
+    word = {"480": {"content": "ab", "single_word": True}}
+    (tmp_path / "ab").mkdir()
+    words = write_sp(tmp_path / "ab", sp, added_tokens_decoder=word)
+    assert 480 not in words.encode("abab") and 480 in words.encode("x ab y")
+
+
+def test_text_behind_an_added_token_begins_with_no_space_unless_legacy_says_so(sp, tmp_path):
+    added = {"480": {"content": "<|x|>"}}
+    ids = {}
+    for legacy in (True, False):
+        (tmp_path / str(legacy)).mkdir()
+        words = write_sp(tmp_path / str(legacy), sp, added_tokens_decoder=added, legacy=legacy)
+        ids[legacy] = words.encode("hello<|x|>hello", special=False)
+        assert sp.DecodeIds(ids[legacy][: ids[legacy].index(480)]) == "hello"
+    assert ids[True][ids[True].index(480) + 1 :] == sp.EncodeAsIds("hello")
+    assert ids[False] != ids[True] and sp.DecodeIds(ids[False][ids[False].index(480) + 1 :]) == "hello"
+
+
+def test_a_tokenizer_model_adds_no_space_where_the_settings_say_so(sp, tmp_path):
+    (tmp_path / "a").mkdir()
+    words = write_sp(tmp_path / "a", sp, add_prefix_space=False)
+    assert words.encode("hello", special=False) != sp.EncodeAsIds("hello")
+    assert words.encode(" hello", special=False) == sp.EncodeAsIds("hello")
 
 
 def test_tokens_are_added_to_a_tokenizer_model_too(sp, tmp_path):
@@ -469,6 +508,7 @@ def test_templates_trim_blocks_and_may_break_out_of_loops(tmp_path):
         "{{ {'b': 1, 'a': ['é']} | tojson(True, 1) }}",
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}",
         "{%- generation -%} {{ bos_token }} {%- endgeneration -%} end",
+        {"default": "{{ messages | length }}", "tool_use": "tools"},
     ],
 )
 def test_templates_may_use_what_transformers_adds_to_jinja(template, tmp_path):
