@@ -154,15 +154,13 @@ def _from_json(file: Path, settings: dict[str, Any], added: list[Added], config:
         fast = Fast.from_str(file.read_text(encoding="utf-8-sig"))
         base = max(fast.get_vocab(with_added_tokens=False).values(), default=-1) + 1  # ids may have gaps
         there = {token.content: token.special for token in fast.get_added_tokens_decoder().values()}
+        new = []
         for token in added:
-            known = there.get(token.content, False) or (
-                not token.special and fast.token_to_id(token.content) is not None
-            )
-            if known and not token.flags:
-                continue
-            flags = {"normalized": not token.special} | dict(token.flags)
-            new = AddedToken(token.content, special=token.special, **flags)
-            fast.add_special_tokens([new]) if token.special else fast.add_tokens([new])
+            is_known = fast.token_to_id(token.content) is not None
+            if token.flags or not is_known or (token.special and not there.get(token.content)):
+                flags = {"normalized": not token.special} | dict(token.flags)
+                new.append(AddedToken(token.content, special=token.special, **flags))
+        fast.add_tokens(new)
     except Exception as e:  # the library raises bare Exception
         raise ValueError(f"{file} cannot be read ({_first_line(e)}); fetch it again") from None
     for token in added:

@@ -421,6 +421,17 @@ def test_the_backend_gives_the_oracles_logits(plan, llm_of, tiny):
     torch.testing.assert_close(*found, atol=close, rtol=close)
 
 
+@pytest.mark.exhaustive
+def test_the_backend_gives_the_oracles_logits_with_norms_of_heads_and_windows_of_layers(llm_of, tiny):
+    fast, found = load(str(tiny("windows")[0]), dtype="float32", backend="triton", device=DEVICE), []
+    for llm in (llm_of("windows"), fast):
+        session = llm.session(6, plan=parse("snapkv:budget=20,window=4,kernel=3"))
+        out = [session.start([text(44, seed=5)])]
+        out += [session.feed(torch.tensor([[t]], device=llm.device)) for t in text(4, seed=6)]
+        found.append(torch.cat(out).cpu())
+    torch.testing.assert_close(*found, atol=2e-4, rtol=2e-4)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="here it would run")
 def test_the_backend_is_refused_on_a_cpu(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
