@@ -23,7 +23,7 @@ from nanokv.policies import POLICIES
 from nanokv.stores import STORES
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "results" / "xeon-amx"
+RESULTS = ROOT / "results"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -31,8 +31,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows])
 
 
-def _read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+def _read(name: str, machine: str = "xeon-amx") -> dict[str, Any]:
+    return json.loads((RESULTS / machine / name).read_text(encoding="utf-8"))
 
 
 def compatible() -> str:
@@ -157,6 +157,15 @@ def needles() -> str:
     plans = {}
     for file in ("needles-2000.json", "keyformer-2000.json"):
         plans |= _read(file)["quality"][0]["plans"]
+    return _needles(plans)
+
+
+def needles_qwen() -> str:
+    """The same of a larger model and a longer text."""
+    return _needles(_read("needles-qwen-4000.json", "epyc")["quality"][0]["plans"])
+
+
+def _needles(plans: dict[str, Any]) -> str:
     rows = []
     for name, plan in plans.items():
         a = plan["aware"]
@@ -276,6 +285,7 @@ TABLES: dict[str, Callable[[], str]] = {
         compiled,
         kvpress,
         needles,
+        needles_qwen,
         middle,
         ranks,
         placed,
