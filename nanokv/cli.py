@@ -10,6 +10,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -223,7 +224,9 @@ def read_prompt(args: argparse.Namespace) -> str | None:
 def check_files(args: argparse.Namespace) -> None:
     """Raise ValueError for an output that cannot be written, or that is a file which this run reads or writes."""
     outputs, model = {"--json": args.json, "--save-cache": args.save_cache, "--xray": args.xray}, Path(args.model)
-    own = [f for pattern in MODEL_FILES for f in model.glob(pattern)] if model.is_dir() else [model]
+    own = [model]
+    with suppress(OSError):  # a name that is too long for a file is no directory; loading says so
+        own = [f for pattern in MODEL_FILES for f in model.glob(pattern)] if model.is_dir() else own
     inputs = {f"--model's {f.name}": f for f in own}
     check_outputs(outputs, {"--prompt-file": args.prompt_file, **inputs})
     check_outputs({**outputs, "--save-cache": None}, {"--load-cache": args.load_cache})  # it may be written back

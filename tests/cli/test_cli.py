@@ -140,7 +140,7 @@ ARGUMENTS = [
     (["--policy", "streaming:recent=10000000000000", "-p", "x"], "is out of range; give less than 2^31"),
     (["--policy", "random:window=0,budget=0", "-p", "x"], "window ≥ 1"),
     (["--model", "a" * 300, "-p", "x"], "unknown model 'aaaa"),
-    (["--prompt-file", ""], "--prompt-file '' cannot be read"),
+    (["--prompt-file", ""], "--prompt-file is empty"),
     (["-p", "x", "--dtype", "int3"], "unknown dtype 'int3'"),
     (["-p", "x", "--backend", "cudnn"], "invalid choice: 'cudnn'"),
     (["-p", "x", "--frobnicate"], "unrecognized arguments: --frobnicate"),

@@ -184,7 +184,7 @@ def test_special_tokens_in_a_text_become_their_ids(smollm):
     ids = smollm.encode("<|im_start|>user\nhi<|im_end|>\n")
     assert ids[0] == 1 and ids.count(2) == 1 and len(ids) < 8
     assert smollm.decode(ids) == "user\nhi\n"
-    assert smollm.eos == (2,)
+    assert smollm.eos == (2, 0)  # the end of a turn, which the file names, and the end of a text
 
 
 # sentencepiece, through tokenizer.model and through a GGUF file

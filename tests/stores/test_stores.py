@@ -312,7 +312,7 @@ def test_prompts_of_few_tokens_work(plan, n, llm_of):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("model", ["mistral", "windows"])
+@pytest.mark.parametrize("model", ["windows", pytest.param("mistral", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("plan", RUNS)
 def test_under_a_sliding_window_only_rounding_differs(plan, model, llm_of):
     llm, prompt, more = llm_of(model), text(60, seed=5), text(STEPS, seed=6)
