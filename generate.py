@@ -256,7 +256,7 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
             result.feed_rest()
             save(llm, session, Path(args.save_cache))
 
-        error = error or cli.attempt(f"--save-cache {args.save_cache}", save_all)
+        error = cli.attempt(f"--save-cache {args.save_cache}", save_all) or error
     if reference and not result.interrupted:
 
         def compare() -> None:
@@ -266,7 +266,7 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
             log(args, f"compared with {args.compare}, on the text that it writes greedily: {fidelity}")
             record["compare"] = asdict(fidelity)
 
-        error = error or cli.attempt(f"--compare {args.compare}", compare)
+        error = cli.attempt(f"--compare {args.compare}", compare) or error
     log(args, lines)
     pages = {"--json": lambda: json.dumps(record, indent=1, ensure_ascii=False) + "\n"}
     pages["--xray"] = lambda: xray(session, [llm.tokenizer.decode([i]) for i in (*prompt, *question, *result.ids[0])])

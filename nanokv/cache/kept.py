@@ -34,6 +34,13 @@ class StoreState(ABC):
         """The record that `tensors` described. KeyError if one is missing."""
 
 
+def seen_later(sliding_window: int) -> int:
+    """How many of a text's last tokens the next one sees under this window, itself left out. At least one, although a
+    window of one token shows none: a store is never packed empty.
+    """
+    return max(1, sliding_window - 1)
+
+
 @dataclass
 class Prompt:
     """One layer of one prompt after its attention, or what a cache still holds of it at a rescore. A policy never
@@ -142,14 +149,11 @@ class Kept:
         return cls(k, v, pos, n.clone(), ones * limit, ones * sink, attention, state=state)
 
     def in_window(self, seen: int, sliding_window: int | None) -> Kept:
-        """Drop the tokens that lie outside the model's sliding window for every token after the first `seen`, but not the
-        last one.
-        """
+        """Of the tokens among the first `seen`, drop those that no later token sees; see `seen_later`."""
         if sliding_window is None:
             return self
-        gone = ((self.pos >= 0) & (self.pos <= seen - max(sliding_window, 2))).sum(
-            -1
-        )  # how many first tokens each head drops
+        first = seen - seen_later(sliding_window)
+        gone = ((self.pos >= 0) & (self.pos < first)).sum(-1)  # how many first tokens each head drops
         index = torch.arange(self.pos.shape[2], device=self.pos.device) + gone[..., None]
         valid = index < self.length[..., None]
         index = index.masked_fill(~valid, 0)

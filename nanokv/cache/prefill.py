@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanokv.backends.base import Ops
 from nanokv.cache.context import Context
-from nanokv.cache.kept import Kept, Prompt
+from nanokv.cache.kept import Kept, Prompt, seen_later
 from nanokv.cache.plan import Plan
 from nanokv.cache.scores import Scores, moments
 from nanokv.model.config import ModelConfig
@@ -143,8 +143,7 @@ class DenseLayer:
     def as_prompt(self, layer: int, cache: PromptCache, wanted: Scores) -> Prompt:
         """This layer as a policy sees it, without the tokens that the model's sliding window will never show again."""
         window, plan, found = cache.config.window(layer), cache.plan, self.statistics[wanted]
-        # the next query sees window − 1 of these tokens; at least one is kept, as every store holds a token
-        first = 0 if window is None else max(0, self.length - max(window, 2) + 1)
+        first = 0 if window is None else max(0, self.length - seen_later(window))
         pos = torch.arange(first, self.length, dtype=torch.int32, device=self.k.device).expand(1, self.k.shape[1], -1)
         scores = [x[:, :, first:] for x in found.scores.values()]  # in the order of the layers
         if found.joins_groups_last(cache):

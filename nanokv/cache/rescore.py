@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanokv.cache.context import Context
-from nanokv.cache.kept import Kept, Prompt
+from nanokv.cache.kept import Kept, Prompt, seen_later
 from nanokv.cache.plan import Plan
 from nanokv.cache.scores import Scores, moments
 from nanokv.model.rope import unrotated
@@ -52,7 +52,7 @@ def held_as_prompt(
         rank=plan.rank(layer),
         owners=config.num_hidden_layers - len(plan.share),
         seen=n,
-        n_visible=min(n, max(window, 2) - 1) if window else n,
+        n_visible=min(n, seen_later(window)) if window else n,
         k=kept.k,
         v=kept.v,
         pos=kept.pos,

@@ -220,6 +220,10 @@ def test_every_output_is_tried_before_an_error_is_told(path, tmp_path):
     done = shell(path, f"--json {tmp_path}/o.json --xray /dev/full")
     assert done.returncode == 2 and b"--xray /dev/full cannot be written" in done.stderr
     assert json.loads((tmp_path / "o.json").read_text())["token_ids"]
+    assert shell(path, f"--save-cache {tmp_path}/a").returncode == 0
+    done = shell(path, f"--load-cache {tmp_path}/a --save-cache {tmp_path}/b >/dev/full")
+    assert done.returncode == 2 and b"No space left" in done.stderr
+    assert restore(load(str(path), dtype="float32"), tmp_path / "b", 1).seen == [5 + 5 + 6]
 
 
 @pytest.mark.slow
