@@ -16,6 +16,10 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, help="how many cases each fuzzer of tests/fuzz tries; by default few")
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """name → (directory with the checkpoint and a byte tokenizer, the transformers model), made once."""

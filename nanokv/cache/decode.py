@@ -38,7 +38,6 @@ class KVCache:
         self.plans, self.plan, self.stores, self.layer_scores = plans, plans[0], stores, layer_scores
         self.room, self.ctx = room, ctx
         self.since_rescore = 0  # tokens
-        self.written = 0  # tokens stored since the cache was made or last reserved room
         self.layout = 0  # counts changes of the stores' memory; a step captured at another count is stale
         self.layers: list[Owner | Reader] = []
         plan, policy = self.plan, self.plan.policy
@@ -72,10 +71,10 @@ class KVCache:
         """How many of n tokens may come at once: one if the policy scores each step. Otherwise a piece ends where the
         store's next `maintain` or the policy's next rescore is due, whichever comes first.
         """
-        policy, interval = self.plan.policy, self.plan.store.maintenance_interval
-        n = min(n, interval - self.written % interval) if interval else n
-        if policy.decode_scores:
+        policy = self.plan.policy
+        if n == 1 or policy.decode_scores:
             return 1
+        n = min(n, *(store.until_maintenance or n for store in self.stores.values()))
         return min(n, policy.rescore_every - self.since_rescore) if policy.rescore_every else n
 
     def check_room(self, n: int) -> None:
@@ -93,7 +92,7 @@ class KVCache:
                 self.layout += 1
             else:
                 self._pack(i, store.unpack(), ahead)
-        self.room, self.written = room, 0
+        self.room = room
 
     def _pack(self, i: int, rows: list[Kept], ahead: int) -> None:
         self.layout += 1
@@ -114,7 +113,6 @@ class KVCache:
         """
         for store in self.stores.values():
             self.layout += bool(store.maintain(written))
-        self.written += written
         self.since_rescore += written
         if self.plan.policy.rescore_every and self.since_rescore >= self.plan.policy.rescore_every:
             self.since_rescore = 0

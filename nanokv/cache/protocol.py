@@ -42,6 +42,7 @@ class Store(Protocol):
     slots: Slots
     needs_host_sync: bool  # a step over this store waits for the host, so it cannot be compiled or captured
     lossless_prefix: int | None  # so many first tokens come back from unpack() bit for bit; None: all
+    until_maintenance: int | None  # so many more tokens may come at once before `maintain`; None: any number
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         """Store one new token per row: k, v (B,Hkv,1,D), pos (B,1). In place, with static shapes."""
@@ -92,7 +93,6 @@ class StoreSpec(ABC):
     eviction_granularity = 1  # tokens that share a scale and can only leave together
     pads_heads = True  # all heads take the slots of the longest one
     has_low_precision_tier = False  # it has a place for `Kept.demoted`
-    maintenance_interval = 0  # how many tokens may be written between two calls of `maintain`; 0: any number
     implies = ()  # stores that a plan may name beside this one without effect: it holds tokens in the same way
     state_type = None  # the StoreState with which its rows are saved
 

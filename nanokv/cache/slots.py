@@ -77,8 +77,6 @@ class Slots:
         same = (bool((x == x[0, 0]).all()) for x in (self.cursor, self.limit, self.sink))
         self.uniform = not self.ragged and all(same)  # all heads hold equally many tokens, and the host knows how many
         self.n_sink = int(self.sink.max())  # the largest sink count of any head; if `uniform`, that of every head
-        # whether some head overwrites tokens when it is full
-        self.overwrites = self.sliding_window is not None or bool((self.asked_limit >= 0).any())
         if self.frozen:
             self.freeze()
 
@@ -135,6 +133,11 @@ class Slots:
     def length(self) -> Tensor:
         """(B,Hkv) int32: how many slots are valid."""
         return torch.minimum(self.cursor, self.limit)
+
+    @property
+    def overwrites(self) -> Tensor:
+        """(B,Hkv) bool: whether the head overwrites tokens when it is full."""
+        return (self.asked_limit >= 0) | (self.sliding_window is not None)
 
     def ring(self, n: int) -> Tensor:
         """(B,Hkv,n): the default rule. Fill slots up to the limit, then overwrite the oldest one behind the sinks."""

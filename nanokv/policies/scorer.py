@@ -22,7 +22,8 @@ from nanokv.policies.base import Policy
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer(Policy):
-    """Keep the `budget` tokens of highest score in each KV head.
+    """Keep the `budget` tokens of highest score in each KV head. Scores are rounded first (see `rounded`), and among equal
+    ones the earlier token wins.
 
     budget  what is kept: tokens per KV head, a percentage of the prompt, or bytes of the whole cache
     layers  flat, or pyramid: deeper layers get less (PyramidKV, Cai et al. 2024, arXiv:2406.02069, §3). What a layer
@@ -136,7 +137,7 @@ class Scorer(Policy):
     def _best(self, p: Prompt, n: int, evict: bool, attention: Tensor | None) -> Kept:
         if len(p) <= n:
             return Kept.all(p, n if evict else -1, attention=attention)
-        score = self.score(p).float().masked_fill(~p.valid, -torch.inf)
+        score = rounded(self.score(p)).masked_fill(~p.valid, -torch.inf)
         if self.select == "chunk":
             score = self._chunk_means(score)
         per_head = self._head_budgets(score, n) if self.heads == "ada" else n
@@ -179,6 +180,16 @@ class Scorer(Policy):
         if self.heads == "flat":
             mean = mean.mean(1, keepdim=True).expand_as(mean)
         return torch.where(free, mean.repeat_interleave(self.chunk, -1)[..., :n], score)
+
+
+def rounded(score: Tensor) -> Tensor:
+    """Scores in fp32, rounded to 12 bits of mantissa, a relative step of 1/4096.
+
+    The same token has the same key norm at each of its places, but fp32 sums differ in their last bits, and not in the
+    same way when the token stands alone or in a batch. Rounded, such scores are equal, and the earlier token wins.
+    """
+    bits = score.to(torch.float32).view(torch.int32)
+    return ((bits + 0x400) & ~0x7FF).view(torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)

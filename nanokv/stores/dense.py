@@ -40,8 +40,7 @@ class PerToken(StoreSpec):
     """A store that rounds each token alone, when it comes, and never again.
 
     pin  first tokens that stay exact, because attention sinks suffer most from rounding (IntactKV, arXiv:2403.01241).
-         In a layer where any head overwrites tokens, this has no effect. Sinks that a policy never evicts are exact in
-         any case.
+         In a head that overwrites tokens, this has no effect. Sinks that a policy never evicts are exact in any case.
     """
 
     pin: int = 0
@@ -66,7 +65,7 @@ class PerToken(StoreSpec):
 
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
         pin = max(self.pin, sink)
-        pinned = 2 * (pin + 1) * config.head_dim * dtype.itemsize if pin else 0
+        pinned = 2 * (pin + 1) * config.head_dim * dtype.itemsize + 4 if pin else 0
         heads = config.num_key_value_heads
         return heads * (sum(self.widths(config.head_dim)) + 4), heads * (SLOT_COUNTERS + pinned)
 
@@ -83,11 +82,13 @@ def plain_codecs(ctx: Context) -> tuple[Codec, Codec]:
 class SlotStore:
     """Tensors of K and V in slots.
 
-    `pinned` holds exact copies of the first `n_pinned` slots. Its one extra slot takes the writes for all other slots,
-    so that every write has a target.
+    `pinned` holds copies of the first `n_pinned` slots, and reads take these instead of the codes. In a head with fewer
+    exact tokens, the copies of the others are rounded. Its one extra slot takes the writes for all other slots, so that
+    every write has a target.
     """
 
     needs_host_sync = False
+    until_maintenance = None
 
     def __init__(
         self,
@@ -100,10 +101,13 @@ class SlotStore:
     ):
         self.slots, self.policy, self.ctx = Slots(rows, room, ctx.sliding_window), policy, ctx
         self.codecs, self.rounds = codecs, codecs[0].rounds
-        # a ring reuses all slots behind its sinks; eviction by score may reuse any slot
-        sinks = 0 if policy.eviction == "score" else self.slots.n_sink
-        exact = sinks if self.slots.overwrites else max(pin, sinks)
-        self.n_pinned = min(exact, self.slots.capacity) if self.rounds else 0
+        s = self.slots
+        # how many first slots are exact: eviction by score may reuse any slot, and a ring reuses all behind its sinks
+        sinks = torch.zeros_like(s.sink) if policy.eviction == "score" else s.sink
+        exact = torch.where(s.overwrites, sinks, sinks.clamp(min=pin))
+        self.n_pinned = min(int(exact.max()), s.capacity) if self.rounds else 0
+        differs = self.n_pinned > 0 and bool((exact != exact[0, 0]).any())
+        self.exact_per_head = exact if differs else None  # (B,Hkv) int32; None: `n_pinned` in all heads
         self.lossless_prefix = self.n_pinned if self.rounds else None
         n, heads, dim = len(rows), ctx.config.num_key_value_heads, ctx.config.head_dim
         self.planes = [
@@ -122,13 +126,16 @@ class SlotStore:
             plane.zero_()  # a masked slot must still hold a number: 0 · NaN is NaN
         for b, r in enumerate(rows):
             n = r.k.shape[2]
+            m = min(n, self.n_pinned)
             for i, (x, planes, codec) in enumerate(zip((r.k, r.v), self.planes, self.codecs, strict=True)):
-                codes = codec.of_row(b).encode(x) if r.state is None else r.state.codes[i]
+                codec = codec.of_row(b)
+                codes = codec.encode(x) if r.state is None else r.state.codes[i]
                 for plane, code in zip(planes, codes, strict=True):
                     plane[b, :, :n] = code[0]
-            for pinned, x in zip(self.pinned, (r.k, r.v), strict=False):
-                m = min(n, self.n_pinned)
-                pinned[b, :, :m] = x[0, :, :m]
+                if m:
+                    slot = torch.arange(m, device=x.device).expand(1, x.shape[1], m)
+                    first = [code[:, :, :m] for code in codes]
+                    self.pinned[i][b, :, :m] = self._copies(x[:, :, :m], first, codec, slot, b)[0]
 
     def reserve(self, room: int) -> bool:
         return False
@@ -141,7 +148,7 @@ class SlotStore:
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         s = self.slots
-        if not s.uniform or self.policy.eviction == "score" or k.shape[2] > 1:
+        if not s.uniform or self.exact_per_head is not None or self.policy.eviction == "score" or k.shape[2] > 1:
             self.scatter(self.policy.next_slots(s, pos), k, v, pos)
             return
         slot = s.ring_on_host()  # the host knows the slot: plain copies, no index arithmetic
@@ -166,7 +173,17 @@ class SlotStore:
         if self.pinned:
             first = torch.arange(slot.shape[:2].numel(), device=slot.device).view(*slot.shape[:2], 1)
             index = slot.clamp(max=self.n_pinned) + first * (self.n_pinned + 1)
-            self.ctx.ops.append(k, v, index.flatten(), *self.pinned)
+            codes = zip((k, v), (codes_k, codes_v), self.codecs, strict=True)
+            copies = (self._copies(x, of_x, codec, slot) for x, of_x, codec in codes)
+            self.ctx.ops.append(*copies, index.flatten(), *self.pinned)
+
+    def _copies(self, x: Tensor, codes: Sequence[Tensor], codec: Codec, slot: Tensor, b: int | None = None) -> Tensor:
+        """What `pinned` holds of x (B,Hkv,T,D), whose tokens have these codes and slots (B,Hkv,T); b: x is of this row."""
+        if self.exact_per_head is None:
+            return x
+        exact_per_head = self.exact_per_head if b is None else self.exact_per_head[b : b + 1]
+        rounded = codec.rotate_back(codec.decode(codes, x.dtype)).to(x.dtype)
+        return torch.where((slot < exact_per_head[..., None])[..., None], x, rounded)
 
     def append_masked(self, k: Tensor, v: Tensor, pos: Tensor, valid: Tensor) -> None:
         """Store tokens (B,Hkv,T) behind what each head holds. valid (B,Hkv,T): which of them count; these come first."""
@@ -261,7 +278,8 @@ class SlotStore:
 
     def tensors(self) -> list[Tensor]:
         constants = [x for codec in self.codecs for x in codec.tensors()]
-        return [*self.planes[0], *self.planes[1], *self.pinned, *self.slots.tensors(), *constants]
+        numbers = self.slots.tensors() if self.exact_per_head is None else [*self.slots.tensors(), self.exact_per_head]
+        return [*self.planes[0], *self.planes[1], *self.pinned, *numbers, *constants]
 
     def host_tensors(self) -> list[Tensor]:
         return []

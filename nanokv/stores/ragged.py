@@ -37,7 +37,7 @@ class RaggedStore(SlotStore):
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context):
         self.slots, self.policy, self.ctx = Slots(rows, room, ctx.sliding_window, ragged=True), policy, ctx
         self.codecs, self.rounds, self.n_pinned = plain_codecs(ctx), False, 0
-        self.lossless_prefix, self.pinned = None, []
+        self.lossless_prefix, self.pinned, self.exact_per_head = None, [], None
         self.k, self.v = (ctx.empty(self.slots.total, ctx.config.head_dim) for _ in range(2))
         self.planes = [[self.k], [self.v]]
         self._fill(rows)

@@ -19,9 +19,9 @@ Planes = tuple[Tensor, Tensor, Tensor]  # words, scale, zero point
 
 
 class GroupSlots(Slots):
-    """Slots in this order: `n_pinned` exact tokens, the exact window, then whole groups.
+    """Each head's slots in this order: its `pinned` exact tokens, the exact window, then whole groups from slot `n_exact`.
 
-    A head's tokens are numbered from 0 as they are written. The first `n_pinned` stay where they are. The others
+    A head's tokens are numbered from 0 as they are written. The first `pinned` stay where they are. The others
     enter the window. Whenever the window holds residual + group tokens, its first `group` tokens move behind it and
     the others close up. `n_flushed` counts the groups that have moved. A head that grows has memory for all its
     groups; a head with a limit has a ring of `ring_groups` groups. Evicted tokens are marked with pos = −1.
@@ -29,26 +29,23 @@ class GroupSlots(Slots):
 
     def __init__(self, rows: list[Kept], room: int, sliding_window: int | None, pin: int, group: int, residual: int):
         self.group, self.residual, self.room = group, residual, room
-        state = rows[0].state  # says how another store of this kind divided its slots
-        self.least_pinned, self.least_exact = (pin, 0) if state is None else (state.n_pinned, state.k.shape[2])
+        # (B,Hkv) int32. Sinks must be pinned, because a ring of groups would evict them
+        self.pinned = torch.cat([r.sink.clamp(min=pin) if r.state is None else r.state.pinned for r in rows])
         super().__init__(rows, room, sliding_window)
 
     def _slots_per_head(self) -> int:
         """Divide the slots, set the numbers that describe the division, and return the slots per head."""
-        self.n_pinned = max(
-            self.least_pinned, int(self.sink.max())
-        )  # sinks must be pinned, because a ring of groups would evict them
         wraps = (self.limit < self.cursor + self.room) | (self.limit == self.asked_limit)
         if self.sliding_window is not None:
             wraps |= self.limit == self.sink + self.sliding_window
         self.wraps = bool(wraps.any())
-        self.n_exact = self.n_pinned + self.residual + self.group
+        self.n_exact = int(self.pinned.max()) + self.residual + self.group
         if not self.wraps:  # a text that never fills the window needs no more than its own length
-            self.n_exact = max(min(self.n_exact, int(self.limit.max())), self.least_exact)
-        grows = self._groups(self.limit - self.n_pinned - self.residual)
+            self.n_exact = min(self.n_exact, int(self.limit.max()))
+        grows = self._groups(self.limit - self.pinned - self.residual)
         ring = -(self.sink + self.residual - self.limit).div(self.group, rounding_mode="floor")
         self.ring_groups = torch.where(wraps, ring.clamp(min=1), grows)
-        self.n_flushed = self._groups(self.cursor - self.n_pinned - self.residual)
+        self.n_flushed = self._groups(self.cursor - self.pinned - self.residual)
         return self.n_exact + int(self.ring_groups.max()) * self.group
 
     def _groups(self, tokens: Tensor) -> Tensor:
@@ -61,7 +58,7 @@ class GroupSlots(Slots):
         """(B,Hkv,n): the slots of the tokens numbered nth (B,Hkv,n); b: of this row alone."""
         rows = slice(None) if b is None else slice(b, b + 1)
         flushed, ring = self.n_flushed[rows, :, None], self.ring_groups[rows, :, None].clamp(min=1)
-        behind = nth - self.n_pinned
+        behind = nth - self.pinned[rows, :, None]
         in_group = (
             self.n_exact + (behind.div(self.group, rounding_mode="floor") % ring) * self.group + behind % self.group
         )
@@ -83,7 +80,7 @@ class GroupSlots(Slots):
         super().record(row, pos)
 
     def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), self.n_flushed, self.ring_groups]
+        return [*super().tensors(), self.pinned, self.n_flushed, self.ring_groups]
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ class GroupState(StoreState):
     pos: Tensor  # (1,Hkv,S) int32
     cursor: Tensor  # (1,Hkv) int32
     n_flushed: Tensor  # (1,Hkv) int32
-    n_pinned: int
+    pinned: Tensor  # (1,Hkv) int32
     k_groups: Planes  # (1,Hkv,groups,…) each
     v_groups: Planes
 
@@ -104,7 +101,7 @@ class GroupState(StoreState):
 
     def tensors(self) -> dict[str, Tensor]:
         found = {"k": self.k, "v": self.v, "pos": self.pos, "cursor": self.cursor, "moved": self.n_flushed}
-        found["pin"] = torch.tensor(self.n_pinned)
+        found["pin"] = self.pinned
         for name, planes in (("k", self.k_groups), ("v", self.v_groups)):
             found |= {f"{name}{i}": x for i, x in enumerate(planes)}
         return found
@@ -113,7 +110,8 @@ class GroupState(StoreState):
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> GroupState:
         planes = (tuple(tensors[f"{name}{i}"] for i in range(3)) for name in "kv")
         fields = (tensors[name] for name in ("k", "v", "pos", "cursor", "moved"))
-        return cls(*fields, int(tensors["pin"]), *planes)
+        pinned = tensors["pin"].to(torch.int32).expand_as(tensors["cursor"])  # one number for all heads in older files
+        return cls(*fields, pinned, *planes)
 
 
 class GroupedStore:
@@ -122,6 +120,7 @@ class GroupedStore:
     """
 
     needs_host_sync = False
+    until_maintenance = None
     lossless_prefix: int | None = 0
 
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec: Any):
@@ -142,9 +141,11 @@ class GroupedStore:
         # tokens in every window that `in_window` lacks, because it is updated only when a group is due
         self.uncounted = 0
         self.precounted = 0  # tokens that `extend` has counted; the next `maintain` must not count them again
-        # the host's copy, per (row, head): tokens in the window, groups flushed, groups that there is memory for
-        self.in_window = (s.cursor - s.n_pinned - s.n_flushed * group).flatten().tolist()
-        self.n_flushed, self.ring_groups = s.n_flushed.flatten().tolist(), s.ring_groups.flatten().tolist()
+        # the host's copy, per (row, head): tokens in the window, pinned ones, groups flushed, groups that there is memory for
+        self.in_window = (s.cursor - s.pinned - s.n_flushed * group).flatten().tolist()
+        self.pinned, self.n_flushed, self.ring_groups = (
+            x.flatten().tolist() for x in (s.pinned, s.n_flushed, s.ring_groups)
+        )
         self._update_reach()
 
     def _encode(self, k: Tensor, v: Tensor) -> tuple[Planes, Planes]:
@@ -163,7 +164,8 @@ class GroupedStore:
                 exact = slots[h, :n] < s.n_exact
                 for mine, x in ((self.k, r.k), (self.v, r.v)):
                     mine[b, h, slots[h, :n][exact]] = x[0, h, :n][exact].to(mine.dtype)
-                span = slice(s.n_pinned, s.n_pinned + flushed * group)
+                pinned = int(s.pinned[b, h])
+                span = slice(pinned, pinned + flushed * group)
                 k, v = (x[0, h, span].unflatten(0, (flushed, group)) for x in (r.k, r.v))
                 if flushed:
                     for planes, new in zip(self.groups, self._encode(k, v), strict=True):
@@ -209,7 +211,7 @@ class GroupedStore:
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         a, T = 0, k.shape[2]
         while a < T:
-            free = self.spec.residual + self.spec.group - (self.reach - self.slots.n_pinned)
+            free = self.spec.residual + self.spec.group - self.fullest
             step = min(free, self.slots.distinct_writes, T - a)
             self.append(k[:, :, a : a + step], v[:, :, a : a + step], pos[:, a : a + step])
             self._flush(step)
@@ -230,32 +232,34 @@ class GroupedStore:
         s, group, residual = self.slots, self.spec.group, self.spec.residual
         self.uncounted += written
         self.reach += written
-        if self.reach - s.n_pinned < residual + group:  # not even the fullest window is full
+        self.fullest += written
+        if self.fullest < residual + group:
             return
         self.in_window, self.uncounted = [n + self.uncounted for n in self.in_window], 0
         due = [i for i, n in enumerate(self.in_window) if n >= residual + group]
         into = [self.n_flushed[i] % self.ring_groups[i] for i in due]
+        first = [self.pinned[i] for i in due]
         for i in due:
             self.in_window[i] -= group
             self.n_flushed[i] += 1
         self._update_reach()
-        index, heads = torch.tensor([due, into], device=s.cursor.device), s.cursor.shape[1]
+        index, heads = torch.tensor([due, into, first], device=s.cursor.device), s.cursor.shape[1]
         b, h, to = index[0] // heads, index[0] % heads, index[1]
-        first, others = slice(s.n_pinned, s.n_pinned + group), slice(s.n_pinned + group, s.n_exact)
-        k, v = self.k[b, h], self.v[b, h]  # copies (n,n_exact,D)
-        for planes, new in zip(self.groups, self._encode(k[:, first], v[:, first]), strict=True):
+        window = index[2][:, None] + torch.arange(residual + group, device=index.device)  # (n,residual+group)
+        slots = b[:, None], h[:, None], window
+        k, v, pos = self.k[slots], self.v[slots], s.pos[slots]  # copies
+        for planes, new in zip(self.groups, self._encode(k[:, :group], v[:, :group]), strict=True):
             for plane, x in zip(planes, new, strict=True):
                 plane[b, h, to] = x
-        pos = s.pos[b, h]
-        s.pos[:, :, s.n_exact :].unflatten(2, (-1, group))[b, h, to] = pos[:, first]
+        s.pos[:, :, s.n_exact :].unflatten(2, (-1, group))[b, h, to] = pos[:, :group]
         for mine, x, empty in ((self.k, k, 0), (self.v, v, 0), (s.pos, pos, -1)):
-            mine[b, h, s.n_pinned : s.n_pinned + residual] = x[:, others]
-            mine[b, h, s.n_pinned + residual : s.n_exact] = empty
+            mine[slots] = torch.cat((x[:, group:], torch.full_like(x[:, :group], empty)), 1)
         s.n_flushed[b, h] += 1
 
     def _update_reach(self) -> None:
-        """Note how far any head reaches: in exact slots (`reach`) and in groups (`used_groups`)."""
-        self.reach = self.slots.n_pinned + max(self.in_window)
+        """Note how many tokens the fullest window holds, and how far any head reaches: in exact slots and in groups."""
+        self.fullest = max(self.in_window)
+        self.reach = max(map(sum, zip(self.pinned, self.in_window, strict=True)))
         self.used_groups = min(self.n_groups, max(self.n_flushed))
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -303,7 +307,7 @@ class GroupedStore:
         row = slice(b, b + 1)
         fields = (x[row].clone() for x in (self.k, self.v, self.slots.pos, self.slots.cursor, self.slots.n_flushed))
         planes = (tuple(x[row].clone() for x in half) for half in self.groups)
-        return GroupState(*fields, self.slots.n_pinned, *planes)
+        return GroupState(*fields, self.slots.pinned[row].clone(), *planes)
 
     def tensors(self) -> list[Tensor]:
         return [self.k, self.v, *self.groups[0], *self.groups[1], *self.slots.tensors()]
@@ -317,7 +321,7 @@ class GroupedStore:
 
     def used_bytes(self) -> tuple[int, int, int]:
         s, group = self.slots, self.spec.group
-        exact = sum(n + self.uncounted + s.n_pinned for n in self.in_window)
+        exact = sum(map(sum, zip(self.pinned, self.in_window, strict=True))) + self.uncounted * len(self.pinned)
         grouped = sum(map(min, self.n_flushed, self.ring_groups))
         sizes = []
         for x, planes in zip((self.k, self.v), self.groups, strict=True):

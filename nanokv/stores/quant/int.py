@@ -67,7 +67,7 @@ class Int(StoreSpec):
         exact = 2 * dim * dtype.itemsize + 4
         window = max(self.pin, sink) + self.residual + self.group
         fixed = window * exact + self.group * token  # a ring needs one group more than its tokens
-        return heads * token, int(heads * (fixed + SLOT_COUNTERS + 2 * 4))
+        return heads * token, int(heads * (fixed + SLOT_COUNTERS + 3 * 4))
 
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> GroupedStore:
         return GroupedStore(rows, policy, room, ctx, self)

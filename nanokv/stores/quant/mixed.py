@@ -88,6 +88,7 @@ class MixedStore:
     """
 
     needs_host_sync = False
+    until_maintenance = None
     lossless_prefix = 0
 
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec: Mixed):

@@ -35,28 +35,33 @@ OLD_TENSOR_NAMES = {  # of chunk data, in files of nanokv 0.1
     "chunks": "n_chunks",
     "marks": "landmarks",
 }
+GROWN = "since_grown"  # its name in a file
 EXACT_FIELDS = ("k", "v", "pos", "length", "limit", "sink")
 
 
 @dataclass(frozen=True)
 class ChunkState(StoreState):
-    """One row of a ChunkStore: its exact tokens, and its chunk data (empty if it has no chunks)."""
+    """One row of a ChunkStore: its exact tokens, its chunk data (empty if it has no chunks), and how many tokens came
+    since chunks were last made.
+    """
 
     exact: Kept
     chunk_data: Mapping[str, Tensor]
+    since_grown: int = 0
 
     def select(self, index: Tensor) -> ChunkState:
         raise ValueError("single tokens cannot be taken out of chunks")
 
     def tensors(self) -> dict[str, Tensor]:
         exact = {f"near_{name}": getattr(self.exact, name) for name in EXACT_FIELDS}
-        return exact | {name: x[None] for name, x in self.chunk_data.items()}
+        return exact | {name: x[None] for name, x in self.chunk_data.items()} | {GROWN: torch.tensor(self.since_grown)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ChunkState:
         exact = Kept(*(tensors[f"near_{name}"] for name in EXACT_FIELDS))
-        data = {name: x[0] for name, x in tensors.items() if not name.startswith("near_")}
-        return cls(exact, {OLD_TENSOR_NAMES.get(name, name): x for name, x in data.items()})
+        data = {name: x[0] for name, x in tensors.items() if not name.startswith("near_") and name != GROWN}
+        data = {OLD_TENSOR_NAMES.get(name, name): x for name, x in data.items()}
+        return cls(exact, data, int(tensors.get(GROWN, 0)))  # files of nanokv 0.1 do not have it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +96,6 @@ class Chunked(StoreSpec):
         if policy.demotes:
             return super().incompatible_policy(policy)
         return "" if policy.keeps_all_or_edges else "evicts single tokens of the prompt, and the others form no chunks"
-
-    @property
-    def maintenance_interval(self) -> int:
-        return self.grow
 
     def incompatible_model(self, config: Any) -> str:
         if self.grow and config.sliding_window:
@@ -219,8 +220,9 @@ class ChunkStore(ABC):
 
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context, spec: Chunked):
         self.policy, self.ctx, self.spec = policy, ctx, spec
-        self.since_grown = 0  # tokens that came after the last chunk was made
-        self._allocate([spec.split(r, ctx) for r in rows], room)
+        states = [spec.split(r, ctx) for r in rows]
+        self.since_grown = states[0].since_grown  # the same in all rows
+        self._allocate(states, room)
 
     def _allocate(self, rows: list[ChunkState], room: int) -> None:
         """Allocate memory for the exact tokens, the chunks and the buffer of all rows, and fill it."""
@@ -245,6 +247,10 @@ class ChunkStore(ABC):
         self.room = room
         room = self.spec.exact_room(room) if all(self.n_candidates_of) else room
         return SlotStore(rows, self.policy, room, self.ctx, plain_codecs(self.ctx))
+
+    @property
+    def until_maintenance(self) -> int | None:
+        return self.spec.grow - self.since_grown if self.spec.grow else None
 
     @property
     def needs_host_sync(self) -> bool:
@@ -280,13 +286,13 @@ class ChunkStore(ABC):
     def unpack(self) -> list[Kept]:
         exact = self.exact.unpack()
         if not self.n_candidates:
-            return [r.with_state(ChunkState(_cloned(r), {})) for r in exact]
+            return [r.with_state(ChunkState(_cloned(r), {}, self.since_grown)) for r in exact]
         ids, c = self.chunk_data["chunk_ids"], self.spec.chunk
         positions = self._positions(ids)
         keys, values = self._gather_all(ids)
         rows = []
         for b, r in enumerate(exact):
-            state = ChunkState(_cloned(r), {})
+            state = ChunkState(_cloned(r), {}, self.since_grown)
             if not self.n_candidates_of[b]:
                 rows.append(r.with_state(state))
                 continue
@@ -306,10 +312,15 @@ class ChunkStore(ABC):
         return {name: self.chunk_data[name][b][tuple(map(slice, size))] for name, size in self.shapes[b].items()}
 
     def maintain(self, written: int) -> bool:
-        self.since_grown, self.room = self.since_grown + written, self.room - written
-        if not self.spec.grow or self.since_grown < self.spec.grow or not self.n_candidates:
+        self.room -= written
+        if not self.spec.grow:
+            return False
+        self.since_grown += written
+        if self.since_grown < self.spec.grow:
             return False
         self.since_grown = 0
+        if not self.n_candidates:
+            return False
         frozen, exact = self.slots.frozen, self.exact.unpack()
         self._allocate([self._grown(r, self._data_of(b)) for b, r in enumerate(exact)], self.room)
         if frozen:
@@ -337,7 +348,7 @@ class ChunkStore(ABC):
         return ChunkState(replace(r, k=k, v=v, pos=pos, length=r.length - new * c), data)
 
     def reserve(self, room: int) -> bool:
-        frozen, self.since_grown = self.slots.frozen, 0
+        frozen = self.slots.frozen
         self.exact = self._allocate_exact(self.exact.unpack(), room)
         if frozen:
             self.freeze()
@@ -359,7 +370,7 @@ class ChunkStore(ABC):
         self.exact.extend(k, v, pos)
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        parts = [self.exact.read(q, pos)[:2]]
+        parts = [self.exact.read(q, pos)[:2]] if self.slots.max_used else []  # with local=0 all may lie in chunks
         if self.n_candidates:
             parts += [self._read_best(q, pos)] if q.shape[2] == 1 else self._read_all(q, pos)
         return *(merge(parts) if len(parts) > 1 else parts[0]), None
