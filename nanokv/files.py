@@ -1,13 +1,71 @@
-"""Write results whole or not at all, and check before the work that they can be written."""
+"""Read the files of a model, which anybody may have written. Write results whole or not at all, and check before the work
+that they can be written.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+MAX_JSON = 16 << 20  # bytes; parsed JSON takes up to a dozen times as much memory
 STREAMS = ("standard input", "standard output", "standard error")
+
+
+def is_there(file: Path) -> bool:
+    """Whether a model has this file. ValueError if something else stands in its place, which would block or vanish."""
+    try:
+        mode = file.stat().st_mode  # of what a symbolic link points to
+    except FileNotFoundError:
+        if not file.is_symlink():
+            return False
+        raise ValueError(f"{file} is a link to a file that is not there; fetch the model again") from None
+    except OSError as e:  # such as a name that is too long, or links in a circle
+        raise ValueError(f"{clipped(str(file))} cannot be read ({e.strerror}); fetch the model again") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{file} is no regular file; put the model's file there, or remove it")
+    return True
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object. ValueError names the file if it is missing, damaged, too large or not an object."""
+    if not is_there(file):
+        raise ValueError(
+            f"{file.parent} has no {file.name}; a model directory holds config.json, *.safetensors and a tokenizer"
+        )
+    try:
+        if (size := file.stat().st_size) > MAX_JSON:
+            raise ValueError(f"it has {size >> 20} MiB, and at most {MAX_JSON >> 20} are read")
+        value = json.loads(file.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark first
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{file} cannot be read as JSON ({reason(e)}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a JSON {type(value).__name__}; an object is expected")
+    return value
+
+
+def reason(e: BaseException) -> str:
+    """The first line of an exception's message, short enough for a sentence."""
+    return clipped(next(iter(str(e).splitlines()), "") or type(e).__name__)
+
+
+def clipped(text: str) -> str:
+    """A text from a file, short and printable enough for a sentence."""
+    text = "".join(c if c.isprintable() else "?" for c in text[:161])
+    return text if len(text) <= 160 else f"{text[:160]}…"
+
+
+def quoted(value: object) -> str:
+    """A value from a file, in quotes if it is a text, short enough for a sentence."""
+    try:
+        text = repr(value[:200] if isinstance(value, str | list | tuple | bytes) else value)
+    except ValueError:  # Python prints no number of more than 4,300 digits
+        return "a huge number"
+    return text if len(text) <= 80 and text.isprintable() else f"{clipped(text)[:80]}…"
 
 
 def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | Path | None]) -> None:

@@ -76,16 +76,21 @@ def load(
             raise ValueError(
                 f"no known shape {model!r}{nearest(model, MODELS)}; --random-weights builds one of {', '.join(MODELS)}"
             )
-        config, vocabulary, fill = PRESETS[shape], tokenizer.byte_level(), lambda m, bar: loader.randomise(m)
+        config, vocabulary, tensors = PRESETS[shape], tokenizer.byte_level(), None
     else:
-        config, vocabulary, fill = _source(locate(model, bar, notes.append), notes)
+        path = locate(model, bar, notes.append)
+        config, vocabulary, tensors = _source(path, notes)
+        loader.check_size(config, tensors, str(path))
     use = choose_precision(config, where, dtype)
     check_weights(model, config, where, use)
     ops = ops if backend == "triton" else replace(ops, linear=use.linear)
     calls = Calls() if watch else None
     ops = calls.watched(ops) if calls else ops
     main = loader.empty(config, ops, where, use.prefill)
-    fill(main, bar)
+    if tensors is None:
+        loader.randomise(main)
+    else:
+        loader.fill(main, tensors, str(path), bar)
     decode = loader.copy(main, ops, use.decode) if use.decode != use.prefill else main
     models = Models(main, decode, ops, make(runner, decode, compile_options))
     name = f"{model} (random weights)" if random_weights else model
@@ -95,22 +100,19 @@ def load(
     return llm
 
 
-def _source(path: Path, notes: list[str]) -> tuple[ModelConfig, tokenizer.Tokenizer, Callable]:
-    """A directory or a .gguf file as (config, tokenizer, how to fill a model). What had to be guessed is added to `notes`."""
+def _source(path: Path, notes: list[str]) -> tuple[ModelConfig, tokenizer.Tokenizer, list[loader.LazyTensor]]:
+    """A directory or a .gguf file as (config, tokenizer, weights to read). What had to be guessed is added to `notes`."""
     if path.is_dir():
-        config, files = ModelConfig.from_dir(path), loader.find_shards(path)
-        return (
-            config,
-            tokenizer.from_dir(path, config),
-            lambda m, bar: loader.fill(m, loader.read(files), str(path), bar),
-        )
+        config = ModelConfig.from_dir(path)
+        tensors = list(loader.read(loader.find_shards(path)))
+        return config, tokenizer.from_dir(path, config), tensors
     file = GGUF(path)
     with tempfile.TemporaryDirectory() as tmp:
         file.write_texts(Path(tmp))
         config = ModelConfig.from_dir(Path(tmp))
         vocabulary = tokenizer.from_dir(Path(tmp), config)
     notes += file.notes
-    return config, vocabulary, lambda m, bar: loader.fill(m, file.tensors(), str(path), bar)
+    return config, vocabulary, list(file.tensors())
 
 
 class LLM:

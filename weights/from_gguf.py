@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from weights.gguf_header import check
+
 Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # Hugging Face name, shape, reader of the values
 
 LAYER_NAMES = {
@@ -51,6 +53,7 @@ PRE: dict[str, str | None] = {
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
 }
+MAX_TOKEN = 512  # characters; rebuilding sentencepiece's merges takes their square
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED = 1, 2, 3, 4, 5  # GGUF token types; 6 is a byte token
 
 
@@ -62,21 +65,23 @@ class GGUF:
     def __init__(self, file: Path):
         self.file, self.notes = file, []  # what had to be guessed, one sentence each
         self.meta, tensors = _read(file)
-        count = self.meta.get("split.count", 1)
+        count = self._of_type("split.count", int, 1)
         if count > 1:
             parts = [_read(part) for part in _parts(file, count)]
             self.meta, tensors = parts[0][0], [t for _, found in parts for t in found]
-        kind = self.meta.get("general.type", "model")
+        kind = self._of_type("general.type", str, "model")
         if kind != "model":
-            name = "a LoRA adapter" if kind == "adapter" else f"of type {kind!r}"
+            name = "a LoRA adapter" if kind == "adapter" else f"of type {_short(kind)!r}"
             raise ValueError(f"{file} is {name}, not a model; give the file of the whole model")
-        self.arch = self.meta.get("general.architecture")
+        self.arch = self._of_type("general.architecture", str, "")
         if self.arch not in ARCHITECTURES:
             supported = ", ".join(ARCHITECTURES)
-            raise ValueError(f"{file}: architecture {self.arch!r} is not supported in GGUF; supported are {supported}")
+            raise ValueError(
+                f"{file}: architecture {_short(self.arch)} is not supported in GGUF; supported are {supported}"
+            )
         self.tensors_by_name = {t.name: t for t in tensors}
-        self.tokens = self._get("tokenizer.ggml.tokens")
-        self.pre = self.meta.get("tokenizer.ggml.pre") or self._guess_pre()
+        self.tokens = self._list("tokens", str)
+        self.pre = self._of_type("tokenizer.ggml.pre", str, "") or self._guess_pre()
 
     def _get(self, key: str, default: Any = None) -> Any:
         """Return a metadata value. ValueError if it is missing and has no default."""
@@ -85,13 +90,34 @@ class GGUF:
             raise ValueError(f"{self.file}: the metadata lacks {key}; convert the model again with a current llama.cpp")
         return value
 
+    def _of_type(self, key: str, kind: type, default: Any = None) -> Any:
+        """Return a metadata value. ValueError if it is of another type."""
+        value = self._get(key, default)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ValueError(f"{self.file}: {key} is {_short(value)}; it must be a {kind.__name__}")
+        return value
+
+    def _list(self, name: str, kind: type) -> list:
+        """Return a list of the tokenizer's metadata. ValueError if it holds something else, or tokens of which one is too
+        long or occurs twice.
+        """
+        key = f"tokenizer.ggml.{name}"
+        values = self._of_type(key, list)
+        if not all(isinstance(x, kind) for x in values):
+            raise ValueError(f"{self.file}: {key} holds other values than {kind.__name__}")
+        if name == "tokens" and (len(set(values)) < len(values) or max(map(len, values), default=0) > MAX_TOKEN):
+            raise ValueError(f"{self.file}: {key} has a token twice, or one of more than {MAX_TOKEN} characters")
+        return values
+
     def _number(self, key: str, default: float | None = None, kind: type = int) -> Any:
         """Return a positive number from the metadata."""
         value = self._get(f"{self.arch}.{key}", default)
-        if isinstance(value, list) and len(set(value)) == 1:  # the same for every layer
+        if isinstance(value, list) and value and all(x == value[0] for x in value):  # the same for every layer
             value = value[0]
-        if not isinstance(value, kind) or not 0 < value < math.inf:
-            raise ValueError(f"{self.file}: {self.arch}.{key} is {value!r}; it must be a positive {kind.__name__}")
+        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise ValueError(
+                f"{self.file}: {self.arch}.{key} is {_short(value)}; it must be a positive {kind.__name__}"
+            )
         return value
 
     def _token(self, name: str) -> int | None:
@@ -99,16 +125,18 @@ class GGUF:
         the tokens counts as none, as in llama.cpp.
         """
         key = f"tokenizer.ggml.{name}_token_id"
-        i = self.meta.get(key)
-        if name not in ("bos", "eos") and i not in range(len(self.tokens)):
+        if key not in self.meta:
             return None
-        if i is not None and i not in range(len(self.tokens)):
-            raise ValueError(f"{self.file}: {key} is {i!r}; the file has {len(self.tokens)} tokens")
-        return i
+        i = self._of_type(key, int)
+        if 0 <= i < len(self.tokens):
+            return i
+        if name in ("bos", "eos"):
+            raise ValueError(f"{self.file}: {key} is {i}; the file has {len(self.tokens)} tokens")
+        return None
 
-    def _per_token(self, key: str) -> list:
+    def _per_token(self, key: str, kind: type) -> list:
         """Return a metadata list. ValueError unless it has one entry per token."""
-        values, size = self._get(f"tokenizer.ggml.{key}"), len(self.tokens)
+        values, size = self._list(key, kind), len(self.tokens)
         if len(values) != size:
             raise ValueError(f"{self.file}: tokenizer.ggml.{key} has {len(values)} entries for {size} tokens")
         return values
@@ -173,19 +201,20 @@ class GGUF:
 
     def _scaling(self, raw: dict[str, Any]) -> dict[str, Any] | None:
         """Return rope_scaling for config.json, or None. ValueError if the scaling is not supported."""
-        kind, freqs = self.meta.get(f"{self.arch}.rope.scaling.type"), self.tensors_by_name.get("rope_freqs.weight")
-        old = self.meta.get(f"{self.arch}.rope.scale_linear")
+        kind = self._of_type(f"{self.arch}.rope.scaling.type", str, "")
+        freqs, old = self.tensors_by_name.get("rope_freqs.weight"), self.meta.get(f"{self.arch}.rope.scale_linear")
         factor = self.meta.get(f"{self.arch}.rope.scaling.factor", old)
-        if kind is None and factor not in (None, 0.0, 1.0):
+        if not kind and factor not in (None, 0.0, 1.0):
             kind = "linear"
         if kind == "linear" and freqs is None:
             found = {"rope_type": "linear", "factor": self._number("rope.scaling.factor", factor, float)}
-            before = self.meta.get(f"{self.arch}.rope.scaling.original_context_length")
-            return found if before is None else {**found, "original_max_position_embeddings": before}
-        if kind not in (None, "none", ""):
+            if f"{self.arch}.rope.scaling.original_context_length" not in self.meta:
+                return found
+            return {**found, "original_max_position_embeddings": self._number("rope.scaling.original_context_length")}
+        if kind not in ("none", ""):
             both = " with rope_freqs" if kind == "linear" else ""
             raise ValueError(
-                f"{self.file}: rope scaling {kind!r}{both} is not supported; supported are none, linear, llama3"
+                f"{self.file}: rope scaling {_short(kind)}{both} is not supported; supported are none, linear, llama3"
             )
         if freqs is None:
             return None
@@ -223,7 +252,9 @@ class GGUF:
             layer, _, rest = rest.partition(".")
             part, _, kind = rest.rpartition(".")
             if blk != "blk" or part not in LAYER_NAMES:
-                raise ValueError(f"{self.file} has a tensor {name}, which the {self.arch} architecture does not have")
+                raise ValueError(
+                    f"{self.file} has a tensor {_short(name)}, which the {self.arch} architecture does not have"
+                )
             n = permuted.get(part)
             yield (
                 f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}",
@@ -246,19 +277,18 @@ class GGUF:
 
     def tokenizer_json(self) -> str:
         """Return tokenizer.json, the format of the tokenizers library."""
-        kind = self.meta.get("tokenizer.ggml.model")
+        kind = self._of_type("tokenizer.ggml.model", str, "")
         build = {"gpt2": self._byte_level, "llama": self._sentencepiece}.get(kind)
         if build is None:
             raise ValueError(
-                f"{self.file}: tokenizer {kind!r} is not supported; supported are gpt2 (byte-level BPE) and llama (sentencepiece)"
+                f"{self.file}: tokenizer {_short(kind)} is not supported; supported are gpt2 (byte-level BPE) and llama (sentencepiece)"
             )
         try:
             return self._add_tokens(build())
-        except ValueError:
+        except (ValueError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as e:  # the library raises bare Exception
-            reason = (str(e) or type(e).__name__).splitlines()[0]
-            raise ValueError(f"{self.file}: its tokenizer cannot be rebuilt ({reason}); fetch it again") from None
+        except BaseException as e:  # the library raises bare Exception, and panics that are none
+            raise ValueError(f"{self.file}: its tokenizer cannot be rebuilt ({_reason(e)}); fetch it again") from None
 
     def _byte_level(self) -> Any:
         """Build a byte-level BPE tokenizer."""
@@ -266,9 +296,11 @@ class GGUF:
 
         pre = self.pre
         if pre not in PRE:
-            raise ValueError(f"{self.file}: pre-tokenizer {pre!r} is not supported; supported are {', '.join(PRE)}")
+            raise ValueError(
+                f"{self.file}: pre-tokenizer {_short(pre)} is not supported; supported are {', '.join(PRE)}"
+            )
         vocab = {t: i for i, t in enumerate(self.tokens)}
-        merges = [tuple(m.split(" ", 1)) for m in self._get("tokenizer.ggml.merges")]
+        merges = [tuple(m.split(" ", 1)) for m in self._list("merges", str)]
         tok = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in LLAMA3))
         if PRE[pre] == _QWEN2:
             tok.normalizer = normalizers.NFC()  # as in Qwen's own tokenizer.json
@@ -288,7 +320,7 @@ class GGUF:
         """Build a BPE tokenizer that gives the same ids as sentencepiece."""
         from tokenizers import Tokenizer, decoders, models, normalizers
 
-        scores, types = self._per_token("scores"), self._per_token("token_type")
+        scores, types = self._per_token("scores", float), self._per_token("token_type", int)
         vocab = {t: i for i, t in enumerate(self.tokens)}
         joinable = {t: i for t, i in vocab.items() if types[i] in (NORMAL, UNUSED)}
         pairs = []  # sentencepiece joins the pair with the best-scored result first: sort the merges in that order
@@ -299,7 +331,7 @@ class GGUF:
         merges = [(a, b) for *_, a, b in sorted(pairs)]
         unk = self.tokens[self._token("unknown") or 0]
         tok = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
-        prefix = [normalizers.Prepend("▁")] if self.meta.get("tokenizer.ggml.add_space_prefix", True) else []
+        prefix = [normalizers.Prepend("▁")] if self._of_type("tokenizer.ggml.add_space_prefix", bool, True) else []
         tok.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
         strip = [decoders.Strip(" ", 1, 0)] if prefix else []
         tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
@@ -310,7 +342,9 @@ class GGUF:
         from tokenizers import AddedToken
 
         types = (
-            self._per_token("token_type") if "tokenizer.ggml.token_type" in self.meta else [NORMAL] * len(self.tokens)
+            self._per_token("token_type", int)
+            if "tokenizer.ggml.token_type" in self.meta
+            else [NORMAL] * len(self.tokens)
         )
         typed = list(zip(self.tokens, types, strict=True))
         special = [t for t, kind in typed if kind in (UNKNOWN, CONTROL)]
@@ -327,9 +361,9 @@ class GGUF:
         # like llama.cpp: if the file does not say, sentencepiece and Llama 3 texts begin with BOS
         default = meta.get("tokenizer.ggml.model") == "llama" or self.pre in LLAMA3
         raw["tokenizer_class"] = "PreTrainedTokenizerFast"  # the class that reads tokenizer.json as it is
-        raw["add_bos_token"] = bool(meta.get("tokenizer.ggml.add_bos_token", default))
+        raw["add_bos_token"] = self._of_type("tokenizer.ggml.add_bos_token", bool, default)
         if "tokenizer.chat_template" in meta:
-            raw["chat_template"] = meta["tokenizer.chat_template"]
+            raw["chat_template"] = self._of_type("tokenizer.chat_template", str)
         return raw
 
     def write_texts(self, path: Path) -> None:
@@ -344,11 +378,23 @@ def _read(file: Path) -> tuple[dict[str, Any], list[Any]]:
     from gguf import GGUFReader
 
     try:
+        check(file)
         reader = GGUFReader(file)
         return {k: f.contents() for k, f in reader.fields.items()}, reader.tensors
     except Exception as e:  # a damaged header fails in numpy, struct or the reader, each with its own type
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{file} is not a complete GGUF file ({reason}); fetch it again") from None
+        raise ValueError(f"{file} is not a complete GGUF file ({_reason(e)}); fetch it again") from None
+
+
+def _reason(e: BaseException) -> str:
+    """The first line of an exception's message."""
+    return _short(next(iter(str(e).splitlines()), type(e).__name__))
+
+
+def _short(value: Any) -> str:
+    """A value of a file as it stands in a sentence: printable, and not too long."""
+    text = value[:161] if isinstance(value, str) else repr(value[:20] if isinstance(value, list) else value)
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 160 else f"{text[:160]}…"
 
 
 def _parts(file: Path, count: int) -> list[Path]:

@@ -33,6 +33,10 @@ class StoreState(ABC):
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> StoreState:
         """The record that `tensors` described. KeyError if one is missing."""
 
+    @abstractmethod
+    def check(self, row: Kept, spec: Any, ctx: Any) -> None:
+        """ValueError unless this can be the state of that row in a store of these options. A file may say anything."""
+
 
 def seen_later(sliding_window: int) -> int:
     """How many of a text's last tokens the next one sees under this window, itself left out. At least one, although a
@@ -176,6 +180,32 @@ class Kept:
         is_kept = mine.gather(2, index) == p.pos
         score = torch.zeros_like(p.pos, dtype=torch.float32).masked_fill(is_kept, -torch.inf)
         return replace(self, demoted=Kept.top(p, score, p.valid.sum(-1, dtype=torch.int32) - self.length))
+
+    def check(self, config: Any, seen: int, sinks: int) -> None:
+        """ValueError unless a text of `seen` tokens can have left this row, whose heads have at most so many sinks."""
+        heads, n = config.num_key_value_heads, self.pos.shape[-1]
+        rows = {"k": (1, heads, n, config.head_dim), "v": (1, heads, n, config.head_dim), "attention": (1, heads, n)}
+        numbers = {"pos": (1, heads, n), **dict.fromkeys(("length", "limit", "sink"), (1, heads))}
+        for name, shape in (rows | numbers).items():
+            x = getattr(self, name)
+            if x is None:
+                continue  # attention
+            if x.shape != shape or (not x.is_floating_point() if name in rows else x.dtype != torch.int32):
+                raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}")
+            if name in rows and not x.isfinite().all():
+                raise ValueError(f"{name} holds values that are no numbers")
+        valid = torch.arange(n, device=self.pos.device) < self.length[..., None]
+        later = (self.pos.diff(dim=-1) > 0) | ~valid[..., 1:]
+        right = {
+            "length": (self.length >= 0) & (self.length <= n),
+            "limit": (self.limit == -1) | ((self.limit >= self.length) & (self.limit > self.sink)),
+            "sink": (self.sink >= 0) & (self.sink <= sinks),
+            "pos": torch.where(valid, (self.pos >= 0) & (self.pos < seen), self.pos == -1),
+            "order of pos": later,
+        }
+        for name, holds in right.items():
+            if not holds.all():
+                raise ValueError(f"{name} is out of range")
 
     def with_state(self, state: StoreState) -> Kept:
         return replace(self, state=state)

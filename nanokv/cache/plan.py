@@ -14,6 +14,7 @@ import torch
 
 from nanokv.cache.budget import Workload
 from nanokv.cache.protocol import StoreSpec
+from nanokv.files import clipped
 from nanokv.model.config import ModelConfig
 from nanokv.policies import POLICIES
 from nanokv.policies.base import Policy
@@ -187,9 +188,9 @@ def _pairs(name: str, text: str) -> dict[str, str]:
     for item in filter(None, text.split(",")):
         key, eq, value = item.partition("=")
         if not eq or not value:
-            raise ValueError(f"{name}:{item} is no key=value pair; write {name}:key=value,key=value")
+            raise ValueError(f"{name}:{clipped(item)} is no key=value pair; write {name}:key=value,key=value")
         if key.strip() in pairs:
-            raise ValueError(f"{name}: {key.strip()} is given twice; give it once")
+            raise ValueError(f"{name}: {clipped(key.strip())} is given twice; give it once")
         pairs[key.strip()] = value.strip()
     return pairs
 
@@ -228,12 +229,12 @@ def _read(where: str, text: str, kinds: Sequence[str]) -> int | float | bool | s
             except ValueError:
                 continue
             if abs(value) >= 2**31:
-                raise ValueError(f"{where}={text} is out of range; give less than 2^31")
+                raise ValueError(f"{where}={clipped(text)} is out of range; give less than 2^31")
             return value
     if "str" in kinds:
         return text
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "None": "none"}
-    raise ValueError(f"{where}={text} cannot be read; it takes {' or '.join(names[k] for k in kinds)}")
+    raise ValueError(f"{where}={clipped(text)} cannot be read; it takes {' or '.join(names[k] for k in kinds)}")
 
 
 def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -6,10 +6,14 @@ refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,8 +23,10 @@ from torch import Tensor
 from nanokv.cache.kept import Kept
 from nanokv.cache.plan import Plan, parse
 from nanokv.engine import Session
-from nanokv.files import replacing
+from nanokv.files import quoted, reason, replacing
 from nanokv.llm import LLM
+from nanokv.model.config import MAX_NUMBER
+from nanokv.sharing.search import checked_map
 
 FIELDS = ("k", "v", "pos", "length", "limit", "sink")
 STATE = "codes."  # prefix of the tensors of a store's state
@@ -39,37 +45,88 @@ def save(llm: LLM, session: Session, file: Path) -> None:
         )
     tensors, layer_scores = {}, {}
     for owner, store in session.cache.stores.items():
-        layer_scores[owner] = session.cache.layer_scores[owner][0]
+        layer_scores[str(owner)] = session.cache.layer_scores[owner][0]
         for i, part in enumerate(store.unpack()[0].parts):
             found = _tensors(part, store.lossless_prefix)
             tensors |= {f"{owner}.{i}.{field}": x.contiguous() for field, x in found.items()}
     facts = {"plan": str(session.plans[0]), "seen": session.seen[0], "model": llm.fingerprint(), "scores": layer_scores}
-    facts["share"] = session.plans[0].share
+    facts["share"] = {str(i): owner for i, owner in session.plans[0].share.items()}
+    facts["checksum"] = checksum(tensors, json.loads(json.dumps(facts)))
     try:
         with replacing(file) as part:
             save_file(tensors, part, metadata={"nanokv": json.dumps(facts)})
     except (OSError, SafetensorError) as e:
-        raise ValueError(f"{file} cannot be written ({str(e).splitlines()[0]})") from None
+        raise ValueError(f"{file} cannot be written ({reason(e)})") from None
 
 
 def restore(llm: LLM, file: Path, room: int) -> Session:
-    """A session that goes on where the saved one stood, under its plan. ValueError if the file is not one of ours or
-    not complete.
+    """A session that goes on where the saved one stood, under its plan. ValueError if the file is not one of ours, not
+    complete, or holds what no session can have saved.
     """
     try:
-        with safe_open(file, framework="pt", device=str(llm.device)) as f:
+        with safe_open(file, framework="pt") as f:
             facts = json.loads((f.metadata() or {})["nanokv"])
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 the library's handle is no dict
-        if facts["model"] != llm.fingerprint():
-            raise ValueError(f"{file} was saved with another model; give the --model that it was made with")
-        plan = replace(parse(facts["plan"]), share={int(i): o for i, o in facts.get("share", {}).items()}, ready=True)
-        n_layers = llm.config.num_hidden_layers
-        row = {int(o): _kept(tensors, o, score, plan, n_layers) for o, score in facts["scores"].items()}
+        if not isinstance(facts, dict):
+            raise ValueError("its facts are no object")
+        if facts.get("checksum", checksum(tensors, facts)) != checksum(tensors, facts):  # older files have none
+            raise ValueError("it is damaged: its checksum is another one")
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as e:
+        raise ValueError(f"{file} is no complete saved cache ({reason(e)})") from None
+    if facts.get("model") != llm.fingerprint():
+        raise ValueError(f"{file} was saved with another model; give the --model that it was made with")
+    try:
+        plan, seen = _plan_and_seen(facts, llm)
+        tensors = {name: x.to(llm.device) for name, x in tensors.items()}
+        row = _rows(tensors, facts.get("scores"), plan, llm)
+        for owner, kept in row.items():
+            _check(kept, seen, plan, owner, llm)
         session = llm.session(room, plan=plan)
-        session.restore(plan, row, facts["seen"])
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{file} is no complete saved cache ({(str(e) or 'empty').splitlines()[0]})") from None
+        session.restore(plan, row, seen)
+    except (KeyError, ValueError) as e:
+        raise ValueError(f"{file} is no saved cache of this model ({reason(e)})") from None
     return session
+
+
+def checksum(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    """A hash of all tensors and of the facts beside it."""
+    found = hashlib.sha256(json.dumps({k: v for k, v in facts.items() if k != "checksum"}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        found.update(x.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _plan_and_seen(facts: Mapping[str, Any], llm: LLM) -> tuple[Plan, int]:
+    """The plan with its map of shared layers, and the length of the text."""
+    plan, seen = facts.get("plan"), facts.get("seen")
+    if not isinstance(plan, str) or not isinstance(seen, int) or isinstance(seen, bool) or not 0 < seen < MAX_NUMBER:
+        raise ValueError(f"its plan is {quoted(plan)} and its text has {quoted(seen)} tokens")
+    share = checked_map(facts.get("share", {}), llm.config, "the file")
+    found = replace(parse(plan), share=share, ready=True)
+    if why := found.store.incompatible_model(llm.config):
+        raise ValueError(why)
+    return found, seen
+
+
+def _check(kept: Kept, seen: int, plan: Plan, owner: int, llm: LLM) -> None:
+    """ValueError unless the session can have held this row of one layer."""
+    store, ctx = plan.store_of(owner, llm.config.num_hidden_layers), llm.models.context.of_layer(owner)
+    parts = kept.parts
+    if len(parts) not in ((2, 3) if store.has_low_precision_tier else (1,)):
+        raise ValueError(f"layer {owner} holds {len(parts)} sets of tokens")
+    if plan.policy.decode_scores and kept.attention is None:
+        raise ValueError(f"layer {owner} has no attention scores")
+    if not any(part.pos.numel() for part in parts):
+        raise ValueError(f"layer {owner} holds no token")
+    for part in parts:
+        try:
+            part.check(llm.config, seen, plan.policy.protected_sinks)
+            if part.state is not None:
+                part.state.check(part, store, ctx)
+        except ValueError as e:
+            raise ValueError(f"layer {owner}: {e}") from None
 
 
 def _tensors(part: Kept, lossless_prefix: int | None) -> dict[str, Tensor]:
@@ -83,31 +140,57 @@ def _tensors(part: Kept, lossless_prefix: int | None) -> dict[str, Tensor]:
     return found
 
 
-def _kept(tensors: Mapping[str, Tensor], owner: str, score: float, plan: Plan, n_layers: int) -> Kept:
-    """What `_tensors` wrote of one layer. KeyError if some of it is missing."""
-    sets: dict[int, dict[str, Tensor]] = {}
+def _rows(tensors: Mapping[str, Tensor], scores: Any, plan: Plan, llm: LLM) -> dict[int, Kept]:
+    """What `_tensors` wrote of each layer. KeyError or ValueError if some of it is missing, or there is more."""
+    n_layers = llm.config.num_hidden_layers
+    owners = [i for i in range(n_layers) if plan.owner(i) == i]
+    if not isinstance(scores, dict) or set(scores) != {str(i) for i in owners}:
+        raise ValueError("it does not hold the layers of its plan")
+    sets: dict[int, dict[int, dict[str, Tensor]]] = {i: {} for i in owners}
     for name, x in tensors.items():
-        layer, i, field = name.split(".", 2)
-        if layer == owner:
-            sets.setdefault(int(i), {})[field] = x
-    kept = None
-    for i in reversed(range(len(sets))):
-        values = sets[i]
-        if any(field not in values for field in FIELDS):
-            raise KeyError(f"layer {owner} is incomplete")
-        state = {name.removeprefix(STATE): x for name, x in values.items() if name.startswith(STATE)}
-        state_type = plan.store_of(int(owner), n_layers).state_type
-        n = values["pos"].shape[2]
-        for field in ("k", "v"):
-            x = values[field]
-            values[field] = torch.cat((x, x.new_zeros(*x.shape[:2], n - x.shape[2], x.shape[3])), 2)
-        kept = Kept(
-            *(values[field] for field in FIELDS),
-            attention=values.get("attention", values.get("votes")),  # older files call it "votes"
-            layer_score=score,
-            demoted=kept,
-            state=state_type.from_tensors(state) if state else None,
+        match = re.fullmatch(r"(\d{1,6})\.([0-2])\.(.+)", name)
+        if match is None or int(match[1]) not in sets:
+            raise ValueError(f"it holds {quoted(name)}")
+        sets[int(match[1])].setdefault(int(match[2]), {})[match[3]] = x
+    found = {}
+    for owner in owners:
+        score = scores[str(owner)]
+        if not isinstance(score, int | float) or not abs(score) < math.inf:
+            raise ValueError(f"layer {owner} has the score {quoted(score)}")
+        kept = None
+        for i in reversed(range(len(sets[owner]))):
+            kept = _kept(sets[owner].get(i, {}), owner, float(score), kept, plan.store_of(owner, n_layers).state_type)
+        if kept is None:
+            raise KeyError(f"layer {owner} is missing")
+        found[owner] = kept
+    return found
+
+
+def _kept(values: dict[str, Tensor], owner: int, score: float, demoted: Kept | None, state_type: Any) -> Kept:
+    """One set of tokens of one layer."""
+    if any(field not in values for field in FIELDS):
+        raise KeyError(f"layer {owner} is incomplete")
+    state = {name.removeprefix(STATE): x for name, x in values.items() if name.startswith(STATE)}
+    unknown = set(values) - {*FIELDS, "attention", "votes", *(STATE + name for name in state)}
+    if unknown or (state and state_type is None):
+        raise ValueError(f"layer {owner} holds {quoted(min(unknown, default='codes'))}")
+    k, v, pos, *numbers = (values[field] for field in FIELDS)
+    if state and k.dim() == v.dim() == 4 and pos.dim() == 3:  # of rounded tokens only the first ones are there
+        k, v = (
+            torch.cat((x, x.new_zeros(*x.shape[:2], max(0, pos.shape[2] - x.shape[2]), x.shape[3])), 2) for x in (k, v)
         )
-    if kept is None:
-        raise KeyError(f"layer {owner} is missing")
-    return kept
+    try:
+        record = state_type.from_tensors(state) if state else None
+    except (IndexError, RuntimeError, TypeError) as e:  # a tensor of another shape
+        raise ValueError(f"layer {owner}: {reason(e)}") from None
+    # older files call the attention "votes"
+    return Kept(
+        k,
+        v,
+        pos,
+        *numbers,
+        attention=values.get("attention", values.get("votes")),
+        layer_score=score,
+        demoted=demoted,
+        state=record,
+    )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from nanokv.files import clipped, is_there, quoted, read_json
+
+MAX_NUMBER = 2**31  # no size in config.json is this large
+MAX_FLOAT = 1e30  # nor any other number: frequencies are fp32
 
 
 @dataclass(frozen=True)
@@ -100,13 +104,13 @@ class ModelConfig:
         file = path / "config.json"
         config = cls.from_json(read_json(file), str(file))
         extra, words = path / "generation_config.json", path / "tokenizer_config.json"
-        if extra.is_file():
+        if is_there(extra):
             ids = (*config.eos_token_id, *_ids(read_json(extra).get("eos_token_id"), str(extra)))
             config = replace(config, eos_token_id=tuple(dict.fromkeys(ids)))
         scaling = config.rope_scaling
-        if words.is_file() and scaling is not None and scaling.rope_type == "linear":
+        if is_there(words) and scaling is not None and scaling.rope_type == "linear":
             scaled = config.max_position_embeddings * scaling.factor
-            if read_json(words).get("model_max_length") == scaled:
+            if read_json(words).get("model_max_length") == scaled < MAX_NUMBER:
                 config = replace(config, max_position_embeddings=int(scaled))
         return config
 
@@ -121,14 +125,22 @@ class ModelConfig:
                     f"{where}: the weights are quantised{maker}; use the model's fp16 or bf16 checkpoint, or a .gguf file"
                 )
         if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise ValueError(f"{where}: hidden_act {raw['hidden_act']} is not supported; supported is silu")
+            raise ValueError(
+                f"{where}: hidden_act {clipped(str(raw['hidden_act']))} is not supported; supported is silu"
+            )
 
         def number(key: str, default: int | None = None) -> int:
             value = raw.get(key)
             value = _whole(default if value is None else value)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"{where}: {key} is {value!r}; it must be a positive whole number")
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < MAX_NUMBER:
+                raise ValueError(f"{where}: {key} is {quoted(value)}; it must be a positive whole number below 2^31")
             return value
+
+        def flag(key: str) -> bool:
+            value = raw.get(key)
+            if not isinstance(value, bool | None):
+                raise ValueError(f"{where}: {key} is {quoted(value)}; it must be true or false")
+            return bool(value)
 
         heads, hidden = number("num_attention_heads"), number("hidden_size")
         n_layers, rope = number("num_hidden_layers"), _rope(raw, where)
@@ -143,14 +155,14 @@ class ModelConfig:
             num_key_value_heads=number("num_key_value_heads", kv_heads),
             head_dim=number("head_dim", kind.head_dim or hidden // heads),
             max_position_embeddings=_context(
-                raw, number("max_position_embeddings", kind.max_position_embeddings), rope.get("rope_scaling")
+                raw, number("max_position_embeddings", kind.max_position_embeddings), rope.get("rope_scaling"), where
             ),
             rms_norm_eps=_float(raw, "rms_norm_eps", 1e-6, where),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            **_windows(raw, model_type, n_layers, where),
-            qkv_bias=model_type == "qwen2" or (model_type != "mistral" and bool(raw.get("attention_bias", False))),
-            o_bias=model_type in ("llama", "qwen3") and bool(raw.get("attention_bias", False)),
-            mlp_bias=model_type == "llama" and bool(raw.get("mlp_bias", False)),
+            tie_word_embeddings=flag("tie_word_embeddings"),
+            **_windows(raw, model_type, n_layers, flag("use_sliding_window"), where),
+            qkv_bias=model_type == "qwen2" or (model_type != "mistral" and flag("attention_bias")),
+            o_bias=model_type in ("llama", "qwen3") and flag("attention_bias"),
+            mlp_bias=model_type == "llama" and flag("mlp_bias"),
             bos_token_id=next(iter(_ids(raw.get("bos_token_id"), where)), None),
             eos_token_id=_ids(raw.get("eos_token_id"), where),
             **rope,
@@ -164,21 +176,6 @@ class ModelConfig:
         return config
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object. ValueError names the file if it is missing, damaged or not an object."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark first
-    except FileNotFoundError:
-        raise ValueError(
-            f"{file.parent} has no {file.name}; a model directory holds config.json, *.safetensors and a tokenizer"
-        ) from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as e:
-        raise ValueError(f"{file} cannot be read as JSON ({str(e).splitlines()[0]}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a JSON {type(value).__name__}; an object is expected")
-    return value
-
-
 def _whole(value: Any) -> Any:
     """A whole number that is written as 512.0 as an int; anything else as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -187,8 +184,8 @@ def _whole(value: Any) -> Any:
 def _float(raw: Mapping[str, Any], key: str, default: float, where: str) -> float:
     """Return a positive number of config.json."""
     value = raw.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise ValueError(f"{where}: {key} is {value!r}; it must be a positive number")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < MAX_FLOAT:
+        raise ValueError(f"{where}: {key} is {quoted(value)}; it must be a positive number")
     return float(value)
 
 
@@ -196,45 +193,49 @@ def _architecture(raw: Mapping[str, Any], where: str) -> Architecture:
     """The first supported one of `architectures`, and of several the one of model_type. Without a list, model_type decides."""
     listed, model_type = raw.get("architectures") or [], raw.get("model_type")
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-        raise ValueError(f"{where}: architectures is {listed!r}; it must be a list of names")
+        raise ValueError(f"{where}: architectures is {quoted(listed)}; it must be a list of names")
     known = {name.lower(): kind for name, kind in ARCHITECTURES.items()}  # old files write LLaMAForCausalLM
     found = [known[name.lower()] for name in listed if name.lower() in known] if listed else list(known.values())
     chosen = next((kind for kind in found if kind.model_type == model_type), found[0] if listed and found else None)
     if chosen is None:
-        name = listed[0] if listed else f"model_type {model_type}"
+        name = clipped(listed[0]) if listed else f"model_type {clipped(str(model_type))}"
         raise ValueError(f"{where}: architecture {name} is not supported; supported are {', '.join(ARCHITECTURES)}")
     return chosen
 
 
-def _context(raw: Mapping[str, Any], length: int, scaling: RopeScaling | None) -> int:
+def _context(raw: Mapping[str, Any], length: int, scaling: RopeScaling | None, where: str) -> int:
     """The context in tokens. Under linear scaling some files give the length before scaling and others the one after
     it. So the factor counts only if another field names the longer length.
     """
     if scaling is None or scaling.rope_type != "linear":
         return length
     stated = (raw.get("rope_scaling") or raw.get("rope_parameters") or {}).get("original_max_position_embeddings")
-    if isinstance(stated, int) and stated * scaling.factor > length:
-        return int(stated * scaling.factor)
     scaled = length * scaling.factor
-    return int(scaled) if scaled in (raw.get("max_sequence_length"), raw.get("model_max_length")) else length
+    if isinstance(stated, int) and MAX_NUMBER > stated > length / scaling.factor:
+        scaled = stated * scaling.factor
+    elif scaled not in (raw.get("max_sequence_length"), raw.get("model_max_length")):
+        return length
+    if not scaled < MAX_NUMBER:
+        raise ValueError(f"{where}: rope_scaling makes a context of {scaled:.0f} tokens; it must be less than 2^31")
+    return int(scaled)
 
 
-def _windows(raw: Mapping[str, Any], model_type: str, n_layers: int, where: str) -> dict[str, Any]:
+def _windows(raw: Mapping[str, Any], model_type: str, n_layers: int, uses_window: bool, where: str) -> dict[str, Any]:
     """Read the sliding window, and which layers it leaves out."""
-    if model_type == "llama" or (model_type != "mistral" and not raw.get("use_sliding_window")):
+    if model_type == "llama" or (model_type != "mistral" and not uses_window):
         return {}
     value = _whole(raw.get("sliding_window", 4096))  # Mistral v0.1 relies on this default; later versions write null
     if value is None:
         return {}
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{where}: sliding_window is {value!r}; it must be a positive whole number or null")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < MAX_NUMBER:
+        raise ValueError(f"{where}: sliding_window is {quoted(value)}; it must be a positive whole number or null")
     if model_type == "mistral":
         return {"sliding_window": value}
     types = raw.get("layer_types")
     if types is None:
         first = raw.get("max_window_layers", 28)
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-            raise ValueError(f"{where}: max_window_layers is {first!r}; it must be a whole number")
+            raise ValueError(f"{where}: max_window_layers is {quoted(first)}; it must be a whole number")
         full = range(min(first, n_layers))
     else:
         known = ("full_attention", "sliding_attention")
@@ -247,8 +248,8 @@ def _windows(raw: Mapping[str, Any], model_type: str, n_layers: int, where: str)
 def _ids(value: Any, where: str) -> tuple[int, ...]:
     """Return token ids that are written as a number, a list of numbers or null."""
     ids = [_whole(i) for i in (value if isinstance(value, list) else [value]) if i is not None]
-    if not all(isinstance(i, int) for i in ids):
-        raise ValueError(f"{where}: token id {value!r} must be a number or a list of numbers")
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ValueError(f"{where}: token id {quoted(value)} must be a number or a list of numbers")
     return tuple(ids)
 
 
@@ -268,7 +269,9 @@ def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     if kind == "default":
         return {"rope_theta": theta}
     if kind not in ("linear", "llama3"):
-        raise ValueError(f"{where}: rope_scaling type {kind!r} is not supported; supported are default, linear, llama3")
+        raise ValueError(
+            f"{where}: rope_scaling type {quoted(kind)} is not supported; supported are default, linear, llama3"
+        )
     required = ("factor",) if kind == "linear" else tuple(RopeScaling.__dataclass_fields__)[1:]
     missing = [k for k in required if k not in scaling]
     if missing:

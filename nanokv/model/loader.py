@@ -7,8 +7,9 @@ the model and two tensors.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanokv.backends.base import Ops
-from nanokv.model.config import ModelConfig, read_json
+from nanokv.files import clipped, is_there, quoted, read_json, reason
+from nanokv.model.config import ModelConfig
 from nanokv.model.llama import Llama, RMSNorm
 from nanokv.model.rope import inverse_frequencies
 
@@ -53,9 +55,24 @@ def load(
     path: Path, config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype, bar: bool = False
 ) -> Llama:
     """Load the checkpoint in `path`. ValueError names the file or tensor that is wrong."""
+    tensors = list(read(find_shards(path)))
+    check_size(config, tensors, str(path))
     model = empty(config, ops, device, dtype)
-    fill(model, read(find_shards(path)), str(path), bar)
+    fill(model, tensors, str(path), bar)
     return model
+
+
+def check_size(config: ModelConfig, tensors: Sequence[LazyTensor], where: str) -> None:
+    """Before memory is allocated: ValueError if config.json asks for far more layers or weights than there are."""
+    held, asked = (
+        sum(math.prod(shape) for _, shape, _ in tensors),
+        replace(config, tie_word_embeddings=True).parameters(),
+    )
+    if config.num_hidden_layers > len(tensors) or asked > 2 * held:
+        raise ValueError(
+            f"{where} holds {len(tensors)} tensors with {held} weights, config.json asks for {config.num_hidden_layers} layers "
+            f"with {asked}; does it belong to another model?"
+        )
 
 
 def fill(model: Llama, tensors: Iterable[LazyTensor], where: str, bar: bool = False) -> None:
@@ -71,12 +88,12 @@ def fill(model: Llama, tensors: Iterable[LazyTensor], where: str, bar: bool = Fa
     for name, shape, read_values in tensors:
         if name not in missing:
             raise ValueError(
-                f"{where} holds {name[:80]!r}, which is not a tensor of this model or occurs twice; "
+                f"{where} holds {quoted(name)}, which is not a tensor of this model or occurs twice; "
                 "does config.json belong to another model?"
             )
         target = missing.pop(name)
         if shape != tuple(target.shape):
-            raise ValueError(f"{where}: {name} has shape {shape}, config.json asks for {tuple(target.shape)}")
+            raise ValueError(f"{where}: {name} has shape {quoted(shape)}, config.json asks for {tuple(target.shape)}")
         jobs.append((target, read_values))
     if missing:
         raise ValueError(f"{where} lacks {len(missing)} tensors, the first is {min(missing)}; fetch the model again")
@@ -119,7 +136,7 @@ def read(files: dict[Path, list[str]]) -> Iterator[LazyTensor]:
                 piece = f.get_slice(name)
                 if piece.get_dtype() not in FLOATS:
                     raise ValueError(
-                        f"{file.name}: {name[:80]!r} is {piece.get_dtype()}; weights are one of {', '.join(FLOATS)}"
+                        f"{file.name}: {quoted(name)} is {piece.get_dtype()}; weights are one of {', '.join(FLOATS)}"
                     )
                 yield name, tuple(piece.get_shape()), partial(_read_tensor, file, name)
 
@@ -159,18 +176,20 @@ def find_shards(path: Path) -> dict[Path, list[str]]:
     ValueError if a file is missing, is not safetensors or lies outside the directory.
     """
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if whole.is_file():
+    if is_there(whole):
         return {whole: _tensor_names(whole)}
-    if index.is_file():
+    if is_there(index):
         return _indexed_shards(path, index)
     files = sorted(path.glob("model-*-of-*.safetensors")) or sorted(path.glob("*.safetensors"))
-    found = {file: _tensor_names(file) for file in files}
+    found = {file: _tensor_names(file) for file in files if is_there(file)}
     shards = {file: names for file, names in found.items() if any(map(_is_weight, names))}
     holders: dict[str, Path] = {}
     for file, names in shards.items():
         for name in names:
             if (other := holders.setdefault(name, file)) != file:
-                raise ValueError(f"{path}: {other.name} and {file.name} both hold {name}; move one of the two away")
+                raise ValueError(
+                    f"{path}: {other.name} and {file.name} both hold {clipped(name)}; move one of the two away"
+                )
     if shards:
         return shards
     raise ValueError(_no_weights(path, found))
@@ -188,16 +207,22 @@ def _indexed_shards(path: Path, index: Path) -> dict[Path, list[str]]:
         raise ValueError(f"{index} has no weight_map of tensor names to files; fetch it again")
     for name, file in table.items():
         if PurePosixPath(file).name != file or file in ("", ".", "..") or "\\" in file:
-            raise ValueError(f"{index.name} puts {name} into {file!r}, outside the model's directory; refused")
+            raise ValueError(
+                f"{index.name} puts {clipped(name)} into {quoted(file)}, outside the model's directory; refused"
+            )
         if not file.endswith(".safetensors"):
-            raise ValueError(f"{index.name} names {file!r}; only .safetensors shards are read")
+            raise ValueError(f"{index.name} names {quoted(file)}; only .safetensors shards are read")
         files.setdefault(path / file, []).append(name)
     for file, names in files.items():
-        if not file.is_file():
-            raise ValueError(f"{path} lacks the shard {file.name}, which {index.name} names; fetch the model again")
+        if not is_there(file):
+            raise ValueError(
+                f"{path} lacks the shard {clipped(file.name)}, which {index.name} names; fetch the model again"
+            )
         absent = set(names) - set(_tensor_names(file))
         if absent:
-            raise ValueError(f"{file.name} lacks {min(absent)}, which {index.name} puts there; fetch the model again")
+            raise ValueError(
+                f"{file.name} lacks {clipped(min(absent))}, which {index.name} puts there; fetch the model again"
+            )
     return {file: _tensor_names(file) for file in files}
 
 
@@ -210,7 +235,7 @@ def _no_weights(path: Path, found: dict[Path, list[str]]) -> str:
             return (
                 f"{path}: {file.name} has the names of Mistral's own format; get the repository's model-*.safetensors"
             )
-        return f"{path}: {file.name} holds {min(names, default='nothing')[:80]!r} and no weights of a supported model"
+        return f"{path}: {file.name} holds {quoted(min(names, default='nothing'))} and no weights of a supported model"
     pickled = [f.name for f in sorted(path.iterdir()) if f.suffix in PICKLE_SUFFIXES]
     if pickled:
         return f"{path} holds only pickled weights ({pickled[0]}), which can run code when read; get the safetensors version"
@@ -229,9 +254,7 @@ def _open(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(
-            f"{file} is not a complete safetensors file ({str(e).splitlines()[0]}); fetch it again"
-        ) from None
+        raise ValueError(f"{file} is not a complete safetensors file ({reason(e)}); fetch it again") from None
 
 
 def targets(model: Llama) -> dict[str, Tensor]:

@@ -10,13 +10,14 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from nanokv.backends.base import Ops
-from nanokv.files import replacing
+from nanokv.files import quoted, read_json, reason, replacing
 from nanokv.model.config import ModelConfig
 from nanokv.model.llama import Llama
 from nanokv.sharing.base import Sharing
@@ -161,26 +162,40 @@ def write_map(
 
 
 def read_map(file: Path, fingerprint: str, config: ModelConfig) -> dict[int, int]:
-    """The map of shared layers in `file`. ValueError if it is incomplete, of another model, has a reader without an
-    owner, or joins layers of different sliding windows.
-    """
+    """The map of shared layers in `file`. ValueError if it is incomplete, of another model, or no map of its layers."""
     try:
-        facts = json.loads(file.read_text(encoding="utf-8-sig"))
-        share = {int(i): int(o) for i, o in facts["map"].items()}
-        is_this_model = facts["fingerprint"] == fingerprint
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        facts = read_json(file)
+        share, is_this_model = facts["map"], facts["fingerprint"] == fingerprint
+    except (ValueError, KeyError) as e:
         raise ValueError(
-            f"{file} is no map of shared layers ({str(e) or 'empty'}); python -m nanokv.sharing search makes one"
+            f"{file} is no map of shared layers ({reason(e)}); python -m nanokv.sharing search makes one"
         ) from None
     if not is_this_model:
         raise ValueError(
-            f"{file} is the map of another model ({facts.get('model')}); search again, or give the model it was made for"
+            f"{file} is the map of another model ({quoted(facts.get('model'))}); search again, or give the model it was made for"
         )
-    if not all(0 <= o < i < config.num_hidden_layers and o not in share for i, o in share.items()):
-        raise ValueError(f"{file} is no map of this model: each reader needs an earlier layer that owns its cache")
-    if differ := [f"{i} and {o}" for i, o in share.items() if config.window(i) != config.window(o)]:
-        raise ValueError(f"{file} joins layers {differ[0]}, which have different sliding windows; search again")
-    return share
+    return checked_map(share, config, str(file))
+
+
+def checked_map(share: Any, config: ModelConfig, where: str) -> dict[int, int]:
+    """The map that a JSON object describes: reader layer → owner layer. ValueError if it has a reader without an owner, or
+    joins layers of different sliding windows.
+    """
+    pairs = list(share.items()) if isinstance(share, dict) else [("", None)]
+    if not all(
+        i.isascii() and i.isdigit() and len(i) < 7 and isinstance(o, int) and not isinstance(o, bool) for i, o in pairs
+    ):
+        raise ValueError(
+            f"{where} has the map {quoted(share)}; it must lead from numbers of layers to numbers of layers"
+        )
+    found = {int(i): o for i, o in pairs}
+    if len(found) < len(pairs) or not all(
+        0 <= o < i < config.num_hidden_layers and o not in found for i, o in found.items()
+    ):
+        raise ValueError(f"{where} is no map of this model: each reader needs an earlier layer that owns its cache")
+    if differ := [f"{i} and {o}" for i, o in found.items() if config.window(i) != config.window(o)]:
+        raise ValueError(f"{where} joins layers {differ[0]}, which have different sliding windows; search again")
+    return found
 
 
 def map_file(weights: Path, fingerprint: str, want: Sharing) -> Path:

@@ -131,6 +131,8 @@ class SlotStore:
                 codec = codec.of_row(b)
                 codes = codec.encode(x) if r.state is None else r.state.codes[i]
                 for plane, code in zip(planes, codes, strict=True):
+                    if r.state is not None and (code.shape[3], code.dtype) != (plane.shape[3], plane.dtype):
+                        raise ValueError("the codes are of another store")
                     plane[b, :, :n] = code[0]
                 if m:
                     slot = torch.arange(m, device=x.device).expand(1, x.shape[1], m)

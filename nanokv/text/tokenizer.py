@@ -7,15 +7,18 @@ the directory add to either are added as transformers adds them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanokv.model.config import ModelConfig, read_json
+from nanokv.files import is_there, quoted, read_json, reason
+from nanokv.model.config import MAX_NUMBER, ModelConfig
 from nanokv.text.template import render
 
 PREFIX = "\ue000"  # a private-use character: no vocabulary merges it with the text after it
+MAX_TOKEN = 10_000  # characters of an added token
 INCOMPLETE = "\ufffd"  # decoders return it for a character with missing bytes
 
 
@@ -31,7 +34,8 @@ class Tokenizer:
     template: str | None = None  # the chat template, in jinja2
     specials: dict[str, str] = field(default_factory=dict)  # name in a template, such as bos_token → special token
     hidden: dict[str, int] = field(default_factory=dict)  # special tokens, which `decode` leaves out → their ids
-    unknown: dict[int, str] = field(default_factory=dict)  # added tokens for which the model has no embedding
+    vocab_size: int | None = None  # rows of the model's embedding; None: `size`
+    added: dict[int, str] = field(default_factory=dict)  # added tokens, of which some may have no row
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the ids of a text. `special` adds the BOS token that the model expects, but never a second one.
@@ -42,9 +46,11 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as e:  # Python reads an argument that is not UTF-8 as surrogates
             raise ValueError(f"the text is not UTF-8 (character {e.start + 1}); convert it first") from None
-        ids = self.encode_plain(text, special)
-        if self.unknown and (unknown := next((self.unknown[i] for i in ids if i in self.unknown), None)):
-            raise ValueError(f"the text holds {unknown!r}, a token for which this model has no embedding; leave it out")
+        with _library("this model's tokenizer cannot encode the text"):
+            ids = self.encode_plain(text, special)
+        if self.vocab_size is not None and max(ids, default=0) >= self.vocab_size:
+            token = quoted(self.added.get(max(ids), f"token {max(ids)}"))
+            raise ValueError(f"the text holds {token}, a token for which this model has no embedding; leave it out")
         return ids[1:] if special and len(ids) > 1 and ids[0] == ids[1] == self.bos else ids
 
     def encode_more(self, text: str) -> list[int]:
@@ -59,7 +65,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids."""
-        return self.decode_ids(list(ids))
+        with _library("this model's tokenizer cannot decode its tokens"):
+            return self.decode_ids(list(ids))
 
     def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation. `add_generation_prompt` adds the text that precedes the assistant's answer."""
@@ -81,13 +88,24 @@ class Tokenizer:
         return max(found, key=len, default="")
 
 
+@contextmanager
+def _library(what: str, then: str = "") -> Iterator[None]:
+    """Raise whatever a library raises as a ValueError. A panic of the tokenizers library is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        raise ValueError(f"{what} ({reason(e)}){then}") from None
+
+
 def from_dir(path: Path, config: ModelConfig) -> Tokenizer:
     """Load the tokenizer of a model directory. ValueError if there is none or it cannot be read."""
-    settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
+    settings = _read_settings(path)
     added = _added_tokens(path, settings)
-    if (path / "tokenizer.json").is_file():
+    if is_there(path / "tokenizer.json"):
         tok, base = _from_json(path / "tokenizer.json", settings, added, config)
-    elif (path / "tokenizer.model").is_file():
+    elif is_there(path / "tokenizer.model"):
         tok, base = _from_sentencepiece(path / "tokenizer.model", settings, added, config)
     else:
         raise ValueError(f"{path} has neither tokenizer.json nor tokenizer.model; fetch the model again")
@@ -95,12 +113,39 @@ def from_dir(path: Path, config: ModelConfig) -> Tokenizer:
         raise ValueError(
             f"{path}: the tokenizer has {base} tokens, the model {config.vocab_size}; they belong to different models"
         )
-    tok.unknown = {i: content for i, content in tok.unknown.items() if i >= config.vocab_size}
+    tok.vocab_size = config.vocab_size
     tok.template = _template(path, settings)
     extra = settings.get("extra_special_tokens")
     named = {**(extra if isinstance(extra, dict) else {}), **settings}
     tok.specials = {k: _content(v) for k, v in named.items() if k.endswith("_token") and _content(v)}
     return tok
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json, checked as far as this module reads it, and the special tokens of special_tokens_map.json where
+    the first lacks them.
+    """
+    settings: dict[str, Any] = {}
+    for file in (path / "tokenizer_config.json", path / "special_tokens_map.json"):
+        found = read_json(file) if is_there(file) else {}
+        for key in ("add_bos_token", "add_prefix_space", "legacy"):
+            if not isinstance(found.get(key), bool | None):
+                raise ValueError(f"{file}: {key} is {quoted(found[key])}; it must be true or false")
+        lists = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+        tokens = [v for k, v in found.items() if k.endswith("_token") and not isinstance(v, bool | int | float)]
+        for key in lists:
+            value = found.get(key)
+            if value is not None and not isinstance(value, dict if key == lists[0] else list | dict):
+                raise ValueError(f"{file}: {key} is {quoted(value)}; it must hold tokens")
+            tokens += value.values() if isinstance(value, dict) else value or []
+        for token in tokens:
+            content = token.get("content") if isinstance(token, dict) else token
+            if token is not None and not (isinstance(content, str) and len(content) <= MAX_TOKEN):
+                raise ValueError(
+                    f"{file}: {quoted(token)} is no token; it must be a text or an object with its content"
+                )
+        settings = {**found, **settings}
+    return settings
 
 
 @dataclass(frozen=True)
@@ -114,35 +159,37 @@ class Added:
 
 
 def _added_tokens(path: Path, settings: dict[str, Any]) -> list[Added]:
-    """The tokens that tokenizer_config.json, added_tokens.json and special_tokens_map.json add, by id where they have one.
-
-    The special tokens of special_tokens_map.json become part of `settings` where that lacks them.
-    """
-    maps = {name: path / f"{name}.json" for name in ("added_tokens", "special_tokens_map")}
-    files = {name: read_json(file) if file.is_file() else {} for name, file in maps.items()}
-    for key, value in files["special_tokens_map"].items():
-        settings.setdefault(key, value)
+    """The tokens that tokenizer_config.json, added_tokens.json and special_tokens_map.json add, by id where they have one."""
     found: dict[str, Added] = {}
     names = ("lstrip", "rstrip", "single_word", "normalized")
-    for i, token in _items(settings.get("added_tokens_decoder")):
-        flags = tuple((k, token[k]) for k in names if k in token) if isinstance(token, dict) else ()
-        special = bool(token.get("special", False)) if isinstance(token, dict) else False
-        found[_content(token)] = Added(_content(token), int(i), special, flags)
-    for content, i in _items(files["added_tokens"]):
-        found.setdefault(content, Added(content, int(i), False))
+    for i, token in (settings.get("added_tokens_decoder") or {}).items():
+        values = token if isinstance(token, dict) else {}
+        flags = tuple((k, values[k] is True) for k in names if k in values)
+        content = _content(token)
+        found[content] = Added(content, _token_id(i, path), values.get("special") is True, flags)
+    file = path / "added_tokens.json"
+    for content, i in (read_json(file) if is_there(file) else {}).items():
+        if len(content) > MAX_TOKEN:
+            raise ValueError(f"{file}: a token has {len(content)} characters; at most {MAX_TOKEN} are read")
+        found.setdefault(content, Added(content, _token_id(i, path), False))
     special = [v for k, v in settings.items() if k.endswith("_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         value = settings.get(key) or []
-        special += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    for token in special:
-        if isinstance(token, str | dict) and (content := _content(token)):
-            before = found.get(content, Added(content))
-            found[content] = Added(content, before.id, True, before.flags)
-    return sorted(found.values(), key=lambda token: (token.id is None, token.id))
+        special += value.values() if isinstance(value, dict) else value
+    for content in filter(None, map(_content, special)):
+        before = found.get(content, Added(content))
+        found[content] = Added(content, before.id, True, before.flags)
+    found.pop("", None)
+    return sorted(found.values(), key=lambda token: (token.id is None, token.id or 0))
 
 
-def _items(value: Any) -> list[tuple[Any, Any]]:
-    return list(value.items()) if isinstance(value, dict) else []
+def _token_id(value: Any, path: Path) -> int:
+    """An id, which the keys of added_tokens_decoder write as text."""
+    digits = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10
+    i = int(value) if digits else value
+    if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < MAX_NUMBER:
+        raise ValueError(f"{path} adds a token with the id {quoted(value)}; it must be a whole number")
+    return i
 
 
 def _from_json(file: Path, settings: dict[str, Any], added: list[Added], config: ModelConfig) -> tuple[Tokenizer, int]:
@@ -150,7 +197,7 @@ def _from_json(file: Path, settings: dict[str, Any], added: list[Added], config:
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Fast
 
-    try:
+    with _library(f"{file} cannot be read", "; fetch it again"):
         fast = Fast.from_str(file.read_text(encoding="utf-8-sig"))
         base = max(fast.get_vocab(with_added_tokens=False).values(), default=-1) + 1  # ids may have gaps
         there = {token.content: token.special for token in fast.get_added_tokens_decoder().values()}
@@ -161,12 +208,10 @@ def _from_json(file: Path, settings: dict[str, Any], added: list[Added], config:
                 flags = {"normalized": not token.special} | dict(token.flags)
                 new.append(AddedToken(token.content, special=token.special, **flags))
         fast.add_tokens(new)
-    except Exception as e:  # the library raises bare Exception
-        raise ValueError(f"{file} cannot be read ({_first_line(e)}); fetch it again") from None
     for token in added:
         if token.id is not None and fast.token_to_id(token.content) != token.id:
             raise ValueError(
-                f"{file.parent} gives token {token.content!r} the id {token.id}, and {file.name} puts "
+                f"{file.parent} gives token {quoted(token.content)} the id {token.id}, and {file.name} puts "
                 f"{fast.token_to_id(token.content)} there; fetch both files again"
             )
     fast.no_truncation()  # what a file says about clipping and padding is of training, and no prompt is ever clipped
@@ -184,9 +229,9 @@ def _from_json(file: Path, settings: dict[str, Any], added: list[Added], config:
     size = max(fast.get_vocab().values(), default=-1) + 1
     tokens = fast.get_added_tokens_decoder()
     hidden = {token.content: i for i, token in tokens.items() if token.special}
-    unknown = {i: token.content for i, token in tokens.items()}
+    contents = {i: token.content for i, token in tokens.items()}
     eos = _eos(settings, fast.token_to_id, config)
-    return Tokenizer(encode, decode, size, bos, eos, hidden=hidden, unknown=unknown), base
+    return Tokenizer(encode, decode, size, bos, eos, hidden=hidden, added=contents), base
 
 
 def _from_sentencepiece(
@@ -196,10 +241,8 @@ def _from_sentencepiece(
     import sentencepiece
 
     sp = sentencepiece.SentencePieceProcessor()
-    try:
+    with _library(f"{file} is not a sentencepiece model", "; fetch it again"):
         sp.Load(str(file))
-    except (RuntimeError, OSError) as e:
-        raise ValueError(f"{file} is not a sentencepiece model ({_first_line(e)}); fetch it again") from None
     base = sp.GetPieceSize()
     ids = {sp.IdToPiece(i): i for i in range(base)}
     given, free = {}, base
@@ -247,8 +290,8 @@ def _from_sentencepiece(
 
     eos = _eos(settings, find, config) or ((sp.eos_id(),) if sp.eos_id() >= 0 else ())
     size = max([base, *(i + 1 for i in given.values())])
-    unknown = {i: content for content, i in given.items()}
-    return Tokenizer(encode, decode, size, bos, eos, hidden=hidden, unknown=unknown), base
+    contents = {i: content for content, i in given.items()}
+    return Tokenizer(encode, decode, size, bos, eos, hidden=hidden, added=contents), base
 
 
 def _pattern(content: str, flags: dict[str, bool]) -> str:
@@ -273,13 +316,13 @@ def byte_level() -> Tokenizer:
 def _template(path: Path, settings: dict[str, Any]) -> str | None:
     """Return the chat template from chat_template.jinja or tokenizer_config.json, or None."""
     file, value = path / "chat_template.jinja", settings.get("chat_template")
-    if not file.is_file() and value is None:
+    if not is_there(file) and value is None:
         file = path / "additional_chat_templates" / "default.jinja"
-    if file.is_file():
+    if is_there(file):
         try:
             return file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as e:
-            raise ValueError(f"{file} cannot be read ({_first_line(e)}); fetch it again") from None
+            raise ValueError(f"{file} cannot be read ({reason(e)}); fetch it again") from None
     if isinstance(value, list):  # several named templates
         value = next((t.get("template") for t in value if isinstance(t, dict) and t.get("name") == "default"), None)
     if isinstance(value, dict):
@@ -292,8 +335,9 @@ def _template(path: Path, settings: dict[str, Any]) -> str | None:
 
 
 def _content(token: Any) -> str:
-    """Return the text of a token. tokenizer_config.json stores it as a string or as an object with `content`."""
-    return token.get("content", "") if isinstance(token, dict) else token or ""
+    """The text of a token, which is stored as a string or as an object with `content`; empty for anything else."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else ""
 
 
 def _id(token: Any, find: Callable[[str], int | None], default: int | None) -> int | None:
@@ -306,8 +350,3 @@ def _eos(settings: dict[str, Any], find: Callable[[str], int | None], config: Mo
     """Return every id that ends a text: the model config's and the tokenizer's own."""
     own = _id(settings.get("eos_token"), find, None)
     return tuple(dict.fromkeys([*config.eos_token_id, *([] if own is None else [own])]))
-
-
-def _first_line(e: Exception) -> str:
-    """Return the first line of an error's message."""
-    return next(iter(str(e).splitlines()), type(e).__name__)

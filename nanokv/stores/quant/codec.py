@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanokv.cache.kept import StoreState
+from nanokv.cache.context import Context
+from nanokv.cache.kept import Kept, StoreState
 
 HALF_MAX = torch.finfo(torch.float16).max  # scales are fp16, and infinity times code 0 is no number
 
@@ -77,6 +79,14 @@ class CodeState(StoreState):
         for name, planes in zip("kv", self.codes, strict=True):
             found |= {f"{name}{i}": plane for i, plane in enumerate(planes)}
         return found
+
+    def check(self, row: Kept, spec: Any, ctx: Context) -> None:
+        shape = row.pos.shape
+        scales = [x for x in self.scales if x is not None]
+        if any(x.dim() != 4 or x.shape[:3] != shape for planes in (*self.codes, scales) for x in planes):
+            raise ValueError("the codes are of other tokens")
+        if not all(x.is_floating_point() and x.shape[3] == 1 and (x.isfinite() & (x > 0)).all() for x in scales):
+            raise ValueError("a scale is no positive number")
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> CodeState:

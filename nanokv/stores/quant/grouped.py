@@ -96,6 +96,43 @@ class GroupState(StoreState):
     k_groups: Planes  # (1,Hkv,groups,…) each
     v_groups: Planes
 
+    def check(self, row: Kept, spec: Any, ctx: Context) -> None:
+        heads, dim, group = ctx.config.num_key_value_heads, ctx.config.head_dim, spec.group
+        blank = ctx.empty(1, heads, 1, group, dim).zero_()
+        one_group = [x for planes in encode(blank, blank, spec, ctx) for x in planes]
+        n, groups = self.k.shape[2], self.k_groups[0].shape[2]
+        found = [*self.k_groups, *self.v_groups]
+        if (
+            any(
+                x.shape != (1, heads, n, dim) or not x.is_floating_point() or not x.isfinite().all()
+                for x in (self.k, self.v)
+            )
+            or self.pos.shape != (1, heads, n + groups * group)
+            or any(x.shape != (1, heads) for x in (self.cursor, self.n_flushed, self.pinned))
+            or any(x.dtype != torch.int32 for x in (self.pos, self.cursor, self.n_flushed, self.pinned))
+            or any(
+                (x.dtype, x.shape) != (one.dtype, (*one.shape[:2], groups, *one.shape[3:]))
+                for x, one in zip(found, one_group, strict=True)
+            )
+            or not all(x.isfinite().all() for x in found if x.is_floating_point())
+        ):
+            raise ValueError("its groups have other shapes or types, or hold values that are no numbers")
+        in_window = self.cursor - self.pinned - self.n_flushed * group
+        held = torch.where(self.pos < 0, torch.iinfo(torch.int32).max, self.pos).sort(-1).values
+        length = (self.pos >= 0).sum(-1)
+        m = min(held.shape[2], row.pos.shape[2])
+        is_held = torch.arange(m, device=length.device) < length[..., None]
+        if not (
+            (self.pinned >= 0).all()
+            and (self.pinned <= max(spec.pin, int(row.sink.max()))).all()
+            and ((self.n_flushed >= 0) & (self.n_flushed <= self.cursor)).all()
+            and (in_window < spec.residual + group).all()
+            and (self.pinned + in_window <= n).all()
+            and (length == row.length).all()
+            and torch.where(is_held, held[..., :m] == row.pos[..., :m], True).all()
+        ):
+            raise ValueError("its groups do not hold the tokens that it names")
+
     def select(self, index: Tensor) -> GroupState:
         raise ValueError("the tokens of a group share scales and can only leave together")
 
@@ -112,6 +149,14 @@ class GroupState(StoreState):
         fields = (tensors[name] for name in ("k", "v", "pos", "cursor", "moved"))
         pinned = tensors["pin"].to(torch.int32).expand_as(tensors["cursor"])  # one number for all heads in older files
         return cls(*fields, pinned, *planes)
+
+
+def encode(k: Tensor, v: Tensor, spec: Any, ctx: Context) -> tuple[Planes, Planes]:
+    """K and V (…,group,D) → words (…,group,·), scale and zero point. These two are (…,1,D) for K and, for V,
+    (…,group,m) for its m groups of channels.
+    """
+    quantize = ctx.ops.quantize
+    return quantize(k, spec.k, spec.group, 1), quantize(v, spec.v, 1, spec.v_group(k.shape[-1]))
 
 
 class GroupedStore:
@@ -132,7 +177,8 @@ class GroupedStore:
         self.n_groups = (s.total // s.cursor.numel() - s.n_exact) // group
         blank = ctx.empty(n, heads, 1, group, dim).zero_()
         self.groups = [
-            [x.expand(-1, -1, self.n_groups, -1, -1).clone() for x in planes] for planes in self._encode(blank, blank)
+            [x.expand(-1, -1, self.n_groups, -1, -1).clone() for x in planes]
+            for planes in encode(blank, blank, spec, ctx)
         ]
         if rows[0].state is None:
             self._fill(rows)
@@ -148,13 +194,6 @@ class GroupedStore:
         )
         self._update_reach()
 
-    def _encode(self, k: Tensor, v: Tensor) -> tuple[Planes, Planes]:
-        """K and V (…,group,D) → words (…,group,·), scale and zero point. These two are (…,1,D) for K and, for V,
-        (…,group,m) for its m groups of channels.
-        """
-        quantize, spec = self.ctx.ops.quantize, self.spec
-        return quantize(k, spec.k, spec.group, 1), quantize(v, spec.v, 1, spec.v_group(k.shape[-1]))
-
     def _fill(self, rows: list[Kept]) -> None:
         s, group = self.slots, self.spec.group
         for b, r in enumerate(rows):
@@ -168,7 +207,7 @@ class GroupedStore:
                 span = slice(pinned, pinned + flushed * group)
                 k, v = (x[0, h, span].unflatten(0, (flushed, group)) for x in (r.k, r.v))
                 if flushed:
-                    for planes, new in zip(self.groups, self._encode(k, v), strict=True):
+                    for planes, new in zip(self.groups, encode(k, v, self.spec, self.ctx), strict=True):
                         for plane, x in zip(planes, new, strict=True):
                             plane[b, h, :flushed] = x
 
@@ -248,7 +287,8 @@ class GroupedStore:
         window = index[2][:, None] + torch.arange(residual + group, device=index.device)  # (n,residual+group)
         slots = b[:, None], h[:, None], window
         k, v, pos = self.k[slots], self.v[slots], s.pos[slots]  # copies
-        for planes, new in zip(self.groups, self._encode(k[:, :group], v[:, :group]), strict=True):
+        encoded = encode(k[:, :group], v[:, :group], self.spec, self.ctx)
+        for planes, new in zip(self.groups, encoded, strict=True):
             for plane, x in zip(planes, new, strict=True):
                 plane[b, h, to] = x
         s.pos[:, :, s.n_exact :].unflatten(2, (-1, group))[b, h, to] = pos[:, :group]

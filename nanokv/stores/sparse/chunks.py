@@ -35,6 +35,7 @@ OLD_TENSOR_NAMES = {  # of chunk data, in files of nanokv 0.1
     "chunks": "n_chunks",
     "marks": "landmarks",
 }
+NUMBERS = ("n_chunks", "n_candidates", "top_k", "first_pos")  # chunk data that is one number per row
 GROWN = "since_grown"  # its name in a file
 EXACT_FIELDS = ("k", "v", "pos", "length", "limit", "sink")
 
@@ -48,6 +49,40 @@ class ChunkState(StoreState):
     exact: Kept
     chunk_data: Mapping[str, Tensor]
     since_grown: int = 0
+
+    def check(self, row: Kept, spec: Any, ctx: Context) -> None:
+        data, heads, c = self.chunk_data, ctx.config.num_key_value_heads, spec.chunk
+        self.exact.check(ctx.config, int(row.pos.max()) + 1, int(row.sink.max()))
+        if not 0 <= self.since_grown <= max(0, spec.grow - 1):
+            raise ValueError(f"{GROWN} is {self.since_grown}")
+        if not data:
+            if not torch.equal(self.exact.pos, row.pos):
+                raise ValueError("its exact tokens are others than it names")
+            return
+        blank = ctx.empty(1, heads, 2 * c, ctx.config.head_dim).zero_()  # two chunks, of which one is a candidate
+        pos = torch.arange(2 * c, dtype=torch.int32, device=ctx.device).expand(1, heads, 2 * c)
+        length = pos.new_full((1, heads), 2 * c)
+        like = spec.build(Kept(blank, blank, pos, length, length, length), 2, length[0, :, None].long() * 0, None, ctx)
+        like["chunk_ids"] = pos[0, :, :1]
+        if set(data) != {*like, *NUMBERS} or any(data[x].dim() or data[x].is_floating_point() for x in NUMBERS):
+            raise ValueError("its chunk data is not of this store")
+        n_chunks, n_candidates, top_k, first = (int(data[x]) for x in NUMBERS)
+        if not (0 < top_k <= n_candidates <= n_chunks and first >= 0):
+            raise ValueError("its numbers of chunks contradict each other")
+        for name, x in like.items():
+            sizes, at, rank = list(x.shape), spec.chunk_dim.get(name), spec.rank_dim.get(name)
+            if at is not None:
+                sizes[at] = n_chunks if sizes[at] == 2 else n_candidates
+            if rank is not None:  # a longer text may have a higher one
+                sizes[rank] = data["a"].shape[-1]
+            if (data[name].dtype, list(data[name].shape)) != (x.dtype, sizes):
+                raise ValueError(f"{name} is of another shape or type")
+            if x.is_floating_point() and not data[name].isfinite().all():
+                raise ValueError(f"{name} holds values that are no numbers")
+        in_chunks = first + data["chunk_ids"][..., None] * c + torch.arange(c, device=ctx.device)
+        held = torch.cat((in_chunks.flatten(1)[None].to(torch.int32), self.exact.pos), 2).sort(-1).values
+        if not torch.equal(held, row.pos):
+            raise ValueError("its chunks do not hold the tokens that it names")
 
     def select(self, index: Tensor) -> ChunkState:
         raise ValueError("single tokens cannot be taken out of chunks")
@@ -82,6 +117,7 @@ class Chunked(StoreSpec):
     grow: int = 0
     state_type = ChunkState
     chunk_dim: ClassVar[Mapping[str, int]]  # name of chunk data → the dim that counts chunks
+    rank_dim: ClassVar[Mapping[str, int]] = {}  # name of chunk data → the dim that is the rank of factors
 
     def __post_init__(self):
         given = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(Chunked))

@@ -42,6 +42,7 @@ class Shadow(Chunked):
     rank: int | None = None
     outliers: int = 48
     values: str = "host"
+    rank_dim: ClassVar = {"a": 2, "b": 1}
     chunk_dim: ClassVar = {"a": 0, "landmarks": 1, "v": 1, "words": 1, "scale": 1, "zero": 1, "chunk_ids": 1}
 
     def __post_init__(self):
