@@ -8,7 +8,7 @@ QUICK := tests/test_architecture.py tests/policies/test_policies.py tests/polici
 	tests/policies/test_identity.py::test_tokens_that_must_stay_fit_the_smallest_budget \
 	tests/cli/test_cli.py::test_every_option_of_every_part_has_a_meaning
 
-.PHONY: demo check test gpu lint clean
+.PHONY: demo check test fuzz gpu lint clean
 SHELL := /bin/sh
 
 demo: .venv/run
@@ -29,6 +29,11 @@ test: .venv/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest -q -n 2 --dist worksteal
+
+# damaged files of each kind and random plans, as many as you like
+CASES ?= 1000
+fuzz: .venv/dev
+	$(PY) -m pytest -q -s -n 2 --dist worksteal tests/fuzz --cases $(CASES)
 
 # on a machine with CUDA
 gpu:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -111,12 +112,18 @@ def replacing(file: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(file))
     if target.exists() and not target.is_file():
         raise ValueError(f"{file} is no regular file, so it is not replaced; give another one")
-    part = target.with_name(f".{target.name[-200:]}.part")
+    folder = target.with_name(
+        f".{target.name[-200:]}.part"
+    )  # of its own: a library may put files beside the one it writes
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
+    folder.mkdir()
     try:
-        yield part
-        os.replace(part, target)
+        yield folder / "part"
+        (folder / "new").touch()
+        shutil.copymode(target if target.exists() else folder / "new", folder / "part")  # safetensors makes it private
+        os.replace(folder / "part", target)
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(flag: str, file: str, text: str) -> None:

@@ -25,6 +25,7 @@ from nanokv.cache.plan import Plan, nearest, parse
 from nanokv.cache.report import Report, mib
 from nanokv.device import check_weights, choose_device, choose_precision, free_bytes
 from nanokv.engine import Models, Session
+from nanokv.inspect.finite import watch as watch_finite
 from nanokv.model import loader
 from nanokv.model.config import ModelConfig
 from nanokv.model.presets import PRESETS
@@ -93,6 +94,9 @@ def load(
         loader.fill(main, tensors, str(path), bar)
     decode = loader.copy(main, ops, use.decode) if use.decode != use.prefill else main
     models = Models(main, decode, ops, make(runner, decode, compile_options))
+    if settings().debug and models.runner.name == "eager":  # compiled steps cannot stop half way
+        for each in {main, decode}:
+            watch_finite(each)
     name = f"{model} (random weights)" if random_weights else model
     llm = LLM(name, models, vocabulary, plan, use.why, time.perf_counter() - t0, calls)
     llm.notes = notes

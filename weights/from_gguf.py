@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -434,3 +435,4 @@ def convert(file: Path, path: Path, bar: bool = False) -> None:
         use_fp16 = len(shape) > 1 and np.abs(value).max() < 65504
         out[name] = np.ascontiguousarray(value, dtype=np.float16 if use_fp16 else np.float32)
     save_file(out, path / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(path / "config.json", path / "model.safetensors")  # the library makes it private

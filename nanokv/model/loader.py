@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -289,3 +290,4 @@ def save(model: Llama, path: Path, config: dict) -> None:
     path.mkdir(parents=True, exist_ok=True)
     save_file({k: v.clone() for k, v in state_dict(model).items()}, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(config))
+    shutil.copymode(path / "config.json", path / "model.safetensors")  # the library makes it private

@@ -198,3 +198,16 @@ def test_a_conversation_goes_on_behind_a_stop_that_is_a_special_token(path):
     said = chat.llm.tokenizer.encode("hi" + answer[: answer.index(mark)] + mark + "more")
     stopped, new = chat.latest.reasons == ["stop"], len(chat.latest.ids[0])
     assert chat.session.seen[0] == len(said) + new - (0 if stopped else 1)  # the last token is fed by the next turn
+
+
+@pytest.mark.parametrize(("name", "value", "says"), [
+    ("model.layers.1.mlp.down_proj.weight", float("inf"), r"the output of layers\.1\.mlp holds NaN or infinity .* its input was finite"),
+    ("model.layers.0.self_attn.v_proj.weight", float("nan"), r"the output of layers\.0\.self_attn holds"),
+    ("model.embed_tokens.weight", float("nan"), r"the output of embed_tokens holds"),
+])  # fmt: skip
+def test_while_debugging_the_first_layer_with_a_nan_is_named(name, value, says, path, monkeypatch):
+    edit(path, lambda tensors: tensors[name].fill_(value))
+    assert not logits(path).isfinite().all()  # otherwise only the logits tell
+    monkeypatch.setenv("NANOKV_DEBUG", "1")
+    with pytest.raises(ValueError, match=says):
+        logits(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from fuzz.forks import attempt_all
 from fuzz.gguf_parts import altered_gguf, write_gguf
@@ -120,6 +122,27 @@ def test_a_model_directory_with_a_damaged(name, request, pristine, tmp_path):
         return "equal" if same(used(file.parent), right) else "different"
 
     check(request, name, attempt, len(good))
+
+
+def test_a_damaged_sentencepiece_model(request, pristine, tmp_path):
+    path, model = tmp_path / "model", io.BytesIO()
+    shutil.copytree(pristine, path)
+    corpus = ["the quick brown fox jumps over the lazy dog", "some text, and more of it"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2
+    )
+    for name in ("tokenizer.json", "added_tokens.json", "special_tokens_map.json"):
+        (path / name).unlink()
+    (path / "tokenizer_config.json").write_text("{}")
+    file, good = path / "tokenizer.model", model.getvalue()
+    file.write_bytes(good)
+    right = used(path)
+
+    def attempt(i: int) -> str:
+        file.write_bytes(damaged(good, random.Random(i)))
+        return "equal" if same(used(path), right) else "different"
+
+    check(request, "tokenizer.model", attempt, len(good))
 
 
 def header_altered(data: bytes, dice: random.Random) -> bytes:

@@ -1,0 +1,276 @@
+"""What may stand where a model's file should: pipes, folders, links to nowhere, files of absurd sizes, and values that no
+file should hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+
+import pytest
+from fuzz.gguf_parts import _places, write_gguf
+from fuzz.templates import CONVERSATION, HOSTILE
+from helpers import edit, reconfigure, shard
+from tiny import write_seeded
+
+from nanokv import load
+from nanokv.files import MAX_JSON
+from nanokv.text.template import MAX_LENGTH, render
+
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+
+
+@pytest.fixture(autouse=True)
+def never_hang():
+    """Reading a pipe that nobody writes to would wait forever."""
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_seeded(tmp_path / "m", architectures=["LlamaForCausalLM"])
+    return tmp_path / "m"
+
+
+def refusal(path) -> str:
+    with pytest.raises(ValueError) as e:
+        load(str(path), dtype="float32")
+    assert "\n" not in str(e.value) and len(str(e.value)) < 1000
+    return str(e.value)
+
+
+def pipe(file):
+    os.mkfifo(file)
+
+
+def nowhere(file):
+    file.symlink_to(file.parent / "not-there")
+
+
+def circle(file):
+    file.symlink_to(file)
+
+
+def device(file):
+    file.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [(pipe, "regular"), (os.mkdir, "regular"), (device, "regular"), (nowhere, "a link to"), (circle, "cannot be read")],
+)
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_file_is_refused_and_not_taken_for_absent(name, make, says, path):
+    if name == "model.safetensors.index.json":
+        shard(path)
+    (path / name).unlink(missing_ok=True)
+    make(path / name)
+    assert says in refusal(path)
+
+
+@pytest.mark.parametrize("make", [pipe, os.mkdir, nowhere])
+def test_a_shard_that_is_no_file_is_refused(make, path):
+    shard(path)
+    (path / "b.safetensors").unlink()
+    make(path / "b.safetensors")
+    assert "b.safetensors" in refusal(path)
+    (path / "model.safetensors.index.json").unlink()  # now all shards count
+    assert "b.safetensors" in refusal(path)
+
+
+def test_a_link_to_a_file_is_a_file(path, tmp_path):
+    """As in the hub library's cache."""
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (path / name).rename(tmp_path / name)
+        (path / name).symlink_to(tmp_path / name)
+    load(str(path), dtype="float32")
+
+
+def test_json_has_a_largest_size(path):
+    text = (path / "config.json").read_text()
+    (path / "config.json").write_text(text + " " * (MAX_JSON - len(text)))
+    load(str(path), dtype="float32")
+    (path / "config.json").write_text(text + " " * MAX_JSON)
+    assert "at most 16 are read" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or false"),
+        ({"attention_bias": "no"}, "attention_bias is 'no'"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan"),
+        ({"num_hidden_layers": 10**9}, "asks for 1000000000 layers"),
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers is 1000"),
+        ({"vocab_size": 2**30}, "does it belong to another model"),
+        ({"intermediate_size": 2**30}, "does it belong to another model"),
+        ({"architectures": {"a": 1}}, "architectures is {'a': 1}"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "must be a list of names"),
+        ({"architectures": "x" * 5000}, "must be a list of names"),
+        ({"eos_token_id": True}, "token id True"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e25, "original_max_position_embeddings": 512}}, "2^31"),
+    ],
+    ids=lambda x: str(x)[:60],
+)
+def test_values_that_no_config_should_have(values, says, path):
+    reconfigure(path, **values)
+    assert says in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("tokenizer_config.json", {"bos_token": ["<s>"]}, "['<s>'] is no token"),
+        ("tokenizer_config.json", {"eos_token": {"content": 3}}, "{'content': 3} is no token"),
+        ("tokenizer_config.json", {"add_bos_token": "false"}, "add_bos_token is 'false'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<s>"}}}, "the id 'x'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<s>"]}, "it must hold tokens"),
+        ("tokenizer_config.json", {"bos_token": "x" * 20_000}, "is no token"),
+        ("added_tokens.json", {"<s>": -1}, "the id -1"),
+        ("added_tokens.json", {"<s>": "²"}, "the id '²'"),
+        ("added_tokens.json", {"<s>": True}, "the id True"),
+        ("special_tokens_map.json", {"pad_token": 1, "bos_token": [1]}, "[1] is no token"),
+    ],
+    ids=lambda x: str(x)[:60],
+)
+def test_tokens_that_are_none(name, content, says, path):
+    (path / name).write_text(json.dumps(content))
+    assert says in refusal(path)
+
+
+def test_ids_that_a_template_of_the_tokenizer_makes_up_are_refused_where_they_come(path):
+    file = path / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    raw["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "!", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"!": {"id": "!", "ids": [5000], "tokens": ["!"]}},
+    }
+    file.write_text(json.dumps(raw))
+    llm = load(str(path), dtype="float32")
+    assert llm.tokenizer.encode("abc", special=False)
+    with pytest.raises(ValueError, match=r"token 5000.*no embedding"):
+        llm.tokenizer.encode("abc")
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error_like_others(path):
+    class PanicException(BaseException):
+        """As Rust's panics arrive in Python."""
+
+    def panics(*_):
+        raise PanicException("called `Option::unwrap()` on a `None` value\nnote: run with RUST_BACKTRACE=1")
+
+    llm = load(str(path), dtype="float32")
+    llm.tokenizer.encode_plain = llm.tokenizer.decode_ids = panics
+    for work in (lambda: llm.tokenizer.encode("abc"), lambda: llm.tokenizer.decode([1])):
+        with pytest.raises(ValueError, match="unwrap") as e:
+            work()
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("template", HOSTILE, ids=lambda t: t[:50])
+def test_a_template_is_bounded_in_time_and_memory(template):
+    """tests/fuzz/test_files.py tries these under a limit of memory, too."""
+    try:
+        assert len(render(template, CONVERSATION, {}, True)) < 10**6
+    except ValueError as e:
+        assert "\n" not in str(e)
+
+
+def test_what_templates_multiply_and_how_long_they_are_is_bounded():
+    with pytest.raises(ValueError, match="more than 128 MiB"):
+        render("{{ 'a' * 10**9 }}", CONVERSATION, {}, True)
+    with pytest.raises(ValueError, match="more than 2 seconds"):
+        render(HOSTILE[0], CONVERSATION, {}, True)
+    with pytest.raises(ValueError, match="at most 262144 are read"):
+        render("x" * (MAX_LENGTH + 1), CONVERSATION, {}, True)
+
+
+@pytest.fixture(scope="module")
+def good_gguf(tmp_path_factory):
+    file = tmp_path_factory.mktemp("gguf") / "m.gguf"
+    write_gguf(file, "{{ messages }}")
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "says"),
+    [
+        ("tensors", 10**7, "it claims 10000000 tensors"),
+        ("values", 2**63, "it claims"),
+        ("length of a list", 10**7, "its lists have more than"),
+        ("length of a list", 900_000, "more bytes than there are"),
+        ("length of a list", 2**63, "its lists have more than"),
+        ("length of a key", 2**62, "more bytes than there are"),
+        ("length of a text", 2**64 - 1, "more bytes than there are"),
+        ("dimensions", 2**31, "dimensions"),
+        ("dimension", 2**62, "its tensors end at"),
+        ("type of a tensor", 99, "unknown type 99"),
+        ("type of a tensor", 1, "its tensors end at"),
+        ("version", 2**20, "version"),
+    ],
+)
+def test_numbers_of_a_gguf_header_that_the_file_cannot_hold(kind, number, says, good_gguf, tmp_path):
+    data = bytearray(good_gguf)
+    at, size, _ = [place for place in _places(data) if place[2] == kind][-1]
+    data[at : at + size] = number.to_bytes(size, "little")
+    (tmp_path / "m.gguf").write_bytes(data)
+    assert says in refusal(tmp_path / "m.gguf")
+
+
+def test_gguf_tensors_lie_one_behind_the_other_to_the_end_of_the_file(good_gguf, tmp_path):
+    file = tmp_path / "m.gguf"
+    offsets = [at for at, _, kind in _places(bytearray(good_gguf)) if kind == "offset"]
+    for change in (-32, 32):  # overlapping, and with a hole
+        data = bytearray(good_gguf)
+        (before,) = struct.unpack_from("<Q", data, offsets[3])
+        struct.pack_into("<Q", data, offsets[3], before + change)
+        file.write_bytes(data)
+        assert "not behind the one before it" in refusal(file)
+    file.write_bytes(good_gguf + bytes(32))
+    assert "its tensors end at" in refusal(file)
+    file.write_bytes(good_gguf)
+    load(str(file), dtype="float32")
+
+
+def test_a_weight_of_another_type_is_refused(path):
+    import torch
+
+    edit(path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int32)}))
+    assert "weights are one of" in refusal(path)
+
+
+def test_others_may_read_what_is_written_as_far_as_the_user_lets_them(good_gguf, path, tmp_path):
+    """The safetensors library makes its files private."""
+    from nanokv import parse
+    from nanokv.cache.save import save
+    from weights.from_gguf import convert
+
+    (tmp_path / "m.gguf").write_bytes(good_gguf)
+    convert(tmp_path / "m.gguf", tmp_path / "converted")
+    llm = load(str(path), dtype="float32")
+    session = llm.session(4, None, parse("full"))
+    session.start([[1, 2, 3]])
+    save(llm, session, tmp_path / "c")
+    plain = (path / "config.json").stat().st_mode
+    assert (tmp_path / "c").stat().st_mode == (tmp_path / "converted" / "model.safetensors").stat().st_mode == plain
+    (tmp_path / "c").chmod(0o600)
+    save(llm, session, tmp_path / "c")
+    assert (tmp_path / "c").stat().st_mode & 0o777 == 0o600
