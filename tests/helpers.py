@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import torch
 from oracle import MaskedCache
 from safetensors.torch import load_file, save_file
@@ -22,6 +24,13 @@ from nanokv.stores import EXAMPLES as STORE_EXAMPLES
 from nanokv.stores import STORES
 
 ROOT = Path(__file__).parent.parent
+
+
+def first(n: int, values: Iterable) -> list:
+    """Values for a parametrized test: the first n run in `make test`, the others with `pytest -m exhaustive`."""
+    return [x if i < n else pytest.param(x, marks=pytest.mark.exhaustive) for i, x in enumerate(values)]
+
+
 # of the policies that need no store that rounds; for the others see tests/stores/test_stores.py
 PLANS = [plan for name, examples in EXAMPLES.items() if not POLICIES[name].demotes for plan in examples.small]
 STEPS = 14

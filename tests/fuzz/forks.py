@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 HANG_S = 5
+BATCH = 250  # cases of one child, so that what the allocator keeps does not add up to the limit
 BLOW_UP = 200 << 20  # bytes above the start, beside four times the file
 GOOD = ("refused", "equal", "different")
 
@@ -35,10 +36,11 @@ def attempt_all(cases: range, attempt: Callable[[int], str], file_bytes: int = 0
     """
     found, at = Outcomes(), cases.start
     while at < cases.stop:
+        end = min(at + BATCH, cases.stop)
         reader, writer = os.pipe()
         if (pid := os.fork()) == 0:
             os.close(reader)
-            _child(range(at, cases.stop), attempt, 4 * file_bytes + BLOW_UP, writer)
+            _child(range(at, end), attempt, 4 * file_bytes + BLOW_UP, writer)
         os.close(writer)
         with os.fdopen(reader, encoding="utf-8", errors="replace") as lines:
             for line in lines:
@@ -46,7 +48,7 @@ def attempt_all(cases: range, attempt: Callable[[int], str], file_bytes: int = 0
                 _note(found, at, name, why)
                 at += 1
         _, status = os.waitpid(pid, 0)
-        if at < cases.stop:
+        if at < end:
             killer = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
             _note(found, at, "hang" if killer == signal.SIGALRM else "crash", f"status {status}")
             at += 1

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import of, pairs
+from helpers import first, of, pairs
 from tiny import text
 
 from nanokv import load, parse
@@ -81,11 +81,14 @@ EVICTING = (
 )
 ALONE = [pair for pair in PAIRS if pair[0] == "full" or (pair[1] == "dense" and pair[0] in EVICTING)]
 ALONE += [("mikv", "mixed"), ("adakv", "ragged")]
+KINDS = [("full", store) for store in ("dense", "int4", "fp8", "turbo", "quest")]  # of programs, one of each
+KINDS += [(keep, "dense") for keep in ("streaming", "h2o", "keyformer", "scissorhands")] + ALONE[-2:]
 
 
-@pytest.mark.parametrize(("keep", "store"), ALONE)
-def test_every_part_compiles_to_two_graphs_and_no_third(keep, store, llm_of):
+@pytest.mark.parametrize("pair", first(len(KINDS), [*KINDS, *(pair for pair in ALONE if pair not in KINDS)]))
+def test_every_part_compiles_to_two_graphs_and_no_third(pair, llm_of):
     """Past the flush of a group."""
+    keep, store = pair
     check(store, *counted(llm_of("g3"), small(keep, store), 14))
 
 

@@ -66,7 +66,8 @@ NEEDLES = [
 ]
 
 
-@pytest.mark.parametrize("texts", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("texts", [3, 20])
 def test_needles_are_found_by_snapkv_and_under_four_bits_not_by_chance_or_two(texts, smollm, count):
     """1,000 tokens, a seven-digit code of which each digit is a token: pooling must be as wide as the answer. One prefill serves all."""
     from evals.dense import begin
@@ -83,6 +84,7 @@ def test_needles_are_found_by_snapkv_and_under_four_bits_not_by_chance_or_two(te
     assert found[NEEDLES[2]] == 0 and found["full+turbo:k=2,v=2"] <= 0.5 * texts, found
 
 
+@pytest.mark.exhaustive
 def test_rounding_keys_hurts_more_than_rounding_values(smollm):
     """Two bits for one of them and eight for the other, odds against the full cache's on prose."""
     from evals.quality import fidelity
@@ -118,7 +120,7 @@ def test_four_policies_on_a_long_text(fast, count):
     from evals.dense import begin
     from nanokv.inspect.fidelity import follow, greedy
 
-    task = needle(3, 2500, count, depth=0.4)
+    task = needle(3, 1500, count, depth=0.4)
     ids = fast.tokenizer.encode(task.unfinished)
     for (name, held), (_, start) in zip(PLANS.items(), begin(fast, [parse(p) for p in PLANS], ids, 9), strict=True):
         session, before = start()
