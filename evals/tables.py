@@ -238,6 +238,21 @@ def prose() -> str:
     return markdown(["plan", "tokens", "perplexity", "against full"], rows)
 
 
+def fuzz() -> str:
+    """What became of damaged files of each kind: before the loaders were hardened, and since."""
+    found, rows = _read("fuzz.json", "epyc"), []
+    before, after = found["before"]["counts"], found["after"]["counts"]
+    for name, now in after.items():
+        cells = [str(now.get(outcome, 0)) for outcome in OUTCOMES]
+        then = [f"{before[name][x]} {x}" for x in FAULTS if before[name].get(x)]
+        rows.append([name, *cells, ", ".join(then) or "–"])
+    return markdown(["file", *OUTCOMES, "faults before"], rows)
+
+
+FAULTS = ("silent", "hang", "blow-up", "crash", "traceback", "unsaid")
+OUTCOMES = ("refused", "equal", "different", *FAULTS)
+
+
 def summary() -> str:
     """For the README: ten plans on the same texts."""
     found = _read("stores.json")
@@ -290,6 +305,7 @@ TABLES: dict[str, Callable[[], str]] = {
         middle,
         ranks,
         placed,
+        fuzz,
         endless,
         prose,
     )

@@ -246,11 +246,11 @@ def _windows(raw: Mapping[str, Any], model_type: str, n_layers: int, uses_window
 
 
 def _ids(value: Any, where: str) -> tuple[int, ...]:
-    """Return token ids that are written as a number, a list of numbers or null."""
+    """Return token ids that are written as a number, a list of numbers or null. Some files write −1 for none."""
     ids = [_whole(i) for i in (value if isinstance(value, list) else [value]) if i is not None]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ValueError(f"{where}: token id {quoted(value)} must be a number or a list of numbers")
-    return tuple(ids)
+    return tuple(i for i in ids if i >= 0)
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:

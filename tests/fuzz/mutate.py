@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -42,7 +43,7 @@ def altered(document: Any, dice: random.Random) -> Any:
         holder, key = dice.choice(list(_places(document)) or [(None, None)])
         kind = dice.randrange(10)
         if holder is None:
-            return dice.choice(VALUES)
+            return copy.deepcopy(dice.choice(VALUES))
         if kind == 0:
             del holder[key]
         elif kind == 1 and isinstance(holder, dict):
@@ -53,7 +54,7 @@ def altered(document: Any, dice: random.Random) -> Any:
             other, there = dice.choice(list(_places(document)))
             holder[key] = json.loads(json.dumps(other[there]))
         else:
-            holder[key] = dice.choice(VALUES)
+            holder[key] = copy.deepcopy(dice.choice(VALUES))
     return document
 
 

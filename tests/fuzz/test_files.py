@@ -93,7 +93,7 @@ def n_cases(request) -> range:
 
 def check(request, name: str, attempt: Callable[[int], str], file_bytes: int = 0) -> None:
     found = attempt_all(n_cases(request), attempt, file_bytes)
-    print(f"\n{name}: {found}")
+    print(f"\n{name}: {found}", *found.bad[:20], sep="\n", flush=True)
     assert not found.bad, f"{found}\n" + "\n".join(found.bad[:40])
 
 

@@ -92,6 +92,20 @@ def test_a_shard_that_is_no_file_is_refused(make, path):
     assert "b.safetensors" in refusal(path)
 
 
+@pytest.mark.parametrize("name", ["x" * 5000 + ".safetensors", "\x00.safetensors", "\ud800.safetensors"])
+def test_an_index_may_name_what_no_file_can_be_called(name, path):
+    where = shard(path)
+    table = {tensor: name if file == "a.safetensors" else file for tensor, file in where.items()}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    assert refusal(path)
+
+
+def test_an_id_of_minus_one_is_none(path):
+    reconfigure(path, bos_token_id=-1, eos_token_id=[-1, 5])
+    llm = load(str(path), dtype="float32")
+    assert (llm.config.bos_token_id, llm.tokenizer.eos) == (None, (5,))
+
+
 def test_a_link_to_a_file_is_a_file(path, tmp_path):
     """As in the hub library's cache."""
     for name in ("config.json", "model.safetensors", "tokenizer.json"):

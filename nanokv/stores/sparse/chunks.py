@@ -75,9 +75,10 @@ class ChunkState(StoreState):
                 sizes[at] = n_chunks if sizes[at] == 2 else n_candidates
             if rank is not None:  # a longer text may have a higher one
                 sizes[rank] = data["a"].shape[-1]
-            if (data[name].dtype, list(data[name].shape)) != (x.dtype, sizes):
+            found, is_float = data[name], x.is_floating_point()  # a model in another precision may load the file
+            if list(found.shape) != sizes or (not found.is_floating_point() if is_float else found.dtype != x.dtype):
                 raise ValueError(f"{name} is of another shape or type")
-            if x.is_floating_point() and not data[name].isfinite().all():
+            if is_float and not found.isfinite().all():
                 raise ValueError(f"{name} holds values that are no numbers")
         in_chunks = first + data["chunk_ids"][..., None] * c + torch.arange(c, device=ctx.device)
         held = torch.cat((in_chunks.flatten(1)[None].to(torch.int32), self.exact.pos), 2).sort(-1).values
