@@ -33,7 +33,7 @@ test: .venv/dev
 # damaged files of each kind and random plans, as many as you like
 CASES ?= 1000
 fuzz: .venv/dev
-	$(PY) -m pytest -q -s -n 2 --dist worksteal tests/fuzz --cases $(CASES)
+	$(PY) -m pytest -q -s tests/fuzz --cases $(CASES)
 
 # on a machine with CUDA
 gpu:

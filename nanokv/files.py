@@ -28,7 +28,7 @@ def is_there(file: Path) -> bool:
     except OSError as e:  # such as a name that is too long, or links in a circle
         raise ValueError(f"{clipped(str(file))} cannot be read ({e.strerror}); fetch the model again") from None
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{file} is no regular file; put the model's file there, or remove it")
+        raise ValueError(f"{file} is no regular file; put one there, or remove it")
     return True
 
 

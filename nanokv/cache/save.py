@@ -23,7 +23,7 @@ from torch import Tensor
 from nanokv.cache.kept import Kept
 from nanokv.cache.plan import Plan, parse
 from nanokv.engine import Session
-from nanokv.files import quoted, reason, replacing
+from nanokv.files import is_there, quoted, reason, replacing
 from nanokv.llm import LLM
 from nanokv.model.config import MAX_NUMBER
 from nanokv.sharing.search import checked_map
@@ -64,6 +64,7 @@ def restore(llm: LLM, file: Path, room: int) -> Session:
     complete, or holds what no session can have saved.
     """
     try:
+        is_there(file)  # a pipe would wait
         with safe_open(file, framework="pt") as f:
             facts = json.loads((f.metadata() or {})["nanokv"])
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 the library's handle is no dict
@@ -105,8 +106,8 @@ def _plan_and_seen(facts: Mapping[str, Any], llm: LLM) -> tuple[Plan, int]:
         raise ValueError(f"its plan is {quoted(plan)} and its text has {quoted(seen)} tokens")
     share = checked_map(facts.get("share", {}), llm.config, "the file")
     found = replace(parse(plan), share=share, ready=True)
-    if why := found.store.incompatible_model(llm.config):
-        raise ValueError(why)
+    if found.fit(llm.config, llm.models.context.dtype, seen, 1).policy != found.policy:
+        raise ValueError(f"its plan {quoted(plan)} is not that of a prompt")  # with percentages, say
     return found, seen
 
 
