@@ -15,7 +15,7 @@ from typing import Any
 
 from nanokv.files import is_there, quoted, read_json, reason
 from nanokv.model.config import MAX_NUMBER, ModelConfig
-from nanokv.text.template import render
+from nanokv.text.template import Renderer
 
 PREFIX = "\ue000"  # a private-use character: no vocabulary merges it with the text after it
 MAX_TOKEN = 10_000  # characters of an added token
@@ -35,6 +35,7 @@ class Tokenizer:
     specials: dict[str, str] = field(default_factory=dict)  # name in a template, such as bos_token → special token
     hidden: dict[str, int] = field(default_factory=dict)  # special tokens, which `decode` leaves out → their ids
     vocab_size: int | None = None  # rows of the model's embedding; None: `size`
+    renderer: Renderer = field(default_factory=Renderer, repr=False)  # of the template
     added: dict[int, str] = field(default_factory=dict)  # added tokens, of which some may have no row
 
     def encode(self, text: str, special: bool = True) -> list[int]:
@@ -74,7 +75,7 @@ class Tokenizer:
             raise ValueError(
                 "this model has no chat template; leave out --chat, --system and --interactive, or use its instruct variant"
             )
-        return render(self.template, messages, self.specials, add_generation_prompt)
+        return self.renderer.render(self.template, messages, self.specials, add_generation_prompt)
 
     def turn_end(self) -> str:
         """The special token with which the chat template ends an assistant's message. Empty if there is none."""

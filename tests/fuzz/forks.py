@@ -72,7 +72,7 @@ def _child(cases: range, attempt: Callable[[int], str], memory: int, writer: int
         try:
             name, _, why = attempt(i).partition(": ")
         except ValueError as e:
-            blew_up = isinstance(e.__context__, MemoryError) and "MiB; refused" not in str(e)  # its own, lower limit
+            blew_up = isinstance(e.__context__, MemoryError)
             name, why = ("blow-up", "") if blew_up else ("refused", "") if _is_sentence(str(e)) else ("unsaid", repr(e))
         except MemoryError:
             name, why = "blow-up", ""

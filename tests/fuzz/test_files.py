@@ -26,7 +26,7 @@ from nanokv.cache import save
 from nanokv.policies import EXAMPLES, POLICIES
 from nanokv.sharing.search import read_map
 from nanokv.stores import EXAMPLES as STORE_EXAMPLES
-from nanokv.text.template import render
+from nanokv.text.template import Renderer
 
 TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 SETTINGS = {
@@ -288,8 +288,10 @@ def test_a_damaged_map_of_shared_layers(request, tmp_path, llm_of):
 
 
 def test_any_chat_template(request):
+    renderer = Renderer()
+
     def attempt(i: int) -> str:
-        render(draw_template(random.Random(i)), CONVERSATION, {"bos_token": "<s>"}, True)
+        renderer.render(draw_template(random.Random(i)), CONVERSATION, {"bos_token": "<s>"}, True)
         return "different"
 
     check(request, "chat template", attempt)

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fuzz.gguf_parts import _places, write_gguf
@@ -17,8 +18,9 @@ from tiny import write_seeded
 
 from nanokv import load
 from nanokv.files import MAX_JSON
-from nanokv.text.template import MAX_LENGTH, render
+from nanokv.text.template import MAX_LENGTH, Renderer
 
+RENDERER = Renderer()
 FILES = (
     "config.json",
     "generation_config.json",
@@ -203,18 +205,32 @@ def test_a_panic_of_the_tokenizers_library_is_an_error_like_others(path):
 def test_a_template_is_bounded_in_time_and_memory(template):
     """tests/fuzz/test_files.py tries these under a limit of memory, too."""
     try:
-        assert len(render(template, CONVERSATION, {}, True)) < 10**6
+        assert len(RENDERER.render(template, CONVERSATION, {}, True)) < 10**6
     except ValueError as e:
         assert "\n" not in str(e)
 
 
 def test_what_templates_multiply_and_how_long_they_are_is_bounded():
-    with pytest.raises(ValueError, match="more than 128 MiB"):
-        render("{{ 'a' * 10**9 }}", CONVERSATION, {}, True)
-    with pytest.raises(ValueError, match="more than 2 seconds"):
-        render(HOSTILE[0], CONVERSATION, {}, True)
-    with pytest.raises(ValueError, match="at most 262144 are read"):
-        render("x" * (MAX_LENGTH + 1), CONVERSATION, {}, True)
+    for template, says in (
+        ("{{ 'a' * 10**9 }}", "more than 128 MiB"),
+        (HOSTILE[0], "more than 2 seconds"),
+        ("x" * (MAX_LENGTH + 1), "at most 262144 are read"),
+        ("{{ 'ab' * 10**6 }}", "it writes 2000000 characters"),
+        ("{{ (2).__class__ }}{{ 1 / 0 }}", "division by zero"),  # the process that was killed before is replaced
+    ):
+        with pytest.raises(ValueError, match=says):
+            RENDERER.render(template, CONVERSATION, {}, True)
+
+
+def test_threads_and_forks_render_at_once():
+    def one(i: int) -> str:
+        return RENDERER.render("{% for m in messages %}{{ m.content }}{% endfor %}" + str(i), CONVERSATION, {}, True)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(one, range(40))) == [f"hellohi{i}" for i in range(40)]
+    if (pid := os.fork()) == 0:
+        os._exit(0 if one(7) == "hellohi7" else 1)
+    assert os.waitpid(pid, 0)[1] == 0 and one(8) == "hellohi8"
 
 
 @pytest.fixture(scope="module")
