@@ -31,10 +31,10 @@ def locate(name: str, bar: bool = False, say: Callable[[str], object] = _say_not
     shows progress bars. say(line) is called with a line about where a model came from. ValueError says what is wrong
     and what to do.
     """
-    path = Path(name).expanduser()
     try:
+        path = Path(name).expanduser()
         path.is_dir()
-    except OSError:  # for example, the name is too long for a file
+    except (OSError, RuntimeError):  # for example, the name is too long for a file, or ~user is nobody
         raise ValueError(
             f"unknown model {name[:60]!r}…; give a directory, a .gguf file, a hub id or a name of --list-models"
         ) from None

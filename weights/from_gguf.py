@@ -81,6 +81,8 @@ class GGUF:
                 f"{file}: architecture {_short(self.arch)} is not supported in GGUF; supported are {supported}"
             )
         self.tensors_by_name = {t.name: t for t in tensors}
+        if len(self.tensors_by_name) < len(tensors):
+            raise ValueError(f"{file} and its other parts hold a tensor twice; fetch them again")
         self.tokens = self._list("tokens", str)
         self.pre = self._of_type("tokenizer.ggml.pre", str, "") or self._guess_pre()
 

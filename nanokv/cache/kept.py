@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of keys and values
+
 
 class StoreState(ABC):
     """A row's tokens in a store's own form, such as codes and scales, so that saving or packing them again never
@@ -190,13 +192,16 @@ class Kept:
             x = getattr(self, name)
             if x is None:
                 continue  # attention
-            if x.shape != shape or (not x.is_floating_point() if name in rows else x.dtype != torch.int32):
+            kinds = (torch.int32,) if name in numbers else (torch.float32,) if name == "attention" else FLOATS
+            if x.shape != shape or x.dtype not in kinds:
                 raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}")
             if name in rows and not x.isfinite().all():
                 raise ValueError(f"{name} holds values that are no numbers")
         valid = torch.arange(n, device=self.pos.device) < self.length[..., None]
         later = (self.pos.diff(dim=-1) > 0) | ~valid[..., 1:]
+        attention = self.attention if self.attention is not None else torch.zeros(1)
         right = {
+            "attention": attention >= 0,
             "length": (self.length >= 0) & (self.length <= n),
             "limit": (self.limit == -1) | ((self.limit >= self.length) & (self.limit > self.sink)),
             "sink": (self.sink >= 0) & (self.sink <= sinks),

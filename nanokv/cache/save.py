@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -84,7 +83,10 @@ def restore(llm: LLM, file: Path, room: int) -> Session:
             _check(kept, seen, plan, owner, llm)
         session = llm.session(room, plan=plan)
         session.restore(plan, row, seen)
-    except (KeyError, ValueError) as e:
+        for owner, store in session.cache.stores.items():  # codes may stand for values that are no numbers
+            if not all(x.isfinite().all() for part in store.unpack()[0].parts for x in (part.k, part.v)):
+                raise ValueError(f"layer {owner} holds values that are no numbers")
+    except (KeyError, ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as e:
         raise ValueError(f"{file} is no saved cache of this model ({reason(e)})") from None
     return session
 
@@ -117,6 +119,8 @@ def _check(kept: Kept, seen: int, plan: Plan, owner: int, llm: LLM) -> None:
     parts = kept.parts
     if len(parts) not in ((2, 3) if store.has_low_precision_tier else (1,)):
         raise ValueError(f"layer {owner} holds {len(parts)} sets of tokens")
+    if plan.policy.eviction == "none" and not (kept.limit == -1).all():
+        raise ValueError(f"layer {owner} has heads with a limit, and its policy sets none")
     if plan.policy.decode_scores and kept.attention is None:
         raise ValueError(f"layer {owner} has no attention scores")
     if not any(part.pos.numel() for part in parts):
@@ -156,7 +160,7 @@ def _rows(tensors: Mapping[str, Tensor], scores: Any, plan: Plan, llm: LLM) -> d
     found = {}
     for owner in owners:
         score = scores[str(owner)]
-        if not isinstance(score, int | float) or not abs(score) < math.inf:
+        if not isinstance(score, int | float) or not abs(score) < 1e30:
             raise ValueError(f"layer {owner} has the score {quoted(score)}")
         kept = None
         for i in reversed(range(len(sets[owner]))):
@@ -182,7 +186,7 @@ def _kept(values: dict[str, Tensor], owner: int, score: float, demoted: Kept | N
         )
     try:
         record = state_type.from_tensors(state) if state else None
-    except (IndexError, RuntimeError, TypeError) as e:  # a tensor of another shape
+    except (ArithmeticError, IndexError, RuntimeError, TypeError) as e:  # a tensor of another shape or type
         raise ValueError(f"layer {owner}: {reason(e)}") from None
     # older files call the attention "votes"
     return Kept(

@@ -29,6 +29,7 @@ from nanokv.model.llama import Llama, RMSNorm
 from nanokv.model.rope import inverse_frequencies
 
 LazyTensor = tuple[str, tuple[int, ...], Callable[[], Any]]  # checkpoint name, shape, reader of the values
+MAX_FREQUENCY = 1e6  # radians per position
 FLOATS = ("F64", "F32", "F16", "BF16")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -49,6 +50,10 @@ def empty(config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtyp
     if config.tie_word_embeddings:  # to_empty allocates a shared parameter twice, so share it again
         model.lm_head.weight = model.embed_tokens.weight
     model.inv_freq = inverse_frequencies(config).to(device)
+    if not (model.inv_freq.isfinite() & (model.inv_freq.abs() < MAX_FREQUENCY)).all():
+        raise ValueError(
+            f"rope_theta {config.rope_theta} and {config.rope_scaling} rotate by angles that are no numbers"
+        )
     return model.eval().requires_grad_(False)
 
 

@@ -250,11 +250,18 @@ def _from_sentencepiece(
     for token in added:
         i = token.id if token.id is not None else ids.get(token.content, free)
         given[token.content], free = i, max(free, i + 1)
+    owners = {i: sp.IdToPiece(i) for i in range(base)}
+    for content, i in given.items():
+        if owners.setdefault(i, content) != content:
+            raise ValueError(
+                f"{file.parent} gives token {quoted(content)} the id {i}, which is that of {quoted(owners[i])}; fetch the files again"
+            )
     control = {sp.IdToPiece(i): i for i in range(base) if sp.IsControl(i) or sp.IsUnknown(i)}
     hidden = control | {t.content: given[t.content] for t in added if t.special}
     shown = {given[t.content]: t.content for t in added if not t.special}
     found = control | given
     flags = {token.content: dict(token.flags) for token in added}
+    found = {content.strip(): i for content, i in found.items()} | found  # as a pattern with spaces around finds them
     longest = sorted(found, key=len, reverse=True)
     split = re.compile("(" + "|".join(_pattern(s, flags.get(s, {})) for s in longest) + ")")
     # sentencepiece puts a space before every text. These settings want none at the start, or none behind an added token
@@ -300,7 +307,8 @@ def _pattern(content: str, flags: dict[str, bool]) -> str:
     found = re.escape(content)
     if flags.get("single_word"):
         found = rf"(?<!\w){found}(?!\w)"
-    return (r"\s*" if flags.get("lstrip") else "") + found + (r"\s*" if flags.get("rstrip") else "")
+    # where a run of spaces begins, and not anew at each of them
+    return (r"(?<!\s)\s*" if flags.get("lstrip") else "") + found + (r"\s*" if flags.get("rstrip") else "")
 
 
 def byte_level() -> Tokenizer:

@@ -11,12 +11,16 @@ import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from fuzz.gguf_parts import _places, write_gguf
 from fuzz.templates import CONVERSATION, HOSTILE
 from helpers import edit, reconfigure, shard
-from tiny import write_seeded
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny import text, write_seeded
 
-from nanokv import load
+from nanokv import load, parse
+from nanokv.cache import save
 from nanokv.files import MAX_JSON
 from nanokv.text.template import MAX_LENGTH, Renderer
 
@@ -281,16 +285,12 @@ def test_gguf_tensors_lie_one_behind_the_other_to_the_end_of_the_file(good_gguf,
 
 
 def test_a_weight_of_another_type_is_refused(path):
-    import torch
-
     edit(path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int32)}))
     assert "weights are one of" in refusal(path)
 
 
 def test_others_may_read_what_is_written_as_far_as_the_user_lets_them(good_gguf, path, tmp_path):
     """The safetensors library makes its files private."""
-    from nanokv import parse
-    from nanokv.cache.save import save
     from weights.from_gguf import convert
 
     (tmp_path / "m.gguf").write_bytes(good_gguf)
@@ -298,9 +298,92 @@ def test_others_may_read_what_is_written_as_far_as_the_user_lets_them(good_gguf,
     llm = load(str(path), dtype="float32")
     session = llm.session(4, None, parse("full"))
     session.start([[1, 2, 3]])
-    save(llm, session, tmp_path / "c")
+    save.save(llm, session, tmp_path / "c")
     plain = (path / "config.json").stat().st_mode
     assert (tmp_path / "c").stat().st_mode == (tmp_path / "converted" / "model.safetensors").stat().st_mode == plain
     (tmp_path / "c").chmod(0o600)
-    save(llm, session, tmp_path / "c")
+    save.save(llm, session, tmp_path / "c")
     assert (tmp_path / "c").stat().st_mode & 0o777 == 0o600
+
+
+def forged(llm, plan: str, file, change) -> str:
+    """Why a saved cache is refused whose tensors were changed, and its checksum with them."""
+    session = llm.session(8, None, parse(plan))
+    session.start([text(60)])
+    save.save(llm, session, file)
+    with safe_open(file, framework="pt") as f:
+        facts = json.loads(f.metadata()["nanokv"])
+        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    change(tensors, facts)
+    facts["checksum"] = save.checksum(tensors, json.loads(json.dumps(facts)))
+    save_file(tensors, file, metadata={"nanokv": json.dumps(facts)})
+    with pytest.raises(ValueError, match="no saved cache of this model") as e:
+        save.restore(llm, file, 8)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+INT4, FP8, QUEST = "full+int4:group=4,residual=8", "full+fp8", "full+quest:chunk=4,budget=16,grow=8"
+FORGERIES = {
+    "a token too many": (INT4, lambda t, f: t["0.0.codes.cursor"].add_(1)),
+    "a token too few": (INT4, lambda t, f: t["0.0.codes.cursor"].sub_(1)),
+    "a group too many": (INT4, lambda t, f: (t["0.0.codes.moved"].add_(1), t["0.0.codes.cursor"].add_(4))),
+    "a group too few": (INT4, lambda t, f: (t["0.0.codes.moved"].sub_(1), t["0.0.codes.cursor"].sub_(4))),
+    "no groups": (INT4, lambda t, f: (t["0.0.codes.moved"].zero_(), t["0.0.codes.cursor"].zero_())),
+    "slots in another order": (INT4, lambda t, f: t.update({"0.0.codes.pos": t["0.0.codes.pos"].flip(2).contiguous()})),
+    "a limit that nobody asked for": (INT4, lambda t, f: t["0.0.limit"].fill_(2**30)),
+    "codes that are no numbers": (FP8, lambda t, f: t["0.0.codes.k0"].fill_(127)),
+    "scales that are none": ("full+turbo", lambda t, f: t["0.0.codes.k1"].fill_(float("nan"))),
+    "no scales": (FP8, lambda t, f: t.pop("0.0.codes.ks")),
+    "keys of eight bits": (FP8, lambda t, f: t.update({"0.0.k": t["0.0.k"].to(torch.float8_e4m3fn)})),
+    "scores below zero": ("h2o:budget=20", lambda t, f: t["0.0.attention"].sub_(5)),
+    "scores of another type": ("h2o:budget=20", lambda t, f: t.update({"0.0.attention": t["0.0.attention"].double()})),
+    "no scores": ("h2o:budget=20", lambda t, f: t.pop("0.0.attention")),
+    "a score without an end": ("full", lambda t, f: f["scores"].update({"0": 10**400})),
+    "a count without an end": (QUEST, lambda t, f: t.update({"0.0.codes.since_grown": torch.tensor(float("inf"))})),
+    "more chunks than there are": (QUEST, lambda t, f: t["0.0.codes.n_chunks"].add_(1)),
+    "chunks of other tokens": (QUEST, lambda t, f: t["0.0.codes.chunk_ids"].add_(1)),
+    "tokens that come later": ("full", lambda t, f: f.update({"seen": 3})),
+    "a budget in percent": ("snapkv:budget=20,window=4", lambda t, f: f.update({"plan": "snapkv:budget=40%,window=4,every=5"})),
+    "layers that nobody has": ("full", lambda t, f: f.update({"share": {"9": 0}})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FORGERIES)
+def test_a_saved_cache_that_contradicts_itself_is_refused_even_with_a_right_checksum(what, path, tmp_path):
+    plan, change = FORGERIES[what]
+    forged(load(str(path), dtype="float32"), plan, tmp_path / "c", change)
+
+
+def test_a_flipped_bit_of_a_saved_cache_is_seen(path, tmp_path):
+    llm, file = load(str(path), dtype="float32"), tmp_path / "c"
+    session = llm.session(8, None, parse("full"))
+    session.start([text(20)])
+    save.save(llm, session, file)
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="checksum"):
+        save.restore(llm, file, 8)
+    file.unlink()
+    pipe(file)
+    with pytest.raises(ValueError, match="regular"):
+        save.restore(llm, file, 8)
+
+
+@pytest.mark.parametrize("values", [{"rope_theta": 1e-29}, {"rope_scaling": {"rope_type": "linear", "factor": 1e-40}}])
+def test_rotations_that_are_no_numbers_are_refused(values, path):
+    reconfigure(path, **values)
+    assert "angles that are no numbers" in refusal(path)
+
+
+def test_gates_in_a_pipe_are_refused(path, tmp_path):
+    pipe(tmp_path / "gates")
+    llm = load(str(path), f"duo:gates={tmp_path / 'gates'},recent=8,sink=2", dtype="float32")
+    with pytest.raises(ValueError, match="no such file"):
+        llm.session(4).start([text(40)])
+
+
+def test_a_home_of_nobody_is_an_unknown_model():
+    with pytest.raises(ValueError, match="unknown model"):
+        load("~nosuchuser/x")

@@ -85,8 +85,10 @@ class CodeState(StoreState):
         scales = [x for x in self.scales if x is not None]
         if any(x.dim() != 4 or x.shape[:3] != shape for planes in (*self.codes, scales) for x in planes):
             raise ValueError("the codes are of other tokens")
-        if not all(x.is_floating_point() and x.shape[3] == 1 and (x.isfinite() & (x > 0)).all() for x in scales):
+        if not all(x.dtype in (torch.float32, torch.float64) and x.shape[3] == 1 and (x > 0).all() for x in scales):
             raise ValueError("a scale is no positive number")
+        if scales and len(scales) < 2:
+            raise ValueError("the scales of K or of V are missing")
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> CodeState:

@@ -118,20 +118,38 @@ class GroupState(StoreState):
         ):
             raise ValueError("its groups have other shapes or types, or hold values that are no numbers")
         in_window = self.cursor - self.pinned - self.n_flushed * group
-        held = torch.where(self.pos < 0, torch.iinfo(torch.int32).max, self.pos).sort(-1).values
+        slots, known = self._slots(row, spec, ctx.sliding_window)
         length = (self.pos >= 0).sum(-1)
-        m = min(held.shape[2], row.pos.shape[2])
-        is_held = torch.arange(m, device=length.device) < length[..., None]
         if not (
             (self.pinned >= 0).all()
             and (self.pinned <= max(spec.pin, int(row.sink.max()))).all()
             and ((self.n_flushed >= 0) & (self.n_flushed <= self.cursor)).all()
             and (in_window < spec.residual + group).all()
-            and (self.pinned + in_window <= n).all()
+            and ((in_window >= spec.residual) | (self.n_flushed == 0)).all()
             and (length == row.length).all()
-            and torch.where(is_held, held[..., :m] == row.pos[..., :m], True).all()
+            and ((slots >= 0) & (slots < self.pos.shape[2])).all()
+            and torch.where(known, self.pos.gather(2, slots) == row.pos, True).all()
         ):
             raise ValueError("its groups do not hold the tokens that it names")
+
+    def _slots(self, row: Kept, spec: Any, sliding_window: int | None) -> tuple[Tensor, Tensor]:
+        """(1,Hkv,N): where the tokens of this row must lie, by the rule of GroupSlots, and which of them there are."""
+        limit, sink = row.limit, row.sink
+        if sliding_window is not None:
+            most = sink + sliding_window
+            limit = torch.where(limit < 0, most, torch.minimum(limit, most))
+        ring = -(sink + spec.residual - limit).div(spec.group, rounding_mode="floor").clamp(max=-1)
+        ring = torch.where(limit < 0, torch.iinfo(torch.int32).max, ring)[..., None]
+        i = torch.arange(row.pos.shape[2], device=row.pos.device)
+        known = i < row.length[..., None]
+        # a ring has evicted tokens behind its sinks, so the others have later numbers
+        nth = torch.where(i < sink[..., None], i, (self.cursor - row.length)[..., None] + i)
+        behind = nth - self.pinned[..., None]
+        flushed = self.n_flushed[..., None] * spec.group
+        in_group = self.k.shape[2] + (behind.div(spec.group, rounding_mode="floor") % ring) * spec.group
+        slots = torch.where((behind >= 0) & (behind < flushed), in_group + behind % spec.group, nth)
+        slots = torch.where(behind >= flushed, nth - flushed, slots)
+        return slots.masked_fill(~known, 0).long(), known
 
     def select(self, index: Tensor) -> GroupState:
         raise ValueError("the tokens of a group share scales and can only leave together")
