@@ -28,6 +28,7 @@ from nanokv.sharing.search import read_map
 from nanokv.stores import EXAMPLES as STORE_EXAMPLES
 from nanokv.text.template import Renderer
 
+RENDERER = Renderer()
 TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 SETTINGS = {
     "bos_token": "<s>",
@@ -74,6 +75,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 def used(path: Path) -> tuple[list[int], str, str, torch.Tensor]:
     """A model at work: ids of a text, the text again, a chat and logits."""
     llm = load(str(path), dtype="float32")
+    llm.tokenizer.renderer = RENDERER  # one process for all
     ids = llm.tokenizer.encode("some text, and </s> more")
     try:
         chat = llm.tokenizer.chat([{"role": "user", "content": "hello"}])
