@@ -258,7 +258,9 @@ def write_altered(file: Path, data: bytes, tensors: dict[str, torch.Tensor], dic
                     )
                 tensors[name] = flat.view(x.shape)
             elif kind == 4 and x.is_floating_point():
-                tensors[name] = torch.full_like(x, dice.choice((float("nan"), float("inf"), 0.0, 1e30)))
+                tensors[name] = torch.full_like(x.float(), dice.choice((float("nan"), float("inf"), 0.0, 1e30))).to(
+                    x.dtype
+                )
             elif kind == 5:
                 tensors[dice.choice((*sorted(tensors), "x", "0", "0.0", "9.0.k", "a.b.c", "0.1.k"))] = x.clone()
             else:
