@@ -46,7 +46,7 @@ class Renderer:
         if len(template) > MAX_LENGTH:
             raise ValueError(f"the model's chat template has {len(template)} characters; at most {MAX_LENGTH} are read")
         values = dict(specials) | {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
-        longest = MAX_TEXT + 10 * sum(len(text) for message in messages for text in message.values())
+        longest = MAX_TEXT + 10 * sum(len(str(text)) for message in messages for text in message.values())
         request = {"template": template, "values": values | {"tools": None, "documents": None}, "longest": longest}
         with self.lock:
             answer = self._ask(request)

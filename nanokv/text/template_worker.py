@@ -1,8 +1,8 @@
 """The process that runs chat templates: `template.py` starts it, writes one request per line and reads one answer per line.
 
-It imports nothing of nanokv, so it starts in a tenth of a second. A template is a program in jinja2 from the model's
-repository. jinja2's sandbox keeps it from the machine, and limits of this process keep it to a bounded time and memory:
-whoever exceeds them is killed by the system.
+It imports nothing of nanokv, which would import torch. A template is a program in jinja2 from the model's repository.
+jinja2's sandbox keeps it from the machine. This process has limits of time and memory, and the system ends it when a
+template exceeds them.
 """
 
 from __future__ import annotations
