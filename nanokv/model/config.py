@@ -138,7 +138,7 @@ class ModelConfig:
 
         def flag(key: str) -> bool:
             value = raw.get(key)
-            if not isinstance(value, bool | None):
+            if value not in (None, True, False):  # 0 and 1 count as such
                 raise ValueError(f"{where}: {key} is {quoted(value)}; it must be true or false")
             return bool(value)
 

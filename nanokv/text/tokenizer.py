@@ -130,7 +130,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for file in (path / "tokenizer_config.json", path / "special_tokens_map.json"):
         found = read_json(file) if is_there(file) else {}
         for key in ("add_bos_token", "add_prefix_space", "legacy"):
-            if not isinstance(found.get(key), bool | None):
+            if found.get(key) not in (None, True, False):
                 raise ValueError(f"{file}: {key} is {quoted(found[key])}; it must be true or false")
         lists = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
         tokens = [v for k, v in found.items() if k.endswith("_token") and not isinstance(v, bool | int | float)]
@@ -250,7 +250,9 @@ def _from_sentencepiece(
     for token in added:
         i = token.id if token.id is not None else ids.get(token.content, free)
         given[token.content], free = i, max(free, i + 1)
-    owners = {i: sp.IdToPiece(i) for i in range(base)}
+    # an added token may give a control piece another name, but not an ordinary one
+    named = {i: sp.IdToPiece(i) for i in range(base)}
+    owners = {i: s for i, s in named.items() if not (sp.IsControl(i) or sp.IsUnknown(i) or sp.IsUnused(i))}
     for content, i in given.items():
         if owners.setdefault(i, content) != content:
             raise ValueError(
@@ -261,7 +263,7 @@ def _from_sentencepiece(
     shown = {given[t.content]: t.content for t in added if not t.special}
     found = control | given
     flags = {token.content: dict(token.flags) for token in added}
-    found = {content.strip(): i for content, i in found.items()} | found  # as a pattern with spaces around finds them
+    stripped = {content.strip(): i for content, i in found.items()}  # a pattern may take spaces around a token
     longest = sorted(found, key=len, reverse=True)
     split = re.compile("(" + "|".join(_pattern(s, flags.get(s, {})) for s in longest) + ")")
     # sentencepiece puts a space before every text. These settings want none at the start, or none behind an added token
@@ -276,7 +278,7 @@ def _from_sentencepiece(
         at_start = True
         for i, piece in enumerate(split.split(text)):  # every second one is an added token
             if i % 2:
-                ids.append(found[piece] if piece in found else found[piece.strip()])
+                ids.append(found[piece] if piece in found else stripped[piece.strip()])
             elif piece and (bare or (follows and not at_start)):
                 ids += sp.EncodeAsIds(PREFIX + piece)[len(prefix) :]
             elif piece:

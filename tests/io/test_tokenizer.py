@@ -658,3 +658,29 @@ def test_a_continuation_has_the_ids_it_has_within_the_whole_text(kind, kinds):
         for at in (i for i, c in enumerate(whole) if c in " \n" and whole[i - 1] not in " \n" and i):
             assert words.encode(whole[:at], special=False) + words.encode_more(whole[at:]) == ids
     assert words.encode_more("") == []
+
+
+def with_added(tmp_path, added: dict) -> Tokenizer:
+    """The small sentencepiece model with other added tokens."""
+    model = train()
+    (tmp_path / "tokenizer.model").write_bytes(model.serialized_model_proto())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    return from_dir(tmp_path, ModelConfig.from_json({**SHAPE, "vocab_size": 500}, "config.json"))
+
+
+def test_added_tokens_of_spaces_alone_split_nothing_else(tmp_path, sp):
+    spaces = {"480": {"content": "    "}, "481": {"content": " x ", "lstrip": True, "rstrip": True}}
+    tok = with_added(tmp_path, spaces)
+    assert tok.encode_plain("hello world", False) == sp.EncodeAsIds("hello world")
+    assert 480 in tok.encode_plain("a    b", False) and 481 in tok.encode_plain("a   x   b", False)
+
+
+def test_an_added_token_may_rename_a_control_piece_but_no_ordinary_one(tmp_path, sp):
+    tok = with_added(tmp_path, {"1": {"content": "<|begin|>", "special": True}})
+    assert tok.encode_plain("<|begin|>", False) == [1]
+    ordinary = next(i for i in range(300, 480) if not sp.IsControl(i))
+    with pytest.raises(ValueError, match=f"the id {ordinary}, which is that of"):
+        with_added(tmp_path, {str(ordinary): {"content": "<|begin|>"}})
+    with pytest.raises(ValueError, match="the id 490, which is that of"):
+        (tmp_path / "added_tokens.json").write_text('{"<|b|>": 490}')
+        with_added(tmp_path, {"490": {"content": "<|a|>"}})
