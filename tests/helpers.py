@@ -31,6 +31,11 @@ def first(n: int, values: Iterable) -> list:
     return [x if i < n else pytest.param(x, marks=pytest.mark.exhaustive) for i, x in enumerate(values)]
 
 
+def every(n: int, values: Iterable) -> list:
+    """Values for a parametrized test: every n-th runs in `make test`, the others with `pytest -m exhaustive`."""
+    return [x if i % n == 0 else pytest.param(x, marks=pytest.mark.exhaustive) for i, x in enumerate(values)]
+
+
 # of the policies that need no store that rounds; for the others see tests/stores/test_stores.py
 PLANS = [plan for name, examples in EXAMPLES.items() if not POLICIES[name].demotes for plan in examples.small]
 STEPS = 14

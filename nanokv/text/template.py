@@ -29,8 +29,9 @@ class Renderer:
     has a process of its own.
     """
 
-    def __init__(self):
-        self.lock, self.process, self.owner = threading.Lock(), None, 0
+    def __init__(self, seconds: float = MAX_S):
+        """seconds: how long one conversation may be worked on."""
+        self.seconds, self.lock, self.process, self.owner = seconds, threading.Lock(), None, 0
 
     def render(
         self,
@@ -52,13 +53,13 @@ class Renderer:
             answer = self._ask(request)
         if "text" in answer:
             return answer["text"]
-        why = answer.get("error", f"it takes more than {MAX_S:.0f} seconds or {MAX_MEMORY >> 20} MiB")
+        why = answer.get("error", f"it takes more than {self.seconds:g} seconds or {MAX_MEMORY >> 20} MiB")
         raise ValueError(f"the model's chat template refuses this conversation: {clipped(why.splitlines()[0])}")
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, str]:
         """The answer, or {} if the process did not live to give one."""
         if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
-            command = [sys.executable, str(WORKER), str(MAX_S), str(MAX_MEMORY)]
+            command = [sys.executable, str(WORKER), str(self.seconds), str(MAX_MEMORY)]
             pipe = subprocess.PIPE
             self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
             self.owner = os.getpid()

@@ -1,7 +1,7 @@
 """Compile every kernel for a GPU that is not here, as the wrappers launch it, and print what the machine code looks like as JSON.
 
 Run it as a process of its own, `python tests/kernels/gates.py 90`, without TRITON_INTERPRET. It records the launches that the
-wrappers make.
+wrappers make. Names of kernels behind the architecture select some.
 """
 
 from __future__ import annotations
@@ -155,9 +155,10 @@ def kernels(kind: torch.dtype, fp8: bool) -> dict[str, tuple[JITFunction, Record
     return found
 
 
-def main(arch: int) -> None:
+def main(arch: int, names: list[str]) -> None:
     found, every = {}, kernels(torch.bfloat16, fp8=arch >= 89)
     fn, recorder, more = every["decode _decode_split"]
+    every = {name: every[name] for name in names or every}
     every["too large"] = fn, recorder, more | {"BLOCK_N": 64, "BLOCK_M": 64, "num_warps": 1}  # must be found to spill
     for name, (fn, recorder, more) in every.items():
         m = machine(fn, recorder, arch, more)
@@ -170,4 +171,4 @@ def main(arch: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:])

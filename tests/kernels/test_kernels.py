@@ -297,11 +297,10 @@ def exact_tokens(dtype: torch.dtype, has_mask: bool, n: int = 21) -> tuple:
     return k, v, normal(B, HKV, n, seed=7) > -0.5 if has_mask else None, pos
 
 
-@pytest.mark.parametrize(
-    ("bits", "group", "runs"), [*QUANT, *(pytest.param(*x, marks=pytest.mark.exhaustive) for x in MORE_QUANT)]
-)
-@pytest.mark.parametrize(("exact", "dtype"), [(None, torch.float32), ("some", torch.float16), ("all", torch.float32)])
-def test_decode_quant(bits, group, runs, exact, dtype):
+@pytest.mark.parametrize("form", first(2, [*QUANT, *MORE_QUANT]))
+@pytest.mark.parametrize("beside", first(2, [("some", torch.float16), (None, torch.float32), ("all", torch.float32)]))
+def test_decode_quant(form, beside):
+    (bits, group, runs), (exact, dtype) = form, beside
     q, _, _, key_pos, query_pos = cache(dtype)
     k, v = codes(bits, group, runs)
     key_pos, exact = key_pos[:, :, :96], None if exact is None else exact_tokens(dtype, exact == "some")
@@ -407,7 +406,7 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize("plan", first(2, [*PLANS, *MORE]))
+@pytest.mark.parametrize("plan", first(1, [*PLANS, *MORE]))
 def test_the_backend_gives_the_oracles_logits(plan, llm_of, tiny):
     """Through model, caches and stores; a code may fall to its neighbour where sums are ordered otherwise."""
     fast = load(str(tiny("g3")[0]), dtype="float32", backend="triton", device=DEVICE)
