@@ -112,7 +112,7 @@ def ceilings() -> dict[str, float]:
 
 def attention() -> Iterator[dict]:
     """Time one layer's decode attention in every format, and torch's attention on the same bf16 keys."""
-    ours = triton()
+    ours = triton(torch.device("cuda"))
     for heads, group, B, S in SHAPES:
         size = 2 * B * heads * S * D * 2
         copies = max(2, min(CALLS, 4 * L2 // size + 1))

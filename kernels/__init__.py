@@ -23,7 +23,9 @@ HOMES = {
     "quantize": "kv_write",
     "rebuild_keys": "shadowkv",
     "rms_norm": "norm",
+    "rotate": "rope",
     "swiglu": "norm",
+    "take_slots": "kv_write",
 }
 __all__ = list(HOMES)
 

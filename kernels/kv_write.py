@@ -1,5 +1,5 @@
-"""Writes of keys and values: the tokens that a policy keeps (compact), a new token's slot (append), and codes of a
-full group (quantize).
+"""Writes of keys and values: the tokens that a policy keeps (compact), a new token's slot (take_slots, append), and
+codes of a full group (quantize).
 
 Each input element is read once and each output element written once. The quantisation is that of KIVI
 (arXiv:2402.02750, Algorithm 1): K per channel and group of tokens, V per token and run of channels, with scales and
@@ -87,6 +87,58 @@ def compact(k: Tensor, v: Tensor, pos: Tensor, index: Tensor) -> tuple[Tensor, T
             BLOCK_N=32,
         )
     return kept_k, kept_v, kept_pos
+
+
+@triton.jit
+def _take_slots(
+    cursor_ptr,
+    limit_ptr,
+    sink_ptr,
+    first_ptr,
+    pos_ptr,
+    slot_pos_ptr,
+    index_ptr,
+    n_heads,
+    n,
+    BLOCK_N: tl.constexpr,
+):
+    """Give BLOCK_N of n heads (of all rows) a slot for their new token."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = offs_n < n
+    cursor = tl.load(cursor_ptr + offs_n, mask=mask, other=0)
+    limit = tl.load(limit_ptr + offs_n, mask=mask, other=1)
+    sink = tl.load(sink_ptr + offs_n, mask=mask, other=0)
+    ring = sink + tl.maximum(cursor - sink, 0) % tl.maximum(limit - sink, 1)
+    index = tl.load(first_ptr + offs_n, mask=mask, other=0) + tl.where(cursor < limit, cursor, ring)
+    pos = tl.load(pos_ptr + offs_n // n_heads, mask=mask, other=0)
+    tl.store(slot_pos_ptr + index, pos.to(tl.int32), mask=mask)
+    tl.store(cursor_ptr + offs_n, cursor + 1, mask=mask)
+    tl.store(index_ptr + offs_n, index, mask=mask)
+
+
+def take_slots(cursor: Tensor, limit: Tensor, sink: Tensor, first: Tensor, pos: Tensor, slot_pos: Tensor) -> Tensor:
+    """Give each head's new token the next slot of its ring, in one launch; the twin is `reference.take_slots`.
+
+    cursor, limit and sink (B,Hkv) int32; first (B,Hkv,1) int64; pos (B,1) int; slot_pos (slots,) int32. Increases
+    cursor by one, writes pos into slot_pos, and returns flat indices (B·Hkv,) int64. Refuses (AssertionError) tensors
+    that are not contiguous.
+    """
+    assert all(x.is_contiguous() for x in (cursor, limit, sink, first, pos, slot_pos))
+    n, index = cursor.numel(), first.new_empty(cursor.numel())
+    _take_slots[(triton.cdiv(n, 128),)](
+        cursor_ptr=cursor,
+        limit_ptr=limit,
+        sink_ptr=sink,
+        first_ptr=first,
+        pos_ptr=pos,
+        slot_pos_ptr=slot_pos,
+        index_ptr=index,
+        n_heads=cursor.shape[1],
+        n=n,
+        BLOCK_N=128,
+        num_warps=1,
+    )
+    return index
 
 
 @triton.jit

@@ -39,24 +39,25 @@ def _rms_norm(
     tl.store(out_ptr + row * n_cols + offs_n, x.to(out_ptr.dtype.element_ty), mask=mask_n)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Normalise x (…,C) by the root mean square over its last dimension, times weight (C,); the twin is
     `reference.rms_norm`.
 
-    x and weight may be fp16, bf16 or fp32. Returns (…,C) in x's dtype.
+    x and weight may be fp16, bf16 or fp32. Returns (…,C) in `dtype`, one of the same.
     """
-    return _launch(x.contiguous(), None, weight, eps)[1]
+    return _launch(x.contiguous(), None, weight, eps, dtype)[1]
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return x + delta (…,C), rounded to x's dtype, and its `rms_norm`, in one launch; the twin is
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return x + delta (…,C), rounded to x's dtype, and its `rms_norm` in `dtype`, in one launch; the twin is
     `reference.add_rms_norm`.
     """
-    return _launch(x.contiguous(), delta.contiguous(), weight, eps)
+    return _launch(x.contiguous(), delta.contiguous(), weight, eps, dtype)
 
 
-def _launch(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total, out, C = x if delta is None else torch.empty_like(x), torch.empty_like(x), weight.shape[0]
+def _launch(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    total, C = x if delta is None else torch.empty_like(x), weight.shape[0]
+    out = torch.empty_like(x, dtype=dtype)
     block_n = triton.next_power_of_2(C)
     _rms_norm[(x.numel() // C,)](
         x_ptr=x,

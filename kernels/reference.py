@@ -49,7 +49,24 @@ def decode(
     for `attention_scores`. Returns out (B,H,T,D) in q's dtype, lse (B,H,T) fp32 (−inf where no key is visible, with
     out 0), and scores summed over T, fp32: None, (B,Hkv,S), or (B,H,S) for "each".
     """
-    logits = _logits(q, k)  # (B,Hkv,G,T,S)
+    return decode_by(_logits, _values, q, k, v, length, key_pos, query_pos, sliding_window, over_group, noise)
+
+
+def decode_by(
+    logits_of: Callable[[Tensor, Tensor], Tensor],
+    values_of: Callable[[Tensor, Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    length: Tensor | None,
+    key_pos: Tensor,
+    query_pos: Tensor,
+    sliding_window: int | None,
+    over_group: str | None,
+    noise: tuple[int, float, int] | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`decode` with other forms of the two products than `_logits` and `_values`."""
+    logits = logits_of(q, k)  # (B,Hkv,G,T,S)
     visible = mask(length, key_pos, query_pos, sliding_window, k.shape[2])
     if visible is not None:
         logits = logits.masked_fill(~visible[:, :, None], -torch.inf)
@@ -59,7 +76,7 @@ def decode(
     if over_group is not None:
         tokens = query_pos[:, None, None, :, None], key_pos[:, :, None, None]
         scores = _join_group((weight if noise is None else _noisy(logits, noise, *tokens)).sum(3), over_group)
-    return _values(weight, v).to(q.dtype), lse.flatten(1, 2), scores
+    return values_of(weight, v).to(q.dtype), lse.flatten(1, 2), scores
 
 
 def each_head(decode: Callable) -> Callable:
@@ -157,13 +174,29 @@ def attention_scores(
     "count_low": how many queries gave less than 1/(number of keys they see); "last_hit": one more than the token of
     the last query that gave at least that, 0 if none did. noise (seed, tau, h): Gumbel noise is added to the logits,
     and the sum divided by tau. The noise depends on the seed, the query head counted from h, and the tokens of query
-    and key alone. Returns (B,Hkv,S) fp32, or (B,H,S) with over_group "each", which joins no heads. The (H,w,S)
+    and key alone. Returns (B,Hkv,S) fp32, or (B,H,S) with over_group
+    "each", which joins no heads. The (H,w,S)
     weights exist for one block of queries at a time.
     """
+    return attention_scores_by(_logits, q, k, start, sliding_window, over_group, over_queries, noise)
+
+
+def attention_scores_by(
+    logits_of: Callable[[Tensor, Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    start: int,
+    sliding_window: int | None,
+    over_group: str,
+    over_queries: str,
+    noise: tuple[int, float, int] | None,
+) -> Tensor:
+    """`attention_scores` with another form of the product than `_logits`."""
     B, H, Hkv, S = q.shape[0], q.shape[1], k.shape[1], k.shape[2]
     scores = q.new_zeros(B, H if over_queries == "sum" else Hkv, S, dtype=torch.float32)
     for rows, keys, visible in blocks(q.shape[2], start, sliding_window, q.device):
-        logits = _logits(q[:, :, rows], k[:, :, keys]).masked_fill(~visible, -torch.inf)  # (B,Hkv,G,t,s)
+        logits = logits_of(q[:, :, rows], k[:, :, keys])
+        logits = logits.masked_fill(~visible, -torch.inf)  # (B,Hkv,G,t,s)
         token = torch.arange(rows.start + start, rows.stop + start, device=q.device)[:, None]
         if noise is None:
             weight = logits.softmax(-1)
@@ -240,13 +273,18 @@ def mask(
 
 def _logits(q: Tensor, k: Tensor) -> Tensor:
     """Return q·k/√D, (B,Hkv,G,T,S) fp32."""
-    q = q.unflatten(1, (k.shape[1], -1)).float() * q.shape[-1] ** -0.5
-    return q @ k[:, :, None].float().transpose(-1, -2)
+    q = _wide(q.unflatten(1, (k.shape[1], -1))) * q.shape[-1] ** -0.5
+    return q @ k[:, :, None].to(q.dtype).transpose(-1, -2)
 
 
 def _values(weight: Tensor, v: Tensor) -> Tensor:
     """Return weight (B,Hkv,G,T,S) times v (B,Hkv,S,D): (B,H,T,D) fp32."""
-    return (weight @ v[:, :, None].float()).flatten(1, 2)
+    return (weight @ v[:, :, None].to(weight.dtype)).flatten(1, 2)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return x in fp32, in which the twins compute; fp64 stays, for those who check a kernel."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _join_group(x: Tensor, over_group: str) -> Tensor:
@@ -256,23 +294,35 @@ def _join_group(x: Tensor, over_group: str) -> Tensor:
     return x.mean(2) if over_group == "mean" else x.amax(2)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise x (…,C) by the root mean square over its last dimension, times weight (C,). Returns (…,C) in x's
-    dtype.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Normalise x (…,C) by the root mean square over its last dimension, times weight (C,). Returns (…,C) in `dtype`;
+    the computation is fp32.
     """
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    x = _wide(x)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(dtype)
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return x + delta in x's dtype, and its `rms_norm`."""
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return x + delta in x's dtype, and its `rms_norm` in `dtype`."""
     x = x + delta
-    return x, rms_norm(x, weight, eps)
+    return x, rms_norm(x, weight, eps, dtype)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """Return up · gate · sigmoid(gate) (…,C) of gate_up (…,2C), which holds the gate first."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate).mul_(up)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the channel pairs (i, i + D/2) of x (B,T,n,D) by angles (RoPE, arXiv:2104.09864, in rotate-half layout).
+
+    cos and sin (B,T,1,D) fp32: of each channel; sin is negative in the first half. Returns x's dtype; the computation
+    is fp32.
+    """
+    wide = _wide(x)
+    swapped = wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return torch.addcmul(wide * cos, swapped, sin.to(wide.dtype)).to(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -317,12 +367,12 @@ def rebuild_keys(
     line = (torch.arange(B, device=chunk.device)[:, None] * C + chunk.flatten(1)).flatten()
     rows = a.view(B * C, -1).index_select(0, line).view(B, heads, K * c, -1)
     pos = first[:, None, None, None] + chunk[..., None] * c + torch.arange(c, device=chunk.device)
-    keys = _rotate((rows.float() @ b.float()).unflatten(2, (K, c)), pos, inv_freq).flatten(3).to(out.dtype)
+    keys = _rotate((_wide(rows) @ _wide(b)).unflatten(2, (K, c)), pos, inv_freq).flatten(3).to(out.dtype)
     out.copy_(keys if is_new is None else torch.where(is_new[..., None], keys, out))
 
 
 def _rotate(x: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:
-    """Rotate x (…,D) fp32 to the positions pos (…) with RoPE."""
+    """Rotate x (…,D) to the positions pos (…) with RoPE."""
     angle = pos[..., None].float() * inv_freq
     cos, sin, (low, high) = angle.cos(), angle.sin(), x.chunk(2, -1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
@@ -357,6 +407,21 @@ def compact(k: Tensor, v: Tensor, pos: Tensor, index: Tensor) -> tuple[Tensor, T
     row = index[..., None].expand(-1, -1, -1, k.shape[-1])
     k, v = (x.gather(2, row).masked_fill_(is_empty[..., None], 0) for x in (k, v))
     return k, v, pos.gather(2, index).masked_fill_(is_empty, -1)
+
+
+def take_slots(cursor: Tensor, limit: Tensor, sink: Tensor, first: Tensor, pos: Tensor, slot_pos: Tensor) -> Tensor:
+    """Give each head's new token a slot, in place, and return its flat index (B·Hkv,) int64.
+
+    cursor (B,Hkv) int32: how many tokens each head has counted, which becomes one more. While it is below limit
+    (B,Hkv) it is the slot; from then on the slots behind the sinks are a ring, so the slot is sink + (cursor − sink)
+    mod (limit − sink). first (B,Hkv,1) int64: the flat index of each head's slot 0. slot_pos (slots,) int32 receives
+    pos (B,1) at the flat index.
+    """
+    ring = sink + (cursor - sink) % (limit - sink).clamp(min=1)
+    index = (torch.where(cursor < limit, cursor, ring)[..., None] + first).flatten()
+    slot_pos.index_copy_(0, index, pos.expand(cursor.shape).flatten().to(torch.int32))
+    cursor += 1
+    return index
 
 
 def append(k: Tensor, v: Tensor, row: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -29,6 +29,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches on the current device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {name!r} cannot be used here ({str(e).splitlines()[0]}); use --device cpu") from None
     return device

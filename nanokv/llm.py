@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from nanokv.answer import Answer
 from nanokv.backends import BACKENDS
-from nanokv.backends.triton import triton_for
+from nanokv.backends.check import ALWAYS, verdicts
+from nanokv.backends.choose import Check, choose
 from nanokv.backends.watch import Calls
 from nanokv.cache.plan import Plan, nearest, parse
 from nanokv.cache.report import Report, mib
@@ -70,7 +71,6 @@ def load(
     if runner not in ("auto", *RUNNERS):
         raise ValueError(f"unknown runner {runner!r}{nearest(runner, RUNNERS)}; runners are auto, {', '.join(RUNNERS)}")
     where = choose_device(device)
-    ops = triton_for(where) if backend == "triton" else BACKENDS["sdpa" if backend == "auto" else backend]
     if random_weights:
         shape = MODELS[model].shape if model in MODELS else model
         if shape not in PRESETS:
@@ -84,7 +84,13 @@ def load(
         loader.check_size(config, tensors, str(path))
     use = choose_precision(config, where, dtype)
     check_weights(model, config, where, use)
-    ops = ops if backend == "triton" else replace(ops, linear=use.linear)
+
+    def check(names: Sequence[str]) -> dict[str, str]:
+        shape = config.num_attention_heads // config.num_key_value_heads, config.head_dim
+        return verdicts(where, use.decode, shape, names, settings().weights)
+
+    ops = choose(backend, where, use.decode, (*ALWAYS, *plan.kernels), check)
+    ops = ops if ops.has_kernels else replace(ops, linear=use.linear)
     calls = Calls() if watch else None
     ops = calls.watched(ops) if calls else ops
     main = loader.empty(config, ops, where, use.prefill)
@@ -93,13 +99,14 @@ def load(
     else:
         loader.fill(main, tensors, str(path), bar)
     decode = loader.copy(main, ops, use.decode) if use.decode != use.prefill else main
-    models = Models(main, decode, ops, make(runner, decode, compile_options))
+    models = Models(main, decode, ops, make(runner, decode, compile_options, ops.has_kernels))
     if settings().debug and models.runner.name == "eager":  # compiled steps cannot stop half way
         for each in {main, decode}:
             watch_finite(each)
     name = f"{model} (random weights)" if random_weights else model
     llm = LLM(name, models, vocabulary, plan, use.why, time.perf_counter() - t0, calls)
     llm.notes = notes
+    llm.check = check if ops.has_kernels and backend == "auto" else None
     llm.plan = llm.ready(plan)
     return llm
 
@@ -135,6 +142,7 @@ class LLM:
         self.config, self.why_dtype, self.load_s = models.decode.config, why_dtype, load_s
         self.device = models.context.device
         self.last: Session | None = None
+        self.check: Check | None = None  # of the kernels of other plans, where those of the first one passed
         self.notes: list[str] = []  # what the user should know of how the model was found and read
 
     @property
@@ -175,6 +183,8 @@ class LLM:
         """The plan with its map of shared layers: from the plan's file, from an earlier search, or from a search made
         and kept now.
         """
+        if self.check and (failed := [f"{name} {why}" for name, why in self.check(plan.kernels).items() if why]):
+            raise ValueError(f"{plan} cannot run here: kernel {failed[0]}; use --backend sdpa")
         if plan.ready:
             return plan
         want = plan.sharer

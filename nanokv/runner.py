@@ -190,14 +190,18 @@ class Graphed:
     """One CUDA graph of the whole step, captured at the second step after each change of the cache or its memory.
 
     The first step, which is run for real, is the warm-up: throw-away steps would cost an evicting policy real slots.
+    `if_possible`: a step that waits for the host is run by plain calls, instead of a ValueError.
     """
 
     name = "graph"
 
-    def __init__(self, model: Llama):
-        self.model, self.compile_s, self.known, self.graph = model, 0.0, None, None
+    def __init__(self, model: Llama, if_possible: bool = False):
+        self.model, self.if_possible = model, if_possible
+        self.compile_s, self.known, self.graph = 0.0, None, None
 
     def step(self, tokens: Tensor, pos: Tensor, cache: KVCache) -> Tensor:
+        if self.if_possible and cache.needs_host_sync:
+            return self.model(tokens, pos, cache)
         cache.freeze()
         if self.known is None or self.known[0]() is not cache or self.known[1] != cache.layout:
             self.known, self.graph = (weakref.ref(cache), cache.layout), None
@@ -215,8 +219,12 @@ class Graphed:
         return self.logits.clone()  # the next replay overwrites them
 
 
-def make(name: str, model: Llama, how: CompileOptions | None = None) -> Runner:
-    """auto: plain calls, which start at once. ValueError if the device or the compiler is missing."""
+def make(name: str, model: Llama, how: CompileOptions | None = None, captures: bool = False) -> Runner:
+    """auto: plain calls, which start at once; a CUDA graph where one is possible, if the backend `captures`. ValueError
+    if the device or the compiler is missing.
+    """
+    if name == "auto" and captures and how in (None, CompileOptions()) and model.embed_tokens.weight.is_cuda:
+        return Graphed(model, if_possible=True)
     name = "eager" if name == "auto" else name
     if how not in (None, CompileOptions()) and name != "compile":
         raise ValueError(f"compile options are for --runner compile, and the runner is {name}; give one of them")

@@ -20,8 +20,8 @@ from nanokv.llm import LLM
 def first_line(llm: LLM, plan: str) -> str:
     """What runs: the model, the plan, the device, the types, the backend and the runner."""
     types, backend = llm.dtypes, llm.models.ops.name
-    if llm.device.type != "cpu" and llm.models.ops.plain_decode:
-        backend += " (decode in plain torch)"
+    if why := llm.models.ops.why:
+        backend += f" ({why})"
     return (
         f"{llm.name} · {plan} · {llm.device} · prefill {types['prefill']}, decode {types['decode']} ({llm.why_dtype}) · "
         f"backend {backend} · runner {llm.models.runner.name}"

@@ -3,4 +3,4 @@
 from nanokv.backends.torch_cpu import SDPA
 from nanokv.backends.torch_ops import EAGER
 
-BACKENDS = {"eager": EAGER, "sdpa": SDPA}  # `triton_for` in triton.py makes the third; llm.py calls it
+BACKENDS = {"eager": EAGER, "sdpa": SDPA}  # `choose` in choose.py also knows triton, and what a GPU gets

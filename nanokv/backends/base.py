@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.reference import pack, unpack  # re-exported for stores: put codes into words and take them out
+from kernels.reference import pack, rotate, unpack  # re-exported for stores and for model/rope.py
 
-__all__ = ["Ops", "merge", "pack", "unpack"]
+__all__ = ["Ops", "merge", "pack", "rotate", "unpack"]
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,18 @@ class Ops:
     rebuild_keys: Callable[..., None]
     fetch_chunks: Callable[..., None]
     compact: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    take_slots: Callable[..., Tensor]
     append: Callable[..., None]
     quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
     dequantize: Callable[..., Tensor]
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    rms_norm: Callable[[Tensor, Tensor, float, torch.dtype], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, torch.dtype], tuple[Tensor, Tensor]]
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     device_gather: bool = False  # chunks are fetched and rebuilt on the device, without asking the host which ones
-    plain_decode: bool = True  # decode is plain torch, which on a GPU casts and copies K and V
+    has_kernels: bool = False  # its own: then a step on a GPU is one CUDA graph unless another runner is asked for
+    why: str = ""  # why this backend was chosen, where that is not plain
     decodes_fp8: Callable[[torch.dtype], bool] = lambda kind: False  # whether `decode` takes K and V of this 8-bit type
 
 

@@ -51,11 +51,13 @@ EAGER = Ops(
     rebuild_keys=reference.rebuild_keys,
     fetch_chunks=refetch_all_when_compiling(reference.fetch_chunks),
     compact=reference.compact,
+    take_slots=reference.take_slots,
     append=reference.append,
     quantize=reference.quantize,
     dequantize=reference.dequantize,
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
+    rotate=reference.rotate,
     swiglu=reference.swiglu,
     linear=linear,
 )

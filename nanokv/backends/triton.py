@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from kernels import reference
 from nanokv.backends.base import Ops
-from nanokv.backends.torch_cpu import SDPA, sdpa_decode, sdpa_decode_quant
+from nanokv.backends.torch_cpu import SDPA
+from nanokv.backends.torch_cuda import TORCH_CUDA
 from nanokv.backends.torch_ops import linear, refetch_all_when_compiling
 
 
-def triton() -> Ops:
-    """SDPA, with the kernels of `kernels/` for decode steps in 16 bits and for the attention scores of a prompt's
+def triton(device: torch.device) -> Ops:
+    """Torch, with the kernels of `kernels/` for decode steps in 16 bits and for the attention scores of a prompt's
     last queries.
 
     Torch computes everything else: several tokens at once, noise, fp32, and codes in groups or runs that fit no tile.
     """
     import kernels
 
+    torch_ops = TORCH_CUDA if device.type in ("cuda", "meta") else SDPA
+
     def decode(q, k, v, length, key_pos, query_pos, sliding_window, over_group=None, noise=None):
         if _can_compute(q) and q.shape[2] == 1 and noise is None:
             return kernels.decode(q, k, v, length, key_pos, query_pos, sliding_window, over_group)
         k, v = k.to(q.dtype), v.to(q.dtype)
-        return sdpa_decode(q, k, v, length, key_pos, query_pos, sliding_window, over_group, noise)
+        return torch_ops.decode(q, k, v, length, key_pos, query_pos, sliding_window, over_group, noise)
 
     def decodes_fp8(kind):  # e4m3 needs compute capability 8.9
-        old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
+        old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
         return kind == torch.float8_e5m2 or not old
 
     def decode_quant(q, k, v, visible, key_pos, query_pos, sliding_window, bits, exact=None):
         group, runs = k[0].shape[2] // k[1].shape[2], v[1].shape[3]
         fits = 4 % runs == 0 and 3 not in bits and group & -group >= 16 and q.shape[3] % 4 == 0 and q.shape[3] > 32
-        use = kernels.decode_quant if _can_compute(q) and q.shape[2] == 1 and fits else sdpa_decode_quant
+        use = kernels.decode_quant if _can_compute(q) and q.shape[2] == 1 and fits else torch_ops.decode_quant
         return use(q, k, v, visible, key_pos, query_pos, sliding_window, bits, exact)
 
     def decode_ragged(q, k, v, spans, first, length, key_pos, query_pos, sliding_window, over_group=None, noise=None):
         fits = _can_compute(q) and q.shape[2] == 1 and noise is None and any(n for _, n in spans)
-        use = kernels.decode_ragged if fits else SDPA.decode_ragged
+        use = kernels.decode_ragged if fits else torch_ops.decode_ragged
         return use(q, k, v, spans, first, length, key_pos, query_pos, sliding_window, over_group, noise)
 
     def landmark_scores(q, landmarks, visible):
@@ -71,8 +76,11 @@ def triton() -> Ops:
         fits = (
             _can_compute(q) and over_queries == "sum" and over_group != "each" and noise is None and q.shape[2] <= 128
         )
-        use = kernels.attention_scores if fits else reference.attention_scores
+        use = kernels.attention_scores if fits else torch_ops.attention_scores
         return use(q, k, start, sliding_window, over_group, over_queries, noise)
+
+    def rotate(x, cos, sin):
+        return (kernels.rotate if x.stride(3) == 1 and _can_copy(x) else reference.rotate)(x, cos, sin)
 
     def row(x, weight, bias):
         return (kernels.linear if x.numel() == x.shape[-1] else linear)(x, weight, bias)
@@ -80,10 +88,11 @@ def triton() -> Ops:
     rows = {
         "rms_norm": kernels.rms_norm,
         "add_rms_norm": kernels.add_rms_norm,
+        "rotate": rotate,
         "swiglu": kernels.swiglu,
         "linear": row,
     }
-    moves = {"compact": compact, "append": append, "quantize": quantize}
+    moves = {"take_slots": kernels.take_slots, "compact": compact, "append": append, "quantize": quantize}
     chunks = {"landmark_scores": landmark_scores, "rebuild_keys": rebuild_keys, "fetch_chunks": fetch_chunks}
     attention = {
         "decode": decode,
@@ -92,19 +101,28 @@ def triton() -> Ops:
         "attention_scores": attention_scores,
         "decodes_fp8": decodes_fp8,
     }
-    return replace(SDPA, name="triton", device_gather=True, plain_decode=False, **attention, **moves, **chunks, **rows)
+    return replace(
+        torch_ops, name="triton", device_gather=True, has_kernels=True, **attention, **moves, **chunks, **rows
+    )
+
+
+def kernel_modules() -> list[ModuleType]:
+    """The modules of the kernels, for those who count their launches."""
+    import kernels
+
+    return [sys.modules[getattr(kernels, name).__module__] for name in kernels.__all__]
 
 
 def _can_compute(q: Tensor) -> bool:
     """Whether the kernels compute with this dtype: 16 bits on a GPU; in the interpreter all but bf16, which it
     computes wrongly.
     """
-    return q.itemsize == 2 if q.device.type == "cuda" else q.dtype != torch.bfloat16
+    return q.itemsize == 2 if q.device.type != "cpu" else q.dtype != torch.bfloat16
 
 
 def _can_copy(x: Tensor) -> bool:
     """Whether the kernels copy this dtype: all on a GPU; the interpreter has no bf16."""
-    return x.device.type == "cuda" or x.dtype != torch.bfloat16
+    return x.device.type != "cpu" or x.dtype != torch.bfloat16
 
 
 def triton_for(device: torch.device) -> Ops:
@@ -116,4 +134,4 @@ def triton_for(device: torch.device) -> Ops:
         raise ValueError(
             f"backend triton makes code for CUDA devices and the device is {device.type}; use --backend sdpa"
         )
-    return triton()
+    return triton(device)

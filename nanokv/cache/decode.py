@@ -147,11 +147,16 @@ class KVCache:
         if not self.stores[i].refill(rows, ahead):
             self._pack(i, rows, ahead)
 
+    @property
+    def needs_host_sync(self) -> bool:
+        """Whether a step waits for the host, so that it cannot be compiled or captured."""
+        return any(store.needs_host_sync for store in self.stores.values())
+
     def freeze(self) -> None:
         """From now on every step has the same shapes, as a compiled or captured step needs. ValueError if a step
         waits for the host.
         """
-        if any(store.needs_host_sync for store in self.stores.values()):
+        if self.needs_host_sync:
             raise ValueError(
                 f"a step over {self.plan} waits for the host and cannot be compiled or captured; use --runner eager, or for "
                 "shadow and quest --backend triton"

@@ -86,6 +86,11 @@ class Plan:
             fixed += math.ceil(queries * dtype.itemsize * n / len(owners))
         return token_bytes, fixed
 
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The kernels that this plan runs beside those of every step."""
+        return (*self.store.kernels, *(("attention_scores",) if self.policy.scores.last_queries != 0 else ()))
+
     def device_bytes(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> float:
         """An upper bound, once fitted, of one layer's bytes on the device for one row after a prompt of n tokens."""
         kept, ahead = self.policy.max_kept(n), self.slots_ahead(room)

@@ -1,8 +1,7 @@
 """The one page to read: what the model sees of a cache, and what a store must do.
 
 A plan is keep × store × share: which tokens stay (`Policy`), how they lie in memory and are read (`StoreSpec`,
-`Store`), and which layers own storage (a map in `plan.py`). Prefill hands decode one plain value, `Kept`.
-Shapes: see the legend in `model/llama.py`.
+`Store`), which layers own storage (a map in `plan.py`). Prefill hands decode a `Kept`. Shapes: `model/llama.py`.
 """
 
 from __future__ import annotations
@@ -95,6 +94,7 @@ class StoreSpec(ABC):
     has_low_precision_tier = False  # it has a place for `Kept.demoted`
     implies = ()  # stores that a plan may name beside this one without effect: it holds tokens in the same way
     state_type = None  # the StoreState with which its rows are saved
+    kernels = ()  # those that it runs beside the kernels of every step
 
     def at(self, layer: int, n_layers: int) -> StoreSpec:
         """The options of one of n layers; the default is the same for all."""

@@ -6,7 +6,7 @@ It knows no method and holds no key and no value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -192,6 +192,16 @@ class Slots:
         """Slots (B,Hkv,T) → int64 (B·Hkv·T,): their indices in the flat list of all rows' and heads' slots."""
         return (slot + self.first_index).flatten()
 
+    def take(self, pos: Tensor, take_slots: Callable[..., Tensor]) -> Tensor:
+        """Give the new tokens at pos (B,1) their slots by the default rule, and note that they lie there → flat
+        indices (B·Hkv,). `take_slots` is the backend's.
+        """
+        index = take_slots(self.cursor, self.limit, self.sink, self.first_index, pos, self.flat_pos)
+        if self.flat_attention is not None:
+            self.flat_attention.index_fill_(0, index, 0.0)
+        self._count_on_host(1)
+        return index
+
     def record(self, index: Tensor, pos: Tensor) -> None:
         """Note that the slots `index` (as `flat_index` gives them) now hold the tokens at pos (B,T)."""
         B, T = pos.shape
@@ -199,14 +209,16 @@ class Slots:
         self.flat_pos.index_copy_(0, index, when.flatten().to(torch.int32))
         if self.flat_attention is not None:
             self.flat_attention.index_fill_(0, index, 0.0)
-        self._count(T)
+        self.cursor += T
+        self._count_on_host(T)
 
     def record_at(self, slot: int, pos: Tensor) -> None:
         """`record` for one token that takes the same slot in every head."""
         self.pos[:, :, slot] = pos
         if self.flat_attention is not None:
             self.attention[:, :, slot] = 0
-        self._count(1)
+        self.cursor += 1
+        self._count_on_host(1)
 
     def record_masked(self, slot: Tensor, pos: Tensor, valid: Tensor) -> None:
         """Note that the slots (B,Hkv,T) hold the tokens at pos (B,Hkv,T). valid (B,Hkv,T) bool: which of them are tokens; in
@@ -217,8 +229,7 @@ class Slots:
         if not self.frozen:
             self.max_used = min(self.max_used + pos.shape[2], self.largest_head)
 
-    def _count(self, n: int) -> None:
-        self.cursor += n
+    def _count_on_host(self, n: int) -> None:
         if self.frozen:
             return
         if self.uniform:  # only `ring_on_host` reads this number, and only while all heads are uniform

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nanokv.backends.base import Ops
 from nanokv.cache.protocol import Cache, Layer
 from nanokv.model.config import ModelConfig
-from nanokv.model.rope import angles, rotate
+from nanokv.model.rope import angles
 
 
 class Llama(nn.Module):
@@ -49,7 +49,7 @@ class Llama(nn.Module):
         angle = angles(self.inv_freq, pos)
         for block, layer in zip(self.layers, cache.layers, strict=True):
             x = block(x, pos, angle, layer) if run is None else run(block, x, pos, angle, layer)
-        return self.norm(x)
+        return self.norm(x, self.lm_head.weight.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…,C) → (…,vocab)."""
@@ -68,9 +68,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(torch.ones(config.hidden_size), config, ops)
         self.mlp = MLP(config, ops)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the matrix products, to which the norms round what they give them."""
+        return self.mlp.down_proj.weight.dtype
+
     def forward(self, x: Tensor, pos: Tensor, angle: tuple[Tensor, Tensor], layer: Layer) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), pos, angle, layer)
-        x, h = self.post_attention_layernorm.add_and_norm(x, attended)
+        attended = self.self_attn(self.input_layernorm(x, self.dtype), pos, angle, layer)
+        x, h = self.post_attention_layernorm.add_and_norm(x, attended, self.dtype)
         return x + self.mlp(h)
 
 
@@ -84,7 +89,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (
             (RMSNorm(torch.ones(self.dim), config, ops) for _ in range(2)) if config.qk_norm else (None, None)
         )
-        self.linear = ops.linear
+        self.linear, self.rotate = ops.linear, ops.rotate
 
     def forward(self, x: Tensor, pos: Tensor, angle: tuple[Tensor, Tensor], layer: Layer) -> Tensor:
         B, T, _ = x.shape
@@ -94,13 +99,13 @@ class Attention(nn.Module):
             qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)
             if self.q_norm is not None:
                 q, k = qk.split((self.heads, self.kv_heads), 2)
-                qk = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
-            q, k = rotate(qk, angle).split((self.heads, self.kv_heads), 2)
+                qk = torch.cat((self.q_norm(q, q.dtype), self.k_norm(k, k.dtype)), 2)
+            q, k = self.rotate(qk, *angle).split((self.heads, self.kv_heads), 2)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:  # another layer has the keys and values: only the query part of the weight is used
             n = self.heads * self.dim
             q = self.linear(x, weight[:n], None if bias is None else bias[:n]).view(B, T, -1, self.dim)
-            q = rotate(q if self.q_norm is None else self.q_norm(q), angle)
+            q = self.rotate(q if self.q_norm is None else self.q_norm(q, q.dtype), *angle)
             k = v = None
         out = layer.attend(q.transpose(1, 2), k, v, pos)
         return self.linear(out.transpose(1, 2).reshape(B, T, -1), self.o_proj.weight, self.o_proj.bias)
@@ -125,9 +130,10 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
         self.rms_norm, self.add_rms_norm = ops.rms_norm, ops.add_rms_norm
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The norm of x, rounded to `dtype`."""
+        return self.rms_norm(x, self.weight, self.eps, dtype)
 
-    def add_and_norm(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """x + delta, and the norm of that sum."""
-        return self.add_rms_norm(x, delta, self.weight, self.eps)
+    def add_and_norm(self, x: Tensor, delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """x + delta, and the norm of that sum, rounded to `dtype`."""
+        return self.add_rms_norm(x, delta, self.weight, self.eps, dtype)

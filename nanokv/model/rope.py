@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from nanokv.backends.base import rotate as reference_rotate
 from nanokv.model.config import ModelConfig
 
 
@@ -39,10 +40,7 @@ def angles(inv: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, angle: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate x (B,T,·,D) by `angles(inv, pos)`; the result has x's dtype. Rotating by −pos undoes it, up to rounding."""
-    cos, sin = angle
-    wide = x.float()
-    swapped = wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)
+    return reference_rotate(x, *angle)
 
 
 def unrotated(q: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:

@@ -149,8 +149,11 @@ class SlotStore:
         return True
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        s = self.slots
-        if not s.uniform or self.exact_per_head is not None or self.policy.eviction == "score" or k.shape[2] > 1:
+        s, follows_rule = self.slots, self.policy.eviction != "score" and k.shape[2] == 1
+        if follows_rule and not s.uniform and not self.pinned:
+            self._write_at(s.take(pos, self.ctx.ops.take_slots), k, v)
+            return
+        if not follows_rule or not s.uniform or self.exact_per_head is not None:
             self.scatter(self.policy.next_slots(s, pos), k, v, pos)
             return
         slot = s.ring_on_host()  # the host knows the slot: plain copies, no index arithmetic
@@ -168,10 +171,15 @@ class SlotStore:
     def _encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return (*self.codecs[0].encode(k), *self.codecs[1].encode(v))
 
-    def _write(self, slot: Tensor, k: Tensor, v: Tensor) -> None:
-        index, codes_k, codes_v = self.slots.flat_index(slot), self.codecs[0].encode(k), self.codecs[1].encode(v)
+    def _write_at(self, index: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write tokens (B,Hkv,T,D) into the slots of these flat indices (B·Hkv·T,) → their codes."""
+        codes_k, codes_v = self.codecs[0].encode(k), self.codecs[1].encode(v)
         for *planes, x, y in zip(*self.planes, codes_k, codes_v, strict=True):
             self.ctx.ops.append(x, y, index, *planes)
+        return codes_k, codes_v
+
+    def _write(self, slot: Tensor, k: Tensor, v: Tensor) -> None:
+        codes_k, codes_v = self._write_at(self.slots.flat_index(slot), k, v)
         if self.pinned:
             first = torch.arange(slot.shape[:2].numel(), device=slot.device).view(*slot.shape[:2], 1)
             index = slot.clamp(max=self.n_pinned) + first * (self.n_pinned + 1)
@@ -230,7 +238,9 @@ class SlotStore:
         """Attend to the slots a … b−1; either all of them are pinned or none is."""
         wanted = self.policy.decode_scores if q.shape[2] == 1 else None
         s, (codec_k, codec_v) = self.slots, self.codecs
-        length = None if s.uniform else (s.length - a).clamp(0, b - a)
+        length = None if s.uniform else s.length
+        if length is not None and (a, b) != (0, s.max_used):
+            length = (length - a).clamp(0, b - a)
         is_pinned = b <= self.n_pinned
         if is_pinned:
             k, v = (x[:, :, a:b] for x in self.pinned)

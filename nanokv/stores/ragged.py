@@ -26,6 +26,7 @@ class Ragged(Dense):
     """
 
     pads_heads = False
+    kernels = ("decode_ragged",)
 
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> RaggedStore:
         return RaggedStore(rows, policy, room, ctx)
@@ -54,10 +55,13 @@ class RaggedStore(SlotStore):
             self.k[a : a + n], self.v[a : a + n] = r.k[0, h, :n], r.v[0, h, :n]
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        s = self.slots
-        row = s.flat_index(self.policy.next_slots(s, pos))
-        self.ctx.ops.append(k, v, row, self.k, self.v)
-        s.record(row, pos)
+        s, ops = self.slots, self.ctx.ops
+        if self.policy.eviction != "score" and k.shape[2] == 1:
+            ops.append(k, v, s.take(pos, ops.take_slots), self.k, self.v)
+        else:
+            row = s.flat_index(self.policy.next_slots(s, pos))
+            ops.append(k, v, row, self.k, self.v)
+            s.record(row, pos)
         if not s.frozen:
             new = k.shape[2]
             self.lengths = [min(n + new, limit) for n, (_, limit) in zip(self.lengths, self.spans, strict=True)]

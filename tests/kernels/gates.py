@@ -28,10 +28,13 @@ NAMES = (
     "gemv",
     "kv_write",
     "norm",
+    "rope",
     "scores",
     "shadowkv",
 )  # in kernels, `decode` is the function
-decode, decode_quant, gemv, kv_write, norm, scores, shadowkv = (import_module(f"kernels.{name}") for name in NAMES)
+decode, decode_quant, gemv, kv_write, norm, rope, scores, shadowkv = (
+    import_module(f"kernels.{name}") for name in NAMES
+)
 
 TYPES = {
     torch.float16: "fp16",
@@ -145,11 +148,20 @@ def kernels(kind: torch.dtype, fp8: bool) -> dict[str, tuple[JITFunction, Record
     add("compact", kv_write, "_compact", lambda: kv_write.compact(k, k, key_pos, index))
     slot = index[0, :, 0].clone()
     add("append", kv_write, "_append", lambda: kv_write.append(k[:, :, :1], k[:, :, :1], slot, k, k))
+    heads, first = torch.zeros(B, HKV, dtype=torch.int32), torch.zeros(B, HKV, 1, dtype=torch.int64)
+    add(
+        "take slots",
+        kv_write,
+        "_take_slots",
+        lambda: kv_write.take_slots(*[heads] * 3, first, query_pos, key_pos.view(-1)),
+    )
+    cos, heads_of_token = torch.randn(B, 1, 1, D), torch.randn(B, 1, HKV * G, D).to(kind)
+    add("rotate", rope, "_rotate", lambda: rope.rotate(heads_of_token, cos, cos))
     add("quantize k", kv_write, "_quantize", lambda: kv_write.quantize(k, 4, 128, 1))
     add("quantize v", kv_write, "_quantize", lambda: kv_write.quantize(k, 4, 1, 64))
     x, ones = torch.randn(1, 4096), torch.ones(4096)
-    add("norm", norm, "_rms_norm", lambda: norm.rms_norm(x, ones, 1e-5))
-    add("add_norm", norm, "_rms_norm", lambda: norm.add_rms_norm(x, x, ones, 1e-5))
+    add("norm", norm, "_rms_norm", lambda: norm.rms_norm(x, ones, 1e-5, kind))
+    add("add_norm", norm, "_rms_norm", lambda: norm.add_rms_norm(x, x, ones, 1e-5, kind))
     add("swiglu", norm, "_swiglu", lambda: norm.swiglu(torch.randn(1, 8192).to(kind)))
     add("linear", gemv, "_linear", lambda: gemv.linear(x, torch.randn(1024, 4096).to(kind), None))
     return found

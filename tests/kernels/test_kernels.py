@@ -17,6 +17,7 @@ from tiny import text
 import kernels
 from kernels import reference
 from nanokv import load, parse
+from nanokv.model.rope import angles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = {torch.float32: 2e-5, torch.float16: 4e-3}
@@ -355,8 +356,12 @@ ROWS = list(itertools.product([torch.float32, torch.float16], [(1, 1, 96), (3, 5
 @pytest.mark.parametrize(("dtype", "shape"), ROWS)
 def test_norms_and_swiglu(dtype, shape):
     x, weight = normal(*shape, dtype=dtype), normal(shape[-1], seed=1)
-    same([kernels.rms_norm(x, weight, 1e-5)], [reference.rms_norm(x, weight, 1e-5)], dtype)
-    same(kernels.add_rms_norm(x, x.flip(-1), weight, 1e-5), reference.add_rms_norm(x, x.flip(-1), weight, 1e-5), dtype)
+    for out in (dtype, torch.float16):
+        ask = weight, 1e-5, out
+        same([kernels.rms_norm(x, *ask)], [reference.rms_norm(x, *ask)], out)
+        both = zip(kernels.add_rms_norm(x, x.flip(-1), *ask), reference.add_rms_norm(x, x.flip(-1), *ask), strict=True)
+        for (found, right), kind in zip(both, (dtype, out), strict=True):
+            same([found], [right], kind)
     same([kernels.swiglu(x)], [reference.swiglu(x)], dtype)
 
 
@@ -368,12 +373,55 @@ def test_linear(rows, width, bias, dtype):
     same([kernels.linear(x, weight, more)], [reference.linear(x, weight, more)], dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("T", "heads", "dim"), [(1, 5, 64), (7, 3, 96), (2, 9, 16)])
+def test_rotate(T, heads, dim, dtype):
+    """x is a part of a wider projection."""
+    x, pos = normal(B, T, heads + 2, dim, dtype=dtype)[:, :, :heads], torch.arange(B * T, device=DEVICE).view(B, T) * 37
+    angle = angles(1.0 / 10000 ** (torch.arange(0, dim, 2, device=DEVICE) / dim), pos)
+    same([kernels.rotate(x, *angle)], [reference.rotate(x, *angle)], dtype)
+    with pytest.raises(AssertionError):
+        same([kernels.rotate(x, *angle)], [reference.rotate(x, angle[0], -angle[1])], dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 200])
+def test_take_slots(rows):
+    """Heads that grow, that fill up, and that wrap, against the rule as a loop."""
+    generator = torch.Generator().manual_seed(rows)
+
+    def draw(high: int) -> torch.Tensor:
+        return torch.randint(0, high, (rows, 2), generator=generator, dtype=torch.int32)
+
+    sink = draw(4)
+    limit, cursor = sink + 1 + draw(9), draw(40)
+    first = (torch.arange(rows * 2) * 16).view(rows, 2, 1)
+    pos = cursor[:, :1].long() + 5
+    state = [x.to(DEVICE) for x in (cursor, limit, sink, first, pos)]
+    found, right = (
+        [*(x.clone() for x in state), torch.full((rows * 32,), -1, dtype=torch.int32).to(DEVICE)] for _ in "ab"
+    )
+    index = kernels.take_slots(*found)
+    assert torch.equal(index, reference.take_slots(*right))
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+    for b in range(rows):
+        for h in range(2):
+            c, most, s = (int(x[b, h]) for x in (cursor, limit, sink))
+            while c >= most:
+                c -= most - s
+            i = (b * 2 + h) * 16 + c
+            assert index[b * 2 + h] == i and found[5][i] == pos[b, 0] and found[0][b, h] == cursor[b, h] + 1
+    assert (found[5] >= 0).sum() == rows * 2
+
+
 def test_norms_swiglu_and_linear_can_fail():
-    x, weight = normal(3, 576), normal(576, seed=1)
+    x, weight, kind = normal(3, 576), normal(576, seed=1), torch.float32
     wrong = [
-        (kernels.rms_norm(x, weight, 1e-2), reference.rms_norm(x, weight, 1e-5)),
-        (kernels.add_rms_norm(x, x, weight, 1e-5)[1], reference.rms_norm(x, weight, 1e-5) + 0.01),
-        (kernels.add_rms_norm(x, x.flip(-1), weight, 1e-5)[0], reference.add_rms_norm(x, x, weight, 1e-5)[0]),
+        (kernels.rms_norm(x, weight, 1e-2, kind), reference.rms_norm(x, weight, 1e-5, kind)),
+        (kernels.add_rms_norm(x, x, weight, 1e-5, kind)[1], reference.rms_norm(x, weight, 1e-5, kind) + 0.01),
+        (
+            kernels.add_rms_norm(x, x.flip(-1), weight, 1e-5, kind)[0],
+            reference.add_rms_norm(x, x, weight, 1e-5, kind)[0],
+        ),
         (kernels.swiglu(x), reference.swiglu(x.roll(288, 1))),
         (kernels.linear(x[:1], normal(70, 576), None), reference.linear(x[:1], normal(70, 576).roll(1, 0), None)),
     ]

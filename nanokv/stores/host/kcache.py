@@ -35,6 +35,7 @@ class KCache(Hosted):
     recent: int = 32
     norm: bool = True
     on_host = ("v",)
+    kernels = ("fetch_chunks",)
 
     def __post_init__(self):
         if self.sink < 0 or self.recent < 0 or self.n <= self.sink + self.recent:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,14 @@ class GroupSlots(Slots):
         # (B,Hkv) int32. Sinks must be pinned, because a ring of groups would evict them
         self.pinned = torch.cat([r.sink.clamp(min=pin) if r.state is None else r.state.pinned for r in rows])
         super().__init__(rows, room, sliding_window)
+        # (B,Hkv,1) int64: the flat index from which the cursor counts, and how many slots of groups lie before each head
+        self.window_first = torch.empty_like(self.first_index)
+        self.skipped = self.first_index // self.capacity * (self.capacity - self.n_exact)
+        self.note_flushed()
+
+    def note_flushed(self) -> None:
+        """Follow a change of `n_flushed`."""
+        self.window_first.copy_(self.first_index - self.n_flushed[..., None] * self.group)
 
     def _slots_per_head(self) -> int:
         """Divide the slots, set the numbers that describe the division, and return the slots per head."""
@@ -70,17 +78,29 @@ class GroupSlots(Slots):
         nth = self.cursor[..., None] + torch.arange(n, dtype=torch.int32, device=self.cursor.device)
         return nth - self.n_flushed[..., None] * self.group
 
+    def take(self, pos: Tensor, take_slots: Callable[..., Tensor]) -> Tensor:
+        self._evict(pos)
+        # the window is no ring, so no limit may bend the cursor
+        limit = torch.full_like(self.limit, torch.iinfo(torch.int32).max) if self.wraps else self.limit
+        index = take_slots(self.cursor, limit, self.sink, self.window_first, pos, self.flat_pos)
+        self._count_on_host(1)
+        return index
+
     def record(self, row: Tensor, pos: Tensor) -> None:
-        if self.wraps:  # each new token of a full ring evicts an old one
+        self._evict(pos)
+        super().record(row, pos)
+
+    def _evict(self, pos: Tensor) -> None:
+        """Mark what the new tokens at pos (B,T) evict: in a full ring each of them evicts an old one."""
+        if self.wraps:
             nth = self.cursor[..., None] + torch.arange(pos.shape[1], device=pos.device)
             full = nth >= self.limit[..., None]
             oldest = self.slot_of(nth - (self.limit - self.sink)[..., None])
             evicted = torch.where(full, oldest, self.ring(pos.shape[1]))
             self.flat_pos.index_fill_(0, self.flat_index(evicted), -1)
-        super().record(row, pos)
 
     def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), self.pinned, self.n_flushed, self.ring_groups]
+        return [*super().tensors(), self.pinned, self.n_flushed, self.ring_groups, self.window_first, self.skipped]
 
 
 @dataclass(frozen=True)
@@ -247,6 +267,7 @@ class GroupedStore:
             s.pos[b] = -1
             s.pos[b, :, :n] = state.pos[0, :, :n]
             s.pos[b, :, s.n_exact : s.n_exact + m] = state.pos[0, :, behind : behind + m]
+        s.note_flushed()
 
     def reserve(self, room: int) -> bool:
         return False
@@ -260,10 +281,14 @@ class GroupedStore:
             self.k[:, :, n : n + 1], self.v[:, :, n : n + 1] = k, v
             s.record_at(n, pos)
             return
-        slot = s.ring(k.shape[2])
-        head = torch.arange(s.cursor.numel(), device=slot.device).view_as(s.cursor)[..., None]
-        self.ctx.ops.append(k, v, (slot + head * s.n_exact).flatten(), self.k, self.v)
-        s.record(s.flat_index(slot), pos)
+        if k.shape[2] == 1:
+            index = s.take(pos, self.ctx.ops.take_slots)
+        else:
+            index = s.flat_index(s.ring(k.shape[2]))
+            s.record(index, pos)
+        # `self.k` and `self.v` have the exact slots only, so each head's begin earlier than in the list of all slots
+        index = index.view(*s.cursor.shape, -1) - s.skipped
+        self.ctx.ops.append(k, v, index.flatten(), self.k, self.v)
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         a, T = 0, k.shape[2]
@@ -313,6 +338,7 @@ class GroupedStore:
         for mine, x, empty in ((self.k, k, 0), (self.v, v, 0), (s.pos, pos, -1)):
             mine[slots] = torch.cat((x[:, group:], torch.full_like(x[:, :group], empty)), 1)
         s.n_flushed[b, h] += 1
+        s.note_flushed()
 
     def _update_reach(self) -> None:
         """Note how many tokens the fullest window holds, and how far any head reaches: in exact slots and in groups."""
@@ -325,32 +351,30 @@ class GroupedStore:
         n = s.n_exact if s.frozen else self.reach + (1 if q.shape[2] == 1 else 0)  # a single token is stored already
         groups = self.n_groups if s.frozen else self.used_groups
         m = 0 if q_sink is None else min(s.n_sink, n)
-        parts = [self._decode(q_sink, pos, *self._exact(0, m))] if m else []
-        exact = self._exact(m, n)
+        holds = None if s.uniform and not s.wraps else s.pos >= 0  # (B,Hkv,S): which slots hold a token; None: all do
+        parts = [self._decode(q_sink, pos, *self._exact(0, m, holds))] if m else []
+        exact = self._exact(m, n, holds)
         if groups:
             k, v = ([x[:, :, :groups].flatten(2, 3) for x in planes] for planes in self.groups)
             span = slice(s.n_exact, s.n_exact + groups * self.spec.group)
-            visible, key_pos, bits = self._visible(span), s.pos[:, :, span], (self.spec.k, self.spec.v)
+            visible, key_pos = None if holds is None else holds[:, :, span], s.pos[:, :, span]
+            bits = self.spec.k, self.spec.v
             beside = exact if m < n else None
             parts.append(self.ctx.ops.decode_quant(q, k, v, visible, key_pos, pos, s.sliding_window, bits, beside))
         elif m < n:
             parts.append(self._decode(q, pos, *exact))
         return *(merge(parts) if len(parts) > 1 else parts[0]), None
 
-    def _exact(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def _exact(self, a: int, b: int, holds: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """The exact slots a … b−1: keys, values, which of them hold a token, and positions."""
         span = slice(a, b)
-        return self.k[:, :, span], self.v[:, :, span], self._visible(span), self.slots.pos[:, :, span]
+        visible = None if holds is None else holds[:, :, span]
+        return self.k[:, :, span], self.v[:, :, span], visible, self.slots.pos[:, :, span]
 
     def _decode(
         self, q: Tensor, pos: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, key_pos: Tensor
     ) -> tuple[Tensor, Tensor]:
         return self.ctx.ops.decode(q, k, v, visible, key_pos, pos, self.slots.sliding_window)[:2]
-
-    def _visible(self, span: slice) -> Tensor | None:
-        """bool (B,Hkv,n): which of these slots hold a token; None: all do."""
-        s = self.slots
-        return None if s.uniform and not s.wraps else s.pos[:, :, span] >= 0
 
     def unpack(self) -> list[Kept]:
         s, dequantize = self.slots, self.ctx.ops.dequantize

@@ -41,6 +41,7 @@ class Int(StoreSpec):
     residual: int = 64
     pin: int = 0
     state_type = GroupState
+    kernels = ("decode_quant", "quantize")
 
     def __post_init__(self):
         if self.k not in (2, 4, 8) or self.v not in (2, 4, 8):
@@ -67,7 +68,7 @@ class Int(StoreSpec):
         exact = 2 * dim * dtype.itemsize + 4
         window = max(self.pin, sink) + self.residual + self.group
         fixed = window * exact + self.group * token  # a ring needs one group more than its tokens
-        return heads * token, int(heads * (fixed + SLOT_COUNTERS + 3 * 4))
+        return heads * token, int(heads * (fixed + SLOT_COUNTERS + 3 * 4 + 2 * 8))
 
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> GroupedStore:
         return GroupedStore(rows, policy, room, ctx, self)

@@ -42,6 +42,7 @@ class Shadow(Chunked):
     rank: int | None = None
     outliers: int = 48
     values: str = "host"
+    kernels = ("fetch_chunks", "landmark_scores", "quantize", "rebuild_keys")
     rank_dim: ClassVar = {"a": 2, "b": 1}
     chunk_dim: ClassVar = {"a": 0, "landmarks": 1, "v": 1, "words": 1, "scale": 1, "zero": 1, "chunk_ids": 1}
 
