@@ -38,7 +38,7 @@ fuzz: .venv/dev
 # on a machine with CUDA
 gpu:
 	python -m pytest tests/gpu -q --maxfail=30
-	python -m evals.gpu --json gpu.json --stages ceilings attention steps default
+	python -m evals.gpu --json gpu.json --stages ceilings check attention steps default plain peers
 
 lint: .venv/dev
 	$(PY) -m ruff check --fix .

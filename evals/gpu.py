@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from statistics import median
 import torch
 
 from evals import kernels as measure
+from nanokv.backends.check import ALWAYS, verdicts
 
 MODEL = "llama3-8b"
 SHORT_AND_LONG = [(MODEL, 1, 4096), (MODEL, 1, 32768)]
@@ -57,8 +59,27 @@ def shadow() -> Iterator[dict]:
 
 
 def default() -> Iterator[dict]:
+    """Decode steps as they run without a flag."""
+    yield from measure.steps(read_rate(), SHORT_AND_LONG, ("full",), backend="auto")
+
+
+def plain() -> Iterator[dict]:
     """Decode steps in plain torch, without kernels and without a CUDA graph."""
-    yield from measure.steps(read_rate(), SHORT_AND_LONG, ("full",), backend="sdpa")
+    yield from measure.steps(read_rate(), SHORT_AND_LONG, PLANS, backend="sdpa")
+
+
+def check() -> Iterator[dict]:
+    """What the check of the kernels says on this card, and how long it takes the first time."""
+    with tempfile.TemporaryDirectory() as folder:
+        t0 = time.perf_counter()
+        names = (*ALWAYS, "attention_scores", "decode_quant", "decode_ragged", "quantize")
+        found = verdicts(torch.device("cuda", 0), torch.bfloat16, (4, 128), names, Path(folder))
+        yield {"name": "check", "seconds": time.perf_counter() - t0, "verdicts": found}
+
+
+def tune() -> Iterator[dict]:
+    """How each kernel is launched fastest: lines for kernels/tuning.py."""
+    yield from measure.tune()
 
 
 def peers() -> Iterator[dict]:
@@ -120,7 +141,9 @@ def _transformers_step(model, cache, S: int, compiled: bool) -> float:
     return median(times)
 
 
-STAGES = {f.__name__: f for f in (ceilings, attention, steps, batches, default, peers, more, shadow)}
+STAGES = {
+    f.__name__: f for f in (ceilings, check, attention, steps, default, batches, plain, peers, more, shadow, tune)
+}
 MEASURED: dict = {}
 
 

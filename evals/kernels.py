@@ -7,8 +7,10 @@ run faster.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median, quantiles
 
 import torch
@@ -19,10 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanokv import load, parse
 from nanokv.backends.base import Ops
 from nanokv.backends.torch_ops import EAGER
-from nanokv.backends.triton import triton
+from nanokv.backends.triton import triton, tuning_table
 from nanokv.engine import Session
 from nanokv.runner import Eager, Graphed
-from nanokv.stores.host.base import Hosted
 
 D, CALLS, REPLAYS, L2 = 128, 20, 30, 60 << 20
 # (KV heads, query heads per KV head, rows, slots): MHA and GQA, some too small to fill the device
@@ -192,7 +193,7 @@ def steps(
     plans: Sequence[str] = PLANS,
     backend: str = "triton",
 ) -> Iterator[dict]:
-    """Time decode steps with random weights, in a CUDA graph if the backend is triton.
+    """Time decode steps with random weights, in a CUDA graph if the backend is triton, or auto and its kernels passed.
 
     `limit` is the bytes per second that the device reads. A case is (model, rows, tokens).
     """
@@ -205,9 +206,11 @@ def steps(
                 row = {"model": model, "batch": B, "slots": S, "plan": text, "backend": backend}
                 try:
                     plan = llm.ready(parse(text))
-                    uncaptured = isinstance(plan.store, Hosted) or backend != "triton"
-                    kind = Eager if uncaptured else Graphed
-                    session = Session(replace(llm.models, runner=kind(llm.models.decode)), plan, 170)
+                    runner = llm.models.runner  # without a flag
+                    if backend != "auto":
+                        runner = Eager(llm.models.decode)
+                        runner = Graphed(runner, if_possible=True) if backend == "triton" else runner
+                    session = Session(replace(llm.models, runner=runner), plan, 170)
                     prompts = [
                         torch.randint(0, 256, (S,), generator=torch.Generator().manual_seed(i)).tolist()
                         for i in range(B)
@@ -239,3 +242,33 @@ def steps(
                 }
         del llm
         torch.cuda.empty_cache()
+
+
+def random_gemv() -> tuple[Tensor, Tensor]:
+    """A row and a matrix of llama3-8b's width."""
+    return torch.randn(1, 4096, device="cuda"), torch.randn(4096, 4096, device="cuda").to(torch.bfloat16)
+
+
+def tune() -> Iterator[dict]:
+    """Time every candidate for the table of kernels/tuning.py and return the fastest of each kernel."""
+    table, here = tuning_table(torch.device("cuda"))
+    ours = triton(torch.device("cuda"))
+    sets = [_random_inputs(1, 8, 4, 16384, seed) for seed in range(4)]
+    calls = {
+        "decode": [_attention_call(ours, 16, *x)[0] for x in sets],
+        "decode_quant": [_attention_call(ours, 4, *x)[0] for x in sets],
+        "decode_quant of 8 bits": [_attention_call(ours, 8, *x)[0] for x in sets],
+        "linear": [partial(ours.linear, *random_gemv(), None) for _ in range(4)],
+    }
+    for name, of_name in calls.items():
+        old, timed = table[name, here], []
+        blocks, rows = ((512, 1024, 2048), (1, 2, 4, 8)) if name == "linear" else ((64, 128), (2, 3, 4, 6))
+        for how in itertools.product(blocks, (2, 4, 8), (2, 3, 4), rows):
+            table[name, here] = type(old)(*how)
+            try:
+                timed.append((median(graph_times([of_name[i % 4] for i in range(CALLS)])), how))
+            except Exception:  # too large for this card's shared memory or registers
+                continue
+        table[name, here] = old
+        seconds, best = min(timed)
+        yield {"kernel": name, "capability": here, "launch": best, "seconds": seconds, "tried": len(timed)}

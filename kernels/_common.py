@@ -30,15 +30,15 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def n_splits(n_heads: int, n_slots: int, device: torch.device, per_processor: int) -> int:
-    """Return in how many ranges each head's slots are read: enough programs to fill the device, but none for fewer
-    than 128 slots.
+def n_splits(n_heads: int, n_slots: int, device: torch.device, per_processor: int, tile: int) -> int:
+    """Return in how many ranges each head's slots are read: enough programs to fill the device, but none for less than
+    one tile. So a short cache, which is what compression leaves, still fills a large device.
 
     n_heads counts the KV heads of all rows of the batch. per_processor is how many programs a multiprocessor should
-    get.
+    get. tile is the number of slots that a program reads at a time.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, min(round(per_processor * processors / n_heads), MAX_SPLITS, triton.cdiv(n_slots, 128)))
+    return max(1, min(round(per_processor * processors / n_heads), MAX_SPLITS, triton.cdiv(n_slots, tile)))
 
 
 @triton.jit

@@ -29,11 +29,7 @@ from kernels._common import (
     softmax_scale,
     triton_dtype,
 )
-
-# Slots per tile, warps per program, programs per multiprocessor: the fastest on an H200 of 64 and 128 slots, 2, 4 and
-# 8 warps, 2 to 4 stages, 2 to 6 programs (16,384 tokens, 8 KV heads, G = 4, 1 and 8 rows: 23.3 and 124.7 us; 24.7 and
-# 126.2 with 4 warps, 3 programs). 8-bit keys and values need the registers of 4 warps
-BLOCK, WARPS, PER_PROCESSOR = 64, 2, 2
+from kernels.tuning import launch, query_rows
 
 
 @triton.jit
@@ -222,7 +218,8 @@ def _launch(
     """
     (B, H, T, D), (heads, S) = q.shape, shape
     assert T == 1 and noise is None and q.stride(3) == 1, (q.shape, q.stride(), noise)
-    G, splits = H // heads, n_splits(B * heads, S, q.device, PER_PROCESSOR)
+    how = launch("decode" if k.itemsize > 1 else "decode of 8 bits", q.device)
+    G, splits = H // heads, n_splits(B * heads, S, q.device, how.per_processor, how.block)
     block_d = triton.next_power_of_2(D)
     out_part, lse_part = (q.new_empty(B, H, splits, n, dtype=torch.float32) for n in (D, 1))
     out, lse = q.new_empty(B, H, T, D), q.new_empty(B, H, T, dtype=torch.float32)
@@ -263,13 +260,13 @@ def _launch(
         HAS_WINDOW=sliding_window is not None,
         WRITE_SCORES=over_group is not None,
         HEADS_PER_KV=G,
-        BLOCK_M=max(16, triton.next_power_of_2(G)),
+        BLOCK_M=query_rows(G, is_packed=False),
         HEAD_DIM=D,
         BLOCK_D=block_d,
-        BLOCK_N=BLOCK,
+        BLOCK_N=how.block,
         COMPUTE_DTYPE=triton_dtype(q.dtype),
-        num_warps=WARPS if k.itemsize > 1 else 4,
-        num_stages=3,
+        num_warps=how.warps,
+        num_stages=how.stages,
     )
     _merge_splits[(B * H,)](
         out_part_ptr=out_part,

@@ -33,12 +33,8 @@ from kernels._common import (
     softmax_scale,
     triton_dtype,
 )
+from kernels.tuning import launch, query_rows
 
-# Tokens per tile, or a group of K if that is smaller, and programs per multiprocessor. Of blocks 64 and 128, 2, 4 and
-# 8 warps, 2 to 4 stages, 4 and 16 rows of queries and 2 to 6 programs these were the fastest on an H200 (65,536
-# tokens, 8 KV heads, G 4: int4 36 us, 53 with 4 warps and 3 programs; int8 64 and 80), so were G rows instead of 16.
-# With a scale per run of V, 2 warps lack the registers: 4 then
-BLOCK, PER_PROCESSOR = 128, 4
 BLOCK_EXACT = 32  # exact tokens per tile
 
 
@@ -327,7 +323,10 @@ def decode_quant(
     assert T == 1 and D % 4 == 0 and 4 % runs == 0 and 3 not in bits, (q.shape, runs, bits)
     G, group, fast = H // heads, S // groups, q.device.type == "cuda" and q.itemsize == 2
     compute, ptx = unpack_ptx(bits, q.dtype, fast)
-    splits = n_splits(B * heads, S, q.device, PER_PROCESSOR) + (exact is not None)
+    kind = (" of 8 bits" if 8 in bits else "") + (" with runs" if runs > 1 and D > 64 else "")
+    how = launch(f"decode_quant{kind}", q.device)
+    block_n = min(how.block, group & -group)  # groups are whole tiles
+    splits = n_splits(B * heads, S, q.device, how.per_processor, block_n) + (exact is not None)
     block_d = triton.next_power_of_2(D)
     out_part, lse_part = (q.new_empty(B, H, splits, n, dtype=torch.float32) for n in (D, 1))
     out, lse = q.new_empty(B, H, T, D), q.new_empty(B, H, T, dtype=torch.float32)
@@ -390,16 +389,16 @@ def decode_quant(
         V_RUNS=runs,
         **ptx,
         HEADS_PER_KV=G,
-        BLOCK_M=triton.next_power_of_2(G),
+        BLOCK_M=query_rows(G, is_packed=True),
         HEAD_DIM=D,
         BLOCK_D=block_d,
         QUARTER_DIM=D // 4,
         BLOCK_W=triton.next_power_of_2(D // 4),
-        BLOCK_N=min(BLOCK, group & -group),
+        BLOCK_N=block_n,
         BLOCK_EXACT=BLOCK_EXACT,
         COMPUTE_DTYPE=triton_dtype(compute),
-        num_warps=4 if runs > 1 and D > 64 else 2,
-        num_stages=2 if 8 in bits else 3,
+        num_warps=how.warps,
+        num_stages=how.stages,
     )
     _merge_splits[(B * H,)](
         out_part_ptr=out_part,

@@ -4,8 +4,9 @@ matrix of weights.
     score_j = Σ_i softmax_j(q_i·k_j/√D), summed over w queries and joined over the query heads of a KV head
 
 This is the observation window of SnapKV (arXiv:2404.14469, §4). `_window_lse` finds the logsumexp of every query, and
-`_window_scores` sums the columns. Each launch loads every tile of K once per query head: 2·S·D elements per KV head
-if the L2 cache serves the heads after the first, 2·G·S·D if not. 4·S bytes are written.
+`_window_scores` sums the columns. A program takes the queries of several query heads of a KV head at a time, ROWS rows
+in all, so that a tile of K serves them all: for G·w ≤ ROWS each launch reads K once, S·D elements per KV head.
+4·S bytes are written.
 """
 
 from __future__ import annotations
@@ -27,37 +28,52 @@ from kernels._common import (
 )
 
 PER_PROCESSOR = 2
+ROWS = 128  # queries, of all heads together, that a program takes at a time
+BLOCK = 64  # keys per tile
 
 
 @triton.jit
-def _window_logits(
+def _load_queries(
     q_ptr,
-    k_ptr,
-    offs_n,
-    start,
-    n_keys,
+    kv_row,
+    first_head,
     n_queries,
     scale,
-    sliding_window,
-    HAS_WINDOW: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """Return base-2 logits (BLOCK_M, BLOCK_N) of one head's queries for the keys offs_n; −inf where a query does not
-    see a key.
+    """Return the scaled queries (HEADS·BLOCK_Q, BLOCK_D) of HEADS query heads from first_head on, the row of each
+    query among all queries of all heads, its number in the window, and which rows are queries.
     """
-    offs_m, offs_d = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_D)
-    mask_d = offs_d[None, :] < HEAD_DIM
-    q = tl.load(q_ptr + offs_m * HEAD_DIM + offs_d[None, :], mask=(offs_m < n_queries) & mask_d, other=0.0)
-    k = tl.load(
-        k_ptr + offs_n[:, None] * HEAD_DIM + offs_d[None, :], mask=(offs_n[:, None] < n_keys) & mask_d, other=0.0
-    )
-    q = _scale_queries(q, scale).to(COMPUTE_DTYPE)
-    logits = tl.dot(q, tl.trans(k.to(COMPUTE_DTYPE)), input_precision="ieee")
-    age = start + offs_m - offs_n[None, :]
-    visible = (age >= 0) & (offs_m < n_queries) & (offs_n[None, :] < n_keys)
+    offs_m, offs_d = tl.arange(0, HEADS * BLOCK_Q), tl.arange(0, BLOCK_D)[None, :]
+    head, query = first_head + offs_m // BLOCK_Q, offs_m % BLOCK_Q
+    mask_m = (query < n_queries) & (head < HEADS_PER_KV)
+    row = (kv_row * HEADS_PER_KV + head) * n_queries + query
+    mask = mask_m[:, None] & (offs_d < HEAD_DIM)
+    q = tl.load(q_ptr + row[:, None] * HEAD_DIM + offs_d, mask=mask, other=0.0)
+    return _scale_queries(q, scale).to(COMPUTE_DTYPE), row, query, mask_m
+
+
+@triton.jit
+def _load_keys(
+    k_ptr, offs_n, n_keys, stride_ks, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE_DTYPE: tl.constexpr
+):
+    """Return the keys offs_n as (BLOCK_N, BLOCK_D). k_ptr points at key 0 of one KV head."""
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (offs_n[:, None] < n_keys) & (offs_d < HEAD_DIM)
+    return tl.load(k_ptr + offs_n[:, None] * stride_ks + offs_d, mask=mask, other=0.0).to(COMPUTE_DTYPE)
+
+
+@triton.jit
+def _window_logits(q, k, query, mask_m, offs_n, start, n_keys, sliding_window, HAS_WINDOW: tl.constexpr):
+    """Return base-2 logits (rows, BLOCK_N), −inf where a query does not see a key."""
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+    age = start + query[:, None] - offs_n[None, :]
+    visible = (age >= 0) & mask_m[:, None] & (offs_n[None, :] < n_keys)
     if HAS_WINDOW:
         visible = visible & (age < sliding_window)
     return tl.where(visible, logits, float("-inf"))
@@ -68,38 +84,50 @@ def _window_lse(
     q_ptr,
     k_ptr,
     lse_part_ptr,
+    stride_kb,
+    stride_kh,
+    stride_ks,
     start,
     n_keys,
     n_queries,
+    n_kv_heads,
     scale,
     sliding_window,
     HAS_WINDOW: tl.constexpr,
     HEADS_PER_KV: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """Compute the base-2 logsumexp of one query head's queries over one range of keys. The grid is (splits, query
-    heads).
+    """Compute the base-2 logsumexp of the queries of HEADS query heads over one range of keys. The grid is (splits,
+    blocks of query heads, KV heads of all rows).
     """
-    row = tl.program_id(1).to(tl.int64)
-    splits, offs_m = tl.num_programs(0), tl.arange(0, BLOCK_M)
+    kv_row, splits = tl.program_id(2).to(tl.int64), tl.num_programs(0)
     start_n, end_n = _split_range(n_keys, splits, BLOCK_N)
-    m_i, l_i = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    q, row, query, mask_m = _load_queries(
+        q_ptr, kv_row, tl.program_id(1) * HEADS, n_queries, scale,
+        HEADS_PER_KV=HEADS_PER_KV, HEADS=HEADS, BLOCK_Q=BLOCK_Q, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D,
+        COMPUTE_DTYPE=COMPUTE_DTYPE,
+    )  # fmt: skip
+    k_ptr += kv_row // n_kv_heads * stride_kb + kv_row % n_kv_heads * stride_kh
+    m_i = tl.full([HEADS * BLOCK_Q], float("-inf"), tl.float32)
+    l_i = tl.zeros([HEADS * BLOCK_Q], tl.float32)
     for tile_n in range(start_n, end_n, BLOCK_N):
-        logits = _window_logits(
-            q_ptr + row * n_queries * HEAD_DIM, k_ptr + row // HEADS_PER_KV * n_keys * HEAD_DIM,
-            tile_n + tl.arange(0, BLOCK_N), start, n_keys, n_queries, scale, sliding_window,
-            HAS_WINDOW=HAS_WINDOW, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, COMPUTE_DTYPE=COMPUTE_DTYPE,
-        )  # fmt: skip
+        offs_n = tile_n + tl.arange(0, BLOCK_N)
+        k = _load_keys(
+            k_ptr, offs_n, n_keys, stride_ks, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, COMPUTE_DTYPE=COMPUTE_DTYPE
+        )
+        logits = _window_logits(q, k, query, mask_m, offs_n, start, n_keys, sliding_window, HAS_WINDOW=HAS_WINDOW)
         m_new = tl.maximum(m_i, tl.max(logits, 1))
         m_safe = _finite(m_new)
         l_i = l_i * tl.exp2(m_i - m_safe) + tl.sum(tl.exp2(logits - m_safe[:, None]), 1)
         m_i = m_new
     _, lse = _normaliser(m_i, l_i)
-    tl.store(lse_part_ptr + (row * splits + tl.program_id(0)) * n_queries + offs_m, lse, mask=offs_m < n_queries)
+    part = (row // n_queries * splits + tl.program_id(0)) * n_queries + query
+    tl.store(lse_part_ptr + part, lse, mask=mask_m)
 
 
 @triton.jit
@@ -108,37 +136,47 @@ def _window_scores(
     k_ptr,
     lse_ptr,
     scores_ptr,
+    stride_kb,
+    stride_kh,
+    stride_ks,
     start,
     n_keys,
     n_queries,
+    n_kv_heads,
     scale,
     sliding_window,
     HAS_WINDOW: tl.constexpr,
     HEADS_PER_KV: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     OVER_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
     """Compute the scores of BLOCK_N keys of one KV head from all queries of its query heads. The grid is (key blocks,
-    KV heads).
+    KV heads of all rows).
     """
-    head, offs_m = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_M)
+    kv_row = tl.program_id(1).to(tl.int64)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_ptr += kv_row // n_kv_heads * stride_kb + kv_row % n_kv_heads * stride_kh
+    k = _load_keys(k_ptr, offs_n, n_keys, stride_ks, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, COMPUTE_DTYPE=COMPUTE_DTYPE)
     score = tl.zeros([BLOCK_N], tl.float32)
-    for g in range(HEADS_PER_KV):
-        row = head * HEADS_PER_KV + g
-        logits = _window_logits(
-            q_ptr + row * n_queries * HEAD_DIM, k_ptr + head * n_keys * HEAD_DIM,
-            offs_n, start, n_keys, n_queries, scale, sliding_window,
-            HAS_WINDOW=HAS_WINDOW, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, COMPUTE_DTYPE=COMPUTE_DTYPE,
+    for first_head in range(0, HEADS_PER_KV, HEADS):
+        q, row, query, mask_m = _load_queries(
+            q_ptr, kv_row, first_head, n_queries, scale,
+            HEADS_PER_KV=HEADS_PER_KV, HEADS=HEADS, BLOCK_Q=BLOCK_Q, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D,
+            COMPUTE_DTYPE=COMPUTE_DTYPE,
         )  # fmt: skip
-        lse = tl.load(lse_ptr + row * n_queries + offs_m, mask=offs_m < n_queries, other=0.0)
-        p = tl.sum(tl.exp2(logits - lse[:, None]), 0)
-        score = tl.maximum(score, p) if OVER_GROUP == "max" else score + p / HEADS_PER_KV
-    tl.store(scores_ptr + head * n_keys + offs_n, score, mask=offs_n < n_keys)
+        logits = _window_logits(q, k, query, mask_m, offs_n, start, n_keys, sliding_window, HAS_WINDOW=HAS_WINDOW)
+        p = tl.exp2(logits - tl.load(lse_ptr + row, mask=mask_m, other=0.0)[:, None])
+        of_head = tl.sum(tl.reshape(p, [HEADS, BLOCK_Q, BLOCK_N]), 1)
+        if OVER_GROUP == "max":
+            score = tl.maximum(score, tl.max(of_head, 0))
+        else:
+            score += tl.sum(of_head, 0) / HEADS_PER_KV
+    tl.store(scores_ptr + kv_row * n_keys + offs_n, score, mask=offs_n < n_keys)
 
 
 def attention_scores(
@@ -155,32 +193,42 @@ def attention_scores(
     q (B,H,w,D) fp16, bf16 or fp32: the queries of tokens start … start+w−1; k (B,Hkv,S,D) in q's dtype: the keys of
     tokens 0 … S−1; sliding_window W: token i sees i−W+1 … i, None: 0 … i; over_group "mean" or "max": how the query
     heads of a KV head are joined. Returns (B,Hkv,S) fp32, summed over the w queries. Refuses (AssertionError)
-    over_queries other than "sum", noise, and more than 128 queries.
+    over_queries other than "sum", noise, more than 128 queries, and keys whose last dimension is not contiguous.
     """
     B, H, w, D = q.shape
     heads, S = k.shape[1], k.shape[2]
     assert over_queries == "sum" and noise is None and w <= 128, (over_queries, noise, w)
-    q, k, G = q.contiguous(), k.contiguous(), H // heads
-    splits = n_splits(B * H, S, q.device, PER_PROCESSOR)
+    assert k.stride(3) == 1, k.stride()
+    q, G, block_q = q.contiguous(), H // heads, triton.next_power_of_2(w)
+    at_once = max(1, min(triton.next_power_of_2(G), ROWS // block_q))  # query heads
+    if at_once * block_q < 16:  # a product has 16 rows at least
+        block_q = 16 // at_once
+    blocks = triton.cdiv(G, at_once)
+    splits = n_splits(B * heads * blocks, S, q.device, PER_PROCESSOR, BLOCK)
     common = {
+        "stride_kb": k.stride(0),
+        "stride_kh": k.stride(1),
+        "stride_ks": k.stride(2),
         "start": start,
         "n_keys": S,
         "n_queries": w,
+        "n_kv_heads": heads,
         "scale": softmax_scale(D),
         "sliding_window": sliding_window or 0,
         "HAS_WINDOW": sliding_window is not None,
         "HEADS_PER_KV": G,
+        "HEADS": at_once,
+        "BLOCK_Q": block_q,
         "HEAD_DIM": D,
         "BLOCK_D": triton.next_power_of_2(D),
-        "BLOCK_M": max(16, triton.next_power_of_2(w)),
-        "BLOCK_N": 64,
+        "BLOCK_N": BLOCK,
         "COMPUTE_DTYPE": triton_dtype(q.dtype),
     }
     lse_part = q.new_empty(B, H, splits, w, dtype=torch.float32)
-    _window_lse[splits, B * H](q_ptr=q, k_ptr=k, lse_part_ptr=lse_part, **common)
+    _window_lse[splits, blocks, B * heads](q_ptr=q, k_ptr=k, lse_part_ptr=lse_part, **common)
     lse = (lse_part * LN2.value).logsumexp(2) / LN2.value  # every query sees itself, so none is −inf
     scores = q.new_empty(B, heads, S, dtype=torch.float32)
-    _window_scores[triton.cdiv(S, 64), B * heads](
+    _window_scores[triton.cdiv(S, BLOCK), B * heads](
         q_ptr=q, k_ptr=k, lse_ptr=lse.contiguous(), scores_ptr=scores, OVER_GROUP=over_group, **common
     )
     return scores

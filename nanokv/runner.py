@@ -190,29 +190,36 @@ class Graphed:
     """One CUDA graph of the whole step, captured at the second step after each change of the cache or its memory.
 
     The first step, which is run for real, is the warm-up: throw-away steps would cost an evicting policy real slots.
-    `if_possible`: a step that waits for the host is run by plain calls, instead of a ValueError.
+    `inner` runs the step that is captured: by plain calls, or by compiled blocks, which are compiled in the first
+    step. `if_possible`: a step that waits for the host is run by `inner`, instead of a ValueError.
     """
 
-    name = "graph"
+    def __init__(self, inner: Runner, if_possible: bool = False):
+        self.inner, self.if_possible = inner, if_possible
+        self.capture_s, self.known, self.graph = 0.0, None, None
 
-    def __init__(self, model: Llama, if_possible: bool = False):
-        self.model, self.if_possible = model, if_possible
-        self.compile_s, self.known, self.graph = 0.0, None, None
+    @property
+    def name(self) -> str:
+        return "graph" if self.inner.name == "eager" else self.inner.name
+
+    @property
+    def compile_s(self) -> float:
+        return self.inner.compile_s + self.capture_s
 
     def step(self, tokens: Tensor, pos: Tensor, cache: KVCache) -> Tensor:
         if self.if_possible and cache.needs_host_sync:
-            return self.model(tokens, pos, cache)
+            return self.inner.step(tokens, pos, cache)
         cache.freeze()
         if self.known is None or self.known[0]() is not cache or self.known[1] != cache.layout:
             self.known, self.graph = (weakref.ref(cache), cache.layout), None
-            return self.model(tokens, pos, cache)
+            return self.inner.step(tokens, pos, cache)
         if self.graph is None:
             t0, graph = time.perf_counter(), torch.cuda.CUDAGraph()
             self.tokens, self.pos = tokens.clone(), pos.clone()
             with torch.cuda.graph(graph):  # captures; nothing runs, so no state needs restoring
-                self.logits = self.model(self.tokens, self.pos, cache)
+                self.logits = self.inner.step(self.tokens, self.pos, cache)
             self.graph = graph
-            self.compile_s += time.perf_counter() - t0
+            self.capture_s += time.perf_counter() - t0
         self.tokens.copy_(tokens)
         self.pos.copy_(pos)
         self.graph.replay()
@@ -220,19 +227,26 @@ class Graphed:
 
 
 def make(name: str, model: Llama, how: CompileOptions | None = None, captures: bool = False) -> Runner:
-    """auto: plain calls, which start at once; a CUDA graph where one is possible, if the backend `captures`. ValueError
-    if the device or the compiler is missing.
+    """auto: plain calls, which start at once; a CUDA graph where one is possible, if the backend `captures`. compile: on
+    a CUDA device the compiled blocks are captured in one graph. ValueError if the device or the compiler is missing.
     """
-    if name == "auto" and captures and how in (None, CompileOptions()) and model.embed_tokens.weight.is_cuda:
-        return Graphed(model, if_possible=True)
+    on_cuda = model.embed_tokens.weight.device.type == "cuda"
+    if name == "auto" and captures and how in (None, CompileOptions()) and on_cuda:
+        return Graphed(Eager(model), if_possible=True)
     name = "eager" if name == "auto" else name
     if how not in (None, CompileOptions()) and name != "compile":
         raise ValueError(f"compile options are for --runner compile, and the runner is {name}; give one of them")
-    if name == "graph" and model.embed_tokens.weight.device.type != "cuda":
+    if name == "graph" and not on_cuda:
         raise ValueError(
             "runner graph captures CUDA graphs and the device is no CUDA device; use --runner compile or eager"
         )
     makes_cpp = (how or CompileOptions()).backend == "inductor" and model.embed_tokens.weight.device.type == "cpu"
     if name == "compile" and makes_cpp and (reason := _no_cpp_compiling()):
         raise ValueError(f"runner compile {reason}; use --runner eager")
-    return Compiled(model, how) if name == "compile" else {"eager": Eager, "graph": Graphed}[name](model)
+    if name == "graph":
+        return Graphed(Eager(model))
+    if name == "eager":
+        return Eager(model)
+    # these modes capture graphs of their own, one per block
+    captures_itself = (how or CompileOptions()).mode in ("reduce-overhead", "max-autotune")
+    return Graphed(Compiled(model, how)) if on_cuda and not captures_itself else Compiled(model, how)

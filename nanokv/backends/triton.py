@@ -74,7 +74,12 @@ def triton(device: torch.device) -> Ops:
 
     def attention_scores(q, k, start, sliding_window, over_group, over_queries="sum", noise=None):
         fits = (
-            _can_compute(q) and over_queries == "sum" and over_group != "each" and noise is None and q.shape[2] <= 128
+            _can_compute(q)
+            and k.stride(3) == 1
+            and over_queries == "sum"
+            and over_group != "each"
+            and noise is None
+            and q.shape[2] <= 128
         )
         use = kernels.attention_scores if fits else torch_ops.attention_scores
         return use(q, k, start, sliding_window, over_group, over_queries, noise)
@@ -111,6 +116,16 @@ def kernel_modules() -> list[ModuleType]:
     import kernels
 
     return [sys.modules[getattr(kernels, name).__module__] for name in kernels.__all__]
+
+
+def tuning_table(device: torch.device) -> tuple[dict, int]:
+    """The table of how kernels are launched, with entries for this device, and its compute capability."""
+    from kernels import tuning
+
+    here = tuning.capability_of(device)
+    for name in {name for name, _ in tuning.TABLE}:
+        tuning.TABLE[name, here] = tuning.launch(name, device)
+    return tuning.TABLE, here
 
 
 def _can_compute(q: Tensor) -> bool:

@@ -116,7 +116,6 @@ class KVCache:
         self.since_rescore += written
         if self.plan.policy.rescore_every and self.since_rescore >= self.plan.policy.rescore_every:
             self.since_rescore = 0
-            self.layout += 1
             self._rescore(seen, tokens())
 
     def _rescore(self, seen: Sequence[int], tokens: Sequence[Tensor] | None) -> None:
@@ -144,8 +143,11 @@ class KVCache:
         ]
 
     def _refill(self, i: int, rows: list[Kept], ahead: int) -> None:
-        if not self.stores[i].refill(rows, ahead):
+        store = self.stores[i]
+        if not store.refill(rows, ahead):
             self._pack(i, rows, ahead)
+        elif store.refill_moves:
+            self.layout += 1
 
     @property
     def needs_host_sync(self) -> bool:

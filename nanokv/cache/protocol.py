@@ -41,6 +41,7 @@ class Store(Protocol):
     slots: Slots
     needs_host_sync: bool  # a step over this store waits for the host, so it cannot be compiled or captured
     lossless_prefix: int | None  # so many first tokens come back from unpack() bit for bit; None: all
+    refill_moves: bool  # a step that was captured before a `refill` cannot be replayed after it
     until_maintenance: int | None  # so many more tokens may come at once before `maintain`; None: any number
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
@@ -50,8 +51,7 @@ class Store(Protocol):
         """Store a piece of a turn after it attended: k, v (B,Hkv,T,D), pos (B,T), T > 1. May sync with the host."""
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Attention of q (B,H,T,D) over all stored tokens → out, natural logsumexp (B,H,T), and scores if the policy
-        wants them.
+        """Attention of q (B,H,T,D) over all stored tokens → out, natural logsumexp (B,H,T), scores if they are wanted.
 
         q_sink (B,H,T,D): the same queries rotated to positions in the cache; the sinks are read with these.
         """

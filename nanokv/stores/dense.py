@@ -87,7 +87,7 @@ class SlotStore:
     every write has a target.
     """
 
-    needs_host_sync = False
+    needs_host_sync = refill_moves = False
     until_maintenance = None
 
     def __init__(
@@ -149,12 +149,9 @@ class SlotStore:
         return True
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        s, follows_rule = self.slots, self.policy.eviction != "score" and k.shape[2] == 1
-        if follows_rule and not s.uniform and not self.pinned:
-            self._write_at(s.take(pos, self.ctx.ops.take_slots), k, v)
-            return
-        if not follows_rule or not s.uniform or self.exact_per_head is not None:
-            self.scatter(self.policy.next_slots(s, pos), k, v, pos)
+        s = self.slots
+        if not s.uniform or self.exact_per_head is not None or self.policy.eviction == "score" or k.shape[2] > 1:
+            self.append_by_index(k, v, pos)
             return
         slot = s.ring_on_host()  # the host knows the slot: plain copies, no index arithmetic
         for plane, code in zip((*self.planes[0], *self.planes[1]), self._encode(k, v), strict=True):
@@ -162,6 +159,17 @@ class SlotStore:
         for pinned, x in zip(self.pinned, (k, v), strict=False):
             pinned[:, :, min(slot, self.n_pinned)] = x[:, :, 0]
         s.record_at(slot, pos)
+
+    def append_by_index(self, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+        """`append` where the device computes the slots → their flat indices (B·Hkv·T,)."""
+        s = self.slots
+        if self.policy.eviction == "score" or k.shape[2] > 1 or self.pinned:
+            slot = self.policy.next_slots(s, pos)
+            self.scatter(slot, k, v, pos)
+            return s.flat_index(slot)
+        index = s.take(pos, self.ctx.ops.take_slots)
+        self._write_at(index, k, v)
+        return index
 
     def scatter(self, slot: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> None:
         """Write the tokens at pos (B,T) into the slots (B,Hkv,T)."""
@@ -171,7 +179,7 @@ class SlotStore:
     def _encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return (*self.codecs[0].encode(k), *self.codecs[1].encode(v))
 
-    def _write_at(self, index: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _write_at(self, index: Tensor, k: Tensor, v: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Write tokens (B,Hkv,T,D) into the slots of these flat indices (B·Hkv·T,) → their codes."""
         codes_k, codes_v = self.codecs[0].encode(k), self.codecs[1].encode(v)
         for *planes, x, y in zip(*self.planes, codes_k, codes_v, strict=True):

@@ -35,6 +35,8 @@ class Ragged(Dense):
 class RaggedStore(SlotStore):
     """K and V as (slots,D). What does not look at a single head is inherited from the dense store."""
 
+    refill_moves = True  # a step's launches know how long the longest head is
+
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context):
         self.slots, self.policy, self.ctx = Slots(rows, room, ctx.sliding_window, ragged=True), policy, ctx
         self.codecs, self.rounds, self.n_pinned = plain_codecs(ctx), False, 0
@@ -55,14 +57,8 @@ class RaggedStore(SlotStore):
             self.k[a : a + n], self.v[a : a + n] = r.k[0, h, :n], r.v[0, h, :n]
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        s, ops = self.slots, self.ctx.ops
-        if self.policy.eviction != "score" and k.shape[2] == 1:
-            ops.append(k, v, s.take(pos, ops.take_slots), self.k, self.v)
-        else:
-            row = s.flat_index(self.policy.next_slots(s, pos))
-            ops.append(k, v, row, self.k, self.v)
-            s.record(row, pos)
-        if not s.frozen:
+        self.append_by_index(k, v, pos)
+        if not self.slots.frozen:
             new = k.shape[2]
             self.lengths = [min(n + new, limit) for n, (_, limit) in zip(self.lengths, self.spans, strict=True)]
 

@@ -327,6 +327,26 @@ def test_a_saved_cache_goes_on_as_the_one_that_was_saved(plan, llm_of, tmp_path)
         torch.testing.assert_close(*(s.feed(torch.tensor([[3]])) for s in (session, later)), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("plan", "stays"),
+    [("snapkv:budget=20,window=4,kernel=3,every=4", True), ("adakv:budget=20,window=4,kernel=3,every=4", False)],
+)
+def test_a_captured_step_outlives_a_rescore_in_the_same_memory(plan, stays, llm_of):
+    """`layout` counts what makes a captured step stale; where it stays, every tensor of the cache is the same."""
+    llm = llm_of("g3")
+    session = llm.session(12, plan=parse(plan))
+    session.start([text(60, seed=1)])
+    session.cache.freeze()
+    before = session.cache.layout, [x.data_ptr() for store in session.cache.stores.values() for x in store.tensors()]
+    session.feed(torch.tensor([[3]]))
+    held = session.cache.stores[0].slots.cursor.clone()
+    for t in range(4):
+        session.feed(torch.tensor([[t]]))
+    assert (session.cache.stores[0].slots.cursor < held + 4).any()  # it was rescored
+    after = session.cache.layout, [x.data_ptr() for store in session.cache.stores.values() for x in store.tensors()]
+    assert (before == after) == stays
+
+
 def test_random_draws_anew_when_it_looks_again(llm_of):
     session = llm_of("g3").session(200, None, parse("random:budget=40,window=4,every=8"))
     session.start([text(60, seed=5)])

@@ -118,8 +118,14 @@ def kernels(kind: torch.dtype, fp8: bool) -> dict[str, tuple[JITFunction, Record
     add("ragged", decode, "_decode_split", lambda ask=ask: decode.decode_ragged(*ask))
     for name, other in (("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)):
         if fp8 or other == torch.float8_e5m2:
-            half, few = q.half(), k.half().to(other)
-            add(name, decode, "_decode_split", lambda h=half, f=few: decode.decode(h, f, f, length, *pos, None))
+            few = k.half().to(other)
+            for query, of in ((q.half(), ""), (q, "bf16 ")):
+                add(
+                    of + name,
+                    decode,
+                    "_decode_split",
+                    lambda h=query, f=few: decode.decode(h, f, f, length, *pos, None),
+                )
     exact = k[:, :, :128].contiguous(), k[:, :, :128].contiguous(), None, key_pos[:, :, :128]
     for bits, runs in ((4, 1), (4, 4), (2, 4), (8, 1)):
         codes_k, codes_v = reference.quantize(k, bits, 128, 1), reference.quantize(k, bits, 1, D // runs)

@@ -22,7 +22,7 @@ from nanokv.backends.check import ALWAYS, verdicts
 from nanokv.backends.choose import choose
 from nanokv.backends.torch_cpu import SDPA
 from nanokv.backends.triton import triton
-from nanokv.runner import Graphed, make
+from nanokv.runner import Eager, Graphed, make
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALF, SHAPE = torch.float16, (3, 64)
@@ -167,8 +167,8 @@ def replace_check(llm, function):
 def test_without_a_flag_a_graph_runs_where_one_is_possible(llm_of):
     model = llm_of("g3").models.decode
     assert make("auto", model, None, True).name == "eager"  # no CUDA device
-    runner, calls = Graphed(model, if_possible=True), []
-    runner.model = lambda *given: calls.append(given)
+    runner, calls = Graphed(Eager(model), if_possible=True), []
+    runner.inner.model = lambda *given: calls.append(given)
 
     class Waits:
         needs_host_sync = True

@@ -333,10 +333,12 @@ def test_decode_quant_can_fail(breakage):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("w", "over_group", "window"), [(1, "mean", None), (16, "max", None), (21, "mean", 40), (32, "max", 9)]
+    ("w", "over_group", "window"),
+    [(1, "mean", None), (16, "max", None), (21, "mean", 40), (32, "max", 9), (90, "max", 70)],
 )
 def test_attention_scores(w, over_group, window, dtype):
-    q, k = normal(B, H, w, D, dtype=dtype) * 3, normal(B, HKV, S, D, dtype=dtype, seed=1)
+    """The keys come as the projections leave them, with heads side by side."""
+    q, k = normal(B, H, w, D, dtype=dtype) * 3, normal(B, S, HKV, D, dtype=dtype, seed=1).transpose(1, 2)
     ask = q, k, S - w, window, over_group
     same([kernels.attention_scores(*ask)], [reference.attention_scores(*ask)], dtype)
 

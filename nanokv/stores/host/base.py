@@ -4,6 +4,7 @@ moved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,17 +37,30 @@ class HostStore(SlotStore):
         super().__init__(rows, policy, room, ctx, plain_codecs(ctx))
 
     @property
-    def needs_host_sync(self) -> bool:
+    def is_apart(self) -> bool:
+        """Whether the host's memory is not the device's."""
         return self.ctx.device.type != "cpu"
+
+    @property
+    def needs_host_sync(self) -> bool:
+        return self.is_apart and not self.ctx.ops.device_gather
 
     def _allocate(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
         return (self.ctx.empty_on_host if name in self.spec.on_host else self.ctx.empty)(*shape, dtype=dtype)
 
-    def _write(self, slot: Tensor, k: Tensor, v: Tensor) -> None:
-        row = self.slots.flat_index(slot)
+    def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
+        if self.is_apart:  # a copy that the host starts would wait for it
+            self.append_by_index(k, v, pos)
+        else:
+            super().append(k, v, pos)
+
+    def _write_at(self, index: Tensor, k: Tensor, v: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        if not self.needs_host_sync:  # on a GPU the kernels write to the host's memory
+            return super()._write_at(index, k, v)
         for (plane,), x in zip(self.planes, (k, v), strict=True):
             new = x.reshape(-1, x.shape[3]).to(plane.device)
-            plane.view(-1, x.shape[3]).index_copy_(0, row.to(plane.device), new)
+            plane.view(-1, x.shape[3]).index_copy_(0, index.to(plane.device), new)
+        return [k], [v]
 
     def unpack(self) -> list[Kept]:
         k, v = (plane.to(self.ctx.device).view(-1, plane.shape[3]) for (plane,) in self.planes)
