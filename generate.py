@@ -74,11 +74,16 @@ def parser() -> cli.Parser:
     a("--compare", metavar="PLAN", help="measure the difference from another plan, such as full, on what that writes")
     a("--quiet", action="store_true", help="print nothing but errors on stderr")
 
-    a = p.add_argument_group("speed", "as in --device cuda --backend triton --runner graph").add_argument
+    a = p.add_argument_group("speed", "as in --device cuda --runner compile").add_argument
     backends, runners = ("auto", "eager", "sdpa", "triton"), ("auto", "eager", "compile", "graph")
     a("--device", default="auto", metavar="D", help="auto | cpu | cuda | mps")
     a("--dtype", default="auto", metavar="T", help="auto | float32 | bfloat16 | float16, or PREFILL/DECODE types")
-    a("--backend", default="auto", choices=backends, help="eager: plain torch, the reference; triton: CUDA kernels")
+    a(
+        "--backend",
+        default="auto",
+        choices=backends,
+        help="sdpa: torch's kernels; triton: ours, for CUDA; eager: the reference",
+    )
     a("--runner", default="auto", choices=runners, help="decode steps by plain calls, torch.compile or a CUDA graph")
     a("--chunk", type=int, metavar="N", help="prefill N tokens at a time; the whole cache is held until the end")
     cli.add_compile_flags(a)

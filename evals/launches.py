@@ -219,6 +219,8 @@ def step(models: Models, plan: Plan, frozen: bool = True, tokens: int = 1) -> tu
     if frozen:
         cache.freeze()
     to_meta(cache, models.decode)
+    if cache.needs_host_sync:
+        raise ValueError(f"a step over {plan} waits for the host, or copies on a stream of its own")
     ids, pos = (torch.empty(1, tokens, dtype=torch.long, device="meta") for _ in range(2))
     with counting() as count:
 

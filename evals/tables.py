@@ -249,6 +249,40 @@ def fuzz() -> str:
     return markdown(["file", *OUTCOMES, "faults before"], rows)
 
 
+def launches() -> str:
+    """What one decode step asks of a GPU: kernel launches and new tensors, per layer."""
+    found, rows = _read("launches.json", "epyc"), {}
+    before = {(r["plan"], r["backend"]): r for r in found["before"]["launches"]}
+    for r in found["launches"]:
+        cells = rows.setdefault(r["plan"], [f"`{r['plan']}`"])
+        old = before[r["plan"], r["backend"]]
+        if "waits" in r:
+            cells += ["waits for the host", "–"]
+            continue
+        numbers = [[x.get("launches_per_layer"), x.get("allocated_per_layer", 0) / 1024] for x in (r, old)]
+        for now, then in zip(*numbers, strict=True):
+            cells.append(f"{now:,.0f} ({then:,.0f})" if then else f"{now:,.0f} (waited)")
+    head = ["plan", "kernels: launches a layer", "KiB allocated", "plain torch: launches a layer", "KiB allocated"]
+    return markdown(head, list(rows.values()))
+
+
+def machine_code() -> str:
+    """Of every kernel, as it is launched, for three architectures."""
+    found = _read("aot.json", "epyc")["architectures"]
+    rows = []
+    for name in found["90"]:
+        cells = []
+        for arch in ("80", "89", "90"):
+            m = found[arch].get(name)
+            if m is None:
+                cells.append("–")
+                continue
+            each = f", {m['per_token']:.1f}" if m["per_token"] and name.split()[-1].startswith("_decode") else ""
+            cells.append(f"{m['registers']}, {m['shared']:,}{each}")
+        rows.append([f"`{name}`", *cells])
+    return markdown(["kernel", "sm_80", "sm_89", "sm_90"], rows)
+
+
 FAULTS = ("silent", "hang", "blow-up", "crash", "traceback", "unsaid")
 OUTCOMES = ("refused", "equal", "different", *FAULTS)
 
@@ -306,6 +340,8 @@ TABLES: dict[str, Callable[[], str]] = {
         ranks,
         placed,
         fuzz,
+        launches,
+        machine_code,
         endless,
         prose,
     )

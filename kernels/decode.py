@@ -218,6 +218,8 @@ def _launch(
     """
     (B, H, T, D), (heads, S) = q.shape, shape
     assert T == 1 and noise is None and q.stride(3) == 1, (q.shape, q.stride(), noise)
+    # an 8-bit float becomes fp16 in one instruction, and bf16 in several: 33 for each cached token instead of 43 (sm_90)
+    compute = torch.float16 if k.itemsize == 1 and q.dtype == torch.bfloat16 else q.dtype
     how = launch("decode" if k.itemsize > 1 else "decode of 8 bits", q.device)
     G, splits = H // heads, n_splits(B * heads, S, q.device, how.per_processor, how.block)
     block_d = triton.next_power_of_2(D)
@@ -264,7 +266,7 @@ def _launch(
         HEAD_DIM=D,
         BLOCK_D=block_d,
         BLOCK_N=how.block,
-        COMPUTE_DTYPE=triton_dtype(q.dtype),
+        COMPUTE_DTYPE=triton_dtype(compute),
         num_warps=how.warps,
         num_stages=how.stages,
     )

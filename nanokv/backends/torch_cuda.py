@@ -119,7 +119,7 @@ def decode(
         visible = visible.repeat(1, 1, H // heads, 1) if visible.shape[2] > 1 else visible
     folded, k, v = q.reshape(B * heads, 1, -1, D), k.flatten(0, 1), v.flatten(0, 1)
     ranges = min(2 * n_processors(q.device) // (B * heads), S // MIN_RANGE) if T == 1 else 1
-    parts = []
+    outs, lses = [], []
     for a, b, n in equal_ranges(S, max(1, ranges)):
         some_k, some_v = (x[:, a:b].unflatten(1, (n, -1)) for x in (k, v))  # (B·Hkv,n,keys,D), both are views
         some_q, bias = folded.expand(-1, n, -1, -1), None
@@ -127,8 +127,12 @@ def decode(
             mask = visible[..., a:b]
             bias = bias_of(mask[:, 0, 0].unflatten(1, (n, -1))[:, :, None] if n > 1 else mask, some_q, some_k)
         out, lse = efficient(some_q, some_k, some_v, bias)
-        parts += [(out[:, i : i + 1], lse[:, i : i + 1]) for i in range(n)]
-    out, lse = merge(parts) if len(parts) > 1 else parts[0]
+        outs.append(out)
+        lses.append(lse)
+    out, lse = (x[0] if len(x) == 1 else torch.cat(x, 1) for x in (outs, lses))  # (B·Hkv,ranges,G·T,·)
+    if out.shape[1] > 1:  # as `merge`, over a dim: every lse is finite here
+        weight = lse.softmax(1)[..., None]
+        out, lse = (out.float() * weight).sum(1).to(q.dtype), lse.logsumexp(1)
     out, lse = out.reshape(B, H, T, D), lse.reshape(B, H, T)
     if visible is not None:
         blind = lse < HIDDEN / 2  # no key is visible

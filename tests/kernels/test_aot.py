@@ -20,6 +20,8 @@ PER_TOKEN = {  # warp-instructions per cached token and KV head, G = 4, D = 128,
     "ragged _decode_split": 21,
     "e4m3 _decode_split": 40,
     "e5m2 _decode_split": 40,
+    "bf16 e4m3 _decode_split": 40,
+    "bf16 e5m2 _decode_split": 40,
     "int4 runs 1 _decode_quant_split": 26,
     "int8 runs 1 _decode_quant_split": 50,
 }
@@ -38,7 +40,7 @@ DOTS = [
 # one of each kind, in `make test`
 FEW = [
     "decode _decode_split",
-    "e4m3 _decode_split",
+    "bf16 e4m3 _decode_split",
     "int4 runs 1 _decode_quant_split",
     "scores _window_lse",
     "linear _linear",

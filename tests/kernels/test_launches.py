@@ -62,6 +62,11 @@ def test_a_step_of_plain_torch_waits_for_nothing_and_copies_no_keys(plan, frozen
     assert found.in_blocks.total() <= (51 if frozen else 40) * CONFIG.num_hidden_layers, found.in_blocks
 
 
+def test_ranges_of_keys_cost_no_launches_each(monkeypatch):
+    monkeypatch.setattr("nanokv.backends.torch_cuda.MIN_RANGE", 16)  # 25 ranges, and what is left over
+    assert counted("full", TORCH_CUDA).in_blocks.total() <= 66 * CONFIG.num_hidden_layers
+
+
 def keys_of_a_layer() -> int:
     """Bytes of the keys that a layer holds of a whole prompt."""
     return launches.PROMPT * CONFIG.num_key_value_heads * CONFIG.head_dim * 2
