@@ -82,6 +82,8 @@ def load(
         path = locate(model, bar, notes.append)
         config, vocabulary, tensors = _source(path, notes)
         loader.check_size(config, tensors, str(path))
+        if vocabulary.template is not None:
+            vocabulary.renderer.start()  # beside the weights, which take longer
     use = choose_precision(config, where, dtype)
     check_weights(model, config, where, use)
 

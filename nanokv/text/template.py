@@ -25,8 +25,8 @@ WORKER = Path(__file__).with_name("template_worker.py")
 
 
 class Renderer:
-    """Renders templates in one process, which starts with the first one and ends with this object. After a fork the child
-    has a process of its own.
+    """Renders templates in one process, which starts with the first one, or earlier by `start`, and ends with this object.
+    After a fork the child has a process of its own.
     """
 
     def __init__(self, seconds: float = MAX_S):
@@ -56,14 +56,22 @@ class Renderer:
         why = answer.get("error", f"it takes more than {self.seconds:g} seconds or {MAX_MEMORY >> 20} MiB")
         raise ValueError(f"the model's chat template refuses this conversation: {clipped(why.splitlines()[0])}")
 
-    def _ask(self, request: Mapping[str, Any]) -> dict[str, str]:
-        """The answer, or {} if the process did not live to give one."""
+    def start(self) -> None:
+        """Start the process now, so that the first template need not wait for it."""
+        with self.lock:
+            self._run()
+
+    def _run(self) -> None:
         if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
             command = [sys.executable, str(WORKER), str(self.seconds), str(MAX_MEMORY)]
             pipe = subprocess.PIPE
             self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
             self.owner = os.getpid()
             weakref.finalize(self, _end, self.process, self.owner)
+
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, str]:
+        """The answer, or {} if the process did not live to give one."""
+        self._run()
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
