@@ -72,8 +72,8 @@ def installed(package: str) -> str | None:
 class Journal:
     """The finished parts of a long run, one JSON line each. The same command resumes from them.
 
-    The first line holds the settings. ValueError if a file has other settings: it is not overwritten. An incomplete
-    line is dropped.
+    The first line holds the settings. ValueError if a file has other settings: it is not overwritten. A line that is
+    incomplete, or no finished part, is dropped.
     """
 
     def __init__(self, file: Path, settings: dict[str, Any]):
@@ -84,7 +84,8 @@ class Journal:
                 f"{file} is from another run (other plans, code or machine); move it away, or resume that run"
             )
         for line in lines[1:]:
-            if (entry := _read(line)) is not None:
+            entry = _read(line)
+            if isinstance(entry, dict) and isinstance(entry.get("key"), str) and "value" in entry:
                 self.done[entry["key"]] = entry["value"]
         entries = [{"key": k, "value": v} for k, v in self.done.items()]
         file.write_text("".join(json.dumps(x) + "\n" for x in [settings, *entries]), encoding="utf-8")

@@ -361,6 +361,16 @@ def test_a_full_run_goes_on_where_it_was_broken_off(roomy, tmp_path, capsys, mon
     }
 
 
+def test_a_line_of_the_journal_that_is_no_finished_part_is_dropped(tmp_path):
+    file, settings = tmp_path / "q.part", {"model": "m"}
+    lines = [settings, {"key": "a", "value": 1}, 7, [], {"key": "b"}, {"key": [1], "value": 2}, None]
+    file.write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"key": "c", "val')
+    journal = record.Journal(file, settings)
+    assert journal.done == {"a": 1} and file.read_text().count("\n") == 2
+    journal.keep("d", 2)
+    assert record.Journal(file, settings).done == {"a": 1, "d": 2}
+
+
 # ---- the command line ----------------------------------------------------------------------------------------------
 
 
