@@ -17,7 +17,7 @@ from nanokv.backends.torch_cpu import MASKED_BLOCK, SDPA
 
 HIDDEN = -3e4  # added to a logit that must not count: exp of it is 0 in every type, and all of them are no NaN
 MIN_RANGE = 512  # keys of a range, at least
-QUANT_BLOCK = 4096  # quantised tokens that are unpacked at a time
+UNPACK_BLOCK = 4096  # quantised tokens that are unpacked at a time
 
 
 @cache
@@ -190,7 +190,7 @@ def decode_quant(
     if exact is not None:
         exact_k, exact_v, exact_visible, exact_pos = exact
         parts.append(decode(q, exact_k, exact_v, exact_visible, exact_pos, query_pos, sliding_window)[:2])
-    block = max(group, QUANT_BLOCK // group * group)
+    block = max(group, UNPACK_BLOCK // group * group)
     for a in range(0, k[0].shape[2], block):
         tokens, groups = slice(a, a + block), slice(a // group, (a + block) // group)
         some_k = reference.dequantize(k[0][:, :, tokens], *(x[:, :, groups] for x in k[1:]), bits[0]).to(q.dtype)
@@ -208,4 +208,5 @@ TORCH_CUDA = replace(
     decode_quant=decode_quant,
     decode_ragged=reference.each_head(decode),
     attention_scores=attention_scores,
+    unpack_block=UNPACK_BLOCK,
 )

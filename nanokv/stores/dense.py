@@ -218,23 +218,27 @@ class SlotStore:
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         wanted = self.policy.decode_scores if q.shape[2] == 1 else None
         parts = self.read_parts(q, pos, q_sink)
-        if not self.n_pinned and q_sink is None:
+        if len(parts) == 1 and not self.n_pinned:
             return parts[0]
         return join(parts, wanted.over_group if wanted else None, self.slots.cursor.shape[1])
 
     def read_parts(
         self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None, each_head: bool = False
     ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """`read`, in up to three parts: the sinks where `q_sink` is given, the pinned tokens, the others.
+        """`read`, in parts: the sinks where `q_sink` is given, the pinned tokens, the others in blocks of the backend's
+        `unpack_block`.
 
-        If tokens are pinned, or with `each_head`, the scores are those of each query head: (B,H,S).
+        If there are several parts, if tokens are pinned, or with `each_head`, the scores are those of each query head:
+        (B,H,S).
         """
         n = self.slots.max_used
         sinks = 0 if q_sink is None else min(self.slots.n_sink, n)
         pinned = max(sinks, min(self.n_pinned, n))
-        spans = [(q_sink, 0, sinks), (q, sinks, pinned), (q, pinned, n)]
-        planes, each_head = self._planes_to_read(q), each_head or self.n_pinned > 0
-        return [self._read_span(planes, x, pos, a, b, each_head) for x, a, b in spans if a < b]
+        block = self.ctx.ops.unpack_block if self.codecs[0].unpacks else None
+        others = [(q, a, min(a + (block or n), n)) for a in range(pinned, n, max(1, block or n))]
+        spans = [(x, a, b) for x, a, b in [(q_sink, 0, sinks), (q, sinks, pinned), *others] if a < b]
+        planes, each_head = self._planes_to_read(q), each_head or len(spans) > 1 or self.n_pinned > 0
+        return [self._read_span(planes, x, pos, a, b, each_head) for x, a, b in spans]
 
     def _planes_to_read(self, q: Tensor) -> list[list[Tensor]]:
         """The planes of K and of V on the device: a store that keeps some on the host overrides this."""

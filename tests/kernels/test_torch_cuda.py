@@ -20,7 +20,7 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(torch_cuda, "n_processors", lambda device: 7)
     monkeypatch.setattr(torch_cuda, "MIN_RANGE", 8)
     monkeypatch.setattr(torch_cuda, "MASKED_BLOCK", 4)
-    monkeypatch.setattr(torch_cuda, "QUANT_BLOCK", 24)
+    monkeypatch.setattr(torch_cuda, "UNPACK_BLOCK", 24)
 
 
 def efficient(q, k, v, bias):

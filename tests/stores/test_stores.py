@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import STEPS, Shape, context, every, first, kept, of, pairs, storages
@@ -14,6 +16,7 @@ from nanokv.backends.torch_ops import EAGER
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept
 from nanokv.cache.plan import Plan
+from nanokv.engine import Session
 from nanokv.policies import EXAMPLES, POLICIES
 from nanokv.stores import EXAMPLES as STORE_EXAMPLES
 from nanokv.stores import STORES
@@ -566,6 +569,29 @@ def test_under_a_window_a_cache_saved_from_a_batch_fits_another_room(plan, llm_o
         for i, store in again.cache.stores.items():
             for a, b in zip(values(store), values(session.cache.stores[i]), strict=True):
                 assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(
+    "plan", ["full+rot4", "full+fp8:pin=3", "h2o:budget=40+turbo", "mikv:budget=20", "full+int4:group=8"]
+)
+def test_codes_that_are_unpacked_block_by_block_give_the_same(plan, llm_of):
+    """As on a GPU, where all keys of a layer at once would take more memory than the cache."""
+    llm, prompt, more = llm_of("g3"), text(60, seed=5), text(6, seed=6)
+    found = []
+    for block in (None, 7):
+        models = replace(llm.models, ops=replace(llm.models.ops, unpack_block=block))
+        session = Session(models, parse(plan), 8)
+        logits = [session.start([prompt])] + [session.feed(torch.tensor([[t]])) for t in more]
+        if block:
+            codec = getattr(session.cache.stores[0], "codecs", [None])[0]
+            assert codec is None or not codec.unpacks or len(session.cache.stores[0].read_parts(*query(llm))) > 3
+        found.append(torch.cat([*logits, session.feed(torch.tensor([more[:2]]))]))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+def query(llm) -> tuple[torch.Tensor, torch.Tensor]:
+    config = llm.config
+    return torch.randn(1, config.num_attention_heads, 1, config.head_dim), torch.tensor([[66]])
 
 
 def test_numbers_beyond_fp16_lose_precision_and_nothing_else():

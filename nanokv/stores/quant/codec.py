@@ -24,6 +24,7 @@ class Codec:
     """
 
     rounds = False
+    unpacks = False  # `decode` makes new tensors
     scale: Tensor | None = None  # (B,Hkv,1,1), of a codec that measures each head once
 
     def __init__(self, dim: int, dtype: torch.dtype):

@@ -78,7 +78,7 @@ class Fp8Codec(Codec):
     rounds = True
 
     def __init__(self, scale: Tensor, kind: torch.dtype, numbers: Tensor, dim: int, fused: bool):
-        self.scale, self.kind, self.numbers, self.fused = scale, kind, numbers, fused
+        self.scale, self.kind, self.numbers, self.fused, self.unpacks = scale, kind, numbers, fused, not fused
         self.planes = [(dim, torch.uint8)]
 
     def of_row(self, b: int) -> Fp8Codec:

@@ -61,7 +61,7 @@ class Rot4(PerToken):
 
 
 class Rot4Codec(Codec):
-    rounds = True
+    rounds = unpacks = True
 
     def __init__(self, dim: int, block: int, h: Tensor):
         self.block, self.h, self.planes = block, h, [(dim // 4, torch.int16), (dim // block, torch.float16)]

@@ -64,7 +64,7 @@ class Turbo(PerToken):
 
 
 class TurboCodec(Codec):
-    rounds = True
+    rounds = unpacks = True
 
     def __init__(self, bits: int, ctx: Context):
         dim, constant = ctx.config.head_dim, ctx.shared_constant
