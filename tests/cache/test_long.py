@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import STEPS, run
+from helpers import STEPS, every, run
 from tiny import text
 
 from evals import long
@@ -28,7 +28,7 @@ BOUNDED = {
 }
 
 
-@pytest.mark.parametrize("plan", BOUNDED)
+@pytest.mark.parametrize("plan", every(2, BOUNDED))
 def test_a_budget_holds_over_400_tokens_in_memory_that_does_not_grow(plan, llm_of):
     """Far past the model's context of 512. Sums over heads and layers where these compete."""
     llm = llm_of("g3")

@@ -92,7 +92,7 @@ PROMPTS = (
     "Explain in simple words why the sky is blue.",
 )
 CASES = [(prompt, chat) for chat in (False, True) for prompt in PROMPTS]
-FEW = [(PROMPTS[0], False), (PROMPTS[4], True)]
+FEW = [(PROMPTS[4], True)]
 
 
 @pytest.mark.slow
