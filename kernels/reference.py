@@ -171,6 +171,7 @@ def attention_scores(
 
     q (B,H,w,D): the queries of tokens start … start+w−1; k (B,Hkv,S,D): the keys of tokens 0 … S−1; over_group "mean"
     or "max": how the G query heads of a KV head are joined. over_queries: "sum": attention summed over queries;
+    "rising": the same, with weights that rise evenly from 1 for the first query to 1.2 for the last;
     "count_low": how many queries gave less than 1/(number of keys they see); "last_hit": one more than the token of
     the last query that gave at least that, 0 if none did. noise (seed, tau, h): Gumbel noise is added to the logits,
     and the sum divided by tau. The noise depends on the seed, the query head counted from h, and the tokens of query
@@ -193,7 +194,9 @@ def attention_scores_by(
 ) -> Tensor:
     """`attention_scores` with another form of the product than `_logits`."""
     B, H, Hkv, S = q.shape[0], q.shape[1], k.shape[1], k.shape[2]
-    scores = q.new_zeros(B, H if over_queries == "sum" else Hkv, S, dtype=torch.float32)
+    sums = over_queries in ("sum", "rising")
+    scores = q.new_zeros(B, H if sums else Hkv, S, dtype=torch.float32)
+    rise = torch.linspace(1, 1.2, q.shape[2], device=q.device)[:, None]  # (w,1)
     for rows, keys, visible in blocks(q.shape[2], start, sliding_window, q.device):
         logits = logits_of(q[:, :, rows], k[:, :, keys])
         logits = logits.masked_fill(~visible, -torch.inf)  # (B,Hkv,G,t,s)
@@ -202,7 +205,8 @@ def attention_scores_by(
             weight = logits.softmax(-1)
         else:
             weight = _noisy(logits, noise, token, torch.arange(keys.start, keys.stop, device=q.device))
-        if over_queries == "sum":
+        if sums:
+            weight = weight * rise[rows] if over_queries == "rising" else weight
             scores[:, :, keys] += weight.sum(3).flatten(1, 2)
             continue
         weight = _join_group(weight, over_group)  # (B,Hkv,t,s)
@@ -212,7 +216,7 @@ def attention_scores_by(
         else:
             hit = torch.where((weight >= uniform) & visible, token + 1.0, 0.0).amax(2)
             scores[:, :, keys] = scores[:, :, keys].maximum(hit)
-    return _join_group(scores.unflatten(1, (Hkv, -1)), over_group) if over_queries == "sum" else scores
+    return _join_group(scores.unflatten(1, (Hkv, -1)), over_group) if sums else scores
 
 
 def _noisy(logits: Tensor, noise: tuple[int, float, int], i: Tensor, j: Tensor) -> Tensor:

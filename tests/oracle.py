@@ -157,6 +157,30 @@ def lagkv(k: Tensor, v: Tensor, sink: int, lag: int) -> list[float]:
     return score
 
 
+def pyramidinfer(q: Tensor, k: Tensor, recent: int, sink: int, context: int, ratio: float) -> list[list[int]]:
+    """q (L,H,T,D), k (L,Hkv,T,D): which tokens each layer keeps."""
+    (L, H, T, D), group, held = q.shape, q.shape[1] // k.shape[1], [list(range(q.shape[2]))]
+    for layer in range(L - 1):
+        earlier = [j for j in held[-1] if j < T - recent]
+        share = ratio + (1 - ratio) * (math.cos(math.pi * layer / L) + 1) / 2
+        passed = int(share * len(earlier))
+        if passed > context:
+            score = dict.fromkeys(earlier, 0.0)
+            for h in range(H):
+                for row, i in enumerate(range(T - recent, T)):
+                    logits = [
+                        float(q[layer, h, i].double() @ k[layer, h // group, j].double()) / D**0.5 for j in range(i + 1)
+                    ]
+                    total = sum(math.exp(x - max(logits)) for x in logits)
+                    for j in earlier:
+                        p = math.exp(logits[j] - max(logits)) / total
+                        score[j] += p * (1 + 0.2 * row / (recent - 1) if recent > 1 else 1)
+            ranked = sorted(earlier, key=lambda j: (j >= sink, -score[j] if j >= sink else 0, j))
+            earlier = sorted(ranked[:passed])
+        held.append(earlier + list(range(T - recent, T)))
+    return held
+
+
 def expected(
     raw: Tensor, k: Tensor, v: Tensor, inv: Tensor, sink: int, future: int, now: int | None = None
 ) -> list[float]:

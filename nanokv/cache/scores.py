@@ -16,6 +16,7 @@ class Scores:
     last_queries    how many of the prompt's last queries score the keys (the observation window). None: all; 0: none.
     over_group      how the scores of the G query heads of a KV head are reduced to one: mean or max.
     over_queries    how the scores of a head's queries are reduced to one. sum: the attention that a key received.
+                    rising: the same, but the last query counts 1.2 times as much as the first one.
                     count_low: how many queries gave the key less than an even share of their attention.
                     last_hit: 1 + the position of the last query that gave it at least an even share; 0 if none did.
     gumbel_seed     if given, the softmax is taken of (logits + Gumbel noise) / temperature.

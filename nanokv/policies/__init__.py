@@ -16,6 +16,7 @@ from nanokv.policies.keyformer import Keyformer
 from nanokv.policies.knorm import Knorm
 from nanokv.policies.lagkv import LagKV
 from nanokv.policies.mikv import MiKV
+from nanokv.policies.pyramidinfer import PyramidInfer
 from nanokv.policies.random import Random
 from nanokv.policies.scissorhands import Scissorhands
 from nanokv.policies.simlayer import SimLayerKV
@@ -33,6 +34,7 @@ POLICIES: dict[str, Policy] = {
     "adakv": SnapKV(heads="ada"),
     "chunkkv": SnapKV(select="chunk", kernel=1),
     "simlayer": SimLayerKV(),
+    "pyramidinfer": PyramidInfer(),
     "h2o": H2O(),
     "tova": TOVA(),
     "keyformer": Keyformer(),
@@ -84,6 +86,10 @@ EXAMPLES: dict[str, Examples] = {
             "simlayer:variant=decode,threshold=0,sink=2,recent=16",
         ],
         "simlayer:threshold=0,recent=200",
+    ),
+    "pyramidinfer": Examples(
+        ["pyramidinfer:ratio=0.4,recent=6,sink=2,context=4", "pyramidinfer:budget=95%,recent=10%,sink=1,context=0"],
+        "pyramidinfer:ratio=1",
     ),
     "h2o": Examples(["h2o:budget=20,recent=0.3", "h2o:budget=30%,layers=pyramid,heads=ada"], "h2o:budget=80"),
     "tova": Examples(["tova:budget=20"], "tova:budget=80"),

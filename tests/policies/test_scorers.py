@@ -191,6 +191,35 @@ def test_lagkv_keeps_the_highest_ranks_of_each_partition(T, budget, sink, lag):
             assert positions(cache.kept[i], h) == sorted(best)
 
 
+@pytest.mark.parametrize("chunk", [None, 13])
+@pytest.mark.parametrize(
+    ("T", "recent", "sink", "context", "ratio"),
+    [(60, 7, 2, 4, 0.4), (60, 12, 0, 0, 0.0), (60, 6, 30, 20, 0.5), (9, 12, 2, 0, 0.3)],
+)
+def test_pyramidinfer_passes_on_what_the_window_attends_to(T, recent, sink, context, ratio, chunk):
+    config = shape(layers=5)
+    kept, q, k = compress(
+        f"pyramidinfer:ratio={ratio},recent={recent},sink={sink},context={context}", config, T, 3, chunk
+    )
+    right = oracle.pyramidinfer(q, k, min(recent, T), sink, context, ratio)
+    for layer, held in enumerate(right):
+        for h in range(2):
+            assert positions(kept[layer], h) == held, (layer, h)
+        assert layer == 0 or set(held) <= set(right[layer - 1])
+
+
+@pytest.mark.parametrize("budget", ["72%", "90%", 50, 60])
+def test_pyramidinfers_ratio_follows_from_a_budget(budget):
+    config = shape(layers=6)
+    kept, _, _ = compress(f"pyramidinfer:budget={budget},recent=5,sink=1,context=0", config, 60)
+    mean = sum(len(positions(kept[i], 0)) for i in kept) / 6
+    most = 0.6 * int(budget[:-1]) if isinstance(budget, str) else budget
+    assert most - 1 < mean <= most
+    assert positions(kept[0], 0) == list(range(60))
+    with pytest.raises(ValueError, match="keep 47 of 60 tokens at least"):
+        compress("pyramidinfer:budget=20,recent=20,context=0", config, 60)
+
+
 def test_keydiff_drops_a_copy_of_the_mean_key_first():
     config = shape(layers=1)
     plan = parse("keydiff:budget=59").fit(config, torch.float32, 60, 8)
