@@ -246,29 +246,32 @@ def steps(
 
 def random_gemv() -> tuple[Tensor, Tensor]:
     """A row and a matrix of llama3-8b's width."""
-    return torch.randn(1, 4096, device="cuda"), torch.randn(4096, 4096, device="cuda").to(torch.bfloat16)
+    return tuple(torch.randn(n, 4096, device="cuda").to(torch.bfloat16) for n in (1, 4096))
 
 
 def tune() -> Iterator[dict]:
-    """Time every candidate for the table of kernels/tuning.py and return the fastest of each kernel."""
+    """Time every candidate for the table of kernels/tuning.py and return the fastest of each kernel. One that computes
+    something else than the present entry is left out.
+    """
     table, here = tuning_table(torch.device("cuda"))
     ours = triton(torch.device("cuda"))
-    sets = [_random_inputs(1, 8, 4, 16384, seed) for seed in range(4)]
+    sets = [_random_inputs(1, 8, 4, 16384, seed) for seed in range(8)]  # far more than the L2 holds
     calls = {
         "decode": [_attention_call(ours, 16, *x)[0] for x in sets],
         "decode_quant": [_attention_call(ours, 4, *x)[0] for x in sets],
         "decode_quant of 8 bits": [_attention_call(ours, 8, *x)[0] for x in sets],
-        "linear": [partial(ours.linear, *random_gemv(), None) for _ in range(4)],
+        "linear": [partial(ours.linear, *random_gemv(), None) for _ in range(8)],
     }
     for name, of_name in calls.items():
-        old, timed = table[name, here], []
+        old, timed, right = table[name, here], [], of_name[0]().float()
         blocks, rows = ((512, 1024, 2048), (1, 2, 4, 8)) if name == "linear" else ((64, 128), (2, 3, 4, 6))
         for how in itertools.product(blocks, (2, 4, 8), (2, 3, 4), rows):
             table[name, here] = type(old)(*how)
             try:
-                timed.append((median(graph_times([of_name[i % 4] for i in range(CALLS)])), how))
+                if torch.allclose(of_name[0]().float(), right, atol=2e-2, rtol=2e-2):
+                    timed.append((median(graph_times([of_name[i % 8] for i in range(CALLS)])), how))
             except Exception:  # too large for this card's shared memory or registers
                 continue
         table[name, here] = old
-        seconds, best = min(timed)
+        seconds, best = min(timed, default=(None, old))
         yield {"kernel": name, "capability": here, "launch": best, "seconds": seconds, "tried": len(timed)}

@@ -15,9 +15,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-MAX_SPLITS = (
-    63  # decode_quant adds one more for the exact tokens, and 64 is the widest tile that _merge_splits has to load
-)
+# decode_quant adds one more for the exact tokens, and 64 is the widest tile that _merge_splits has to load
+MAX_SPLITS = 63
 
 
 def softmax_scale(head_dim: int) -> float:

@@ -121,9 +121,10 @@ def take_slots(cursor: Tensor, limit: Tensor, sink: Tensor, first: Tensor, pos: 
 
     cursor, limit and sink (B,Hkv) int32; first (B,Hkv,1) int64; pos (B,1) int; slot_pos (slots,) int32. Increases
     cursor by one, writes pos into slot_pos, and returns flat indices (B·Hkv,) int64. Refuses (AssertionError) tensors
-    that are not contiguous.
+    but pos that are not contiguous.
     """
-    assert all(x.is_contiguous() for x in (cursor, limit, sink, first, pos, slot_pos))
+    assert all(x.is_contiguous() for x in (cursor, limit, sink, first, slot_pos))
+    pos = pos.contiguous()  # the last token of a turn is a column
     n, index = cursor.numel(), first.new_empty(cursor.numel())
     _take_slots[(triton.cdiv(n, 128),)](
         cursor_ptr=cursor,

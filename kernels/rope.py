@@ -53,7 +53,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     dimension is not contiguous, and angles that are not contiguous.
     """
     B, T, n, D = x.shape
-    assert D % 2 == 0 and x.stride(3) == 1 and cos.is_contiguous() and sin.is_contiguous(), (x.shape, x.stride())
+    assert D % 2 == 0 and x.stride(3) == 1 and cos.shape == sin.shape == (B, T, 1, D), (x.shape, x.stride(), cos.shape)
+    assert cos.is_contiguous() and sin.is_contiguous(), (cos.stride(), sin.stride())
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _rotate[B * T, triton.cdiv(n, HEADS)](
         x_ptr=x,

@@ -65,7 +65,7 @@ def _load_keys(
     """Return the keys offs_n as (BLOCK_N, BLOCK_D). k_ptr points at key 0 of one KV head."""
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     mask = (offs_n[:, None] < n_keys) & (offs_d < HEAD_DIM)
-    return tl.load(k_ptr + offs_n[:, None] * stride_ks + offs_d, mask=mask, other=0.0).to(COMPUTE_DTYPE)
+    return tl.load(k_ptr + offs_n[:, None].to(tl.int64) * stride_ks + offs_d, mask=mask, other=0.0).to(COMPUTE_DTYPE)
 
 
 @triton.jit

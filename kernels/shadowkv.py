@@ -249,10 +249,10 @@ def rebuild_keys(
 
 @triton.jit
 def _fetch_chunks(
+    out_ptr,  # the first one: Inductor compiles for its device, and the chunks may lie on the host
     chunks_ptr,
     chunk_ids_ptr,
     is_new_ptr,
-    out_ptr,
     n_chunks,
     n_slots,
     width,

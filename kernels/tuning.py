@@ -3,7 +3,8 @@ prints the fastest for this table.
 
 9.0 was measured on an H200 (16,384 and 65,536 tokens, 8 KV heads, G = 4): decode in 23.3 us, 24.7 with 4 warps and 3
 programs; decode_quant of int4 in 36 us, 53 with 4 warps and 3 programs; linear of 4,096 x 4,096 at 3.1 TB/s, 2.9 with
-8 rows of 512. No other card has been measured: each takes what the nearest older one in the table has.
+8 rows of 512. No other card has been measured: each takes what the nearest older one in the
+table has, and cards older than all of them the oldest one's.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import torch
 
 
 class Launch(NamedTuple):
-    block: int  # slots per tile; of linear: columns
+    """block: slots that a program reads at a time; of `linear`, columns of the matrix. per_processor: how many programs
+    each multiprocessor should get; of `linear`, how many rows of the matrix a program computes.
+    """
+
+    block: int
     warps: int
     stages: int
-    per_processor: int  # programs for each multiprocessor; of linear: rows per program
+    per_processor: int
 
 
 TABLE: dict[tuple[str, int], Launch] = {

@@ -25,11 +25,12 @@ def choose_device(name: str) -> torch.device:
     if name.partition(":")[0] not in ("auto", "cpu", "cuda", "mps"):
         raise ValueError(f"unknown device {name!r}; devices are auto, cpu, cuda, mps")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
         if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
             torch.cuda.set_device(device)  # Triton launches on the current device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {name!r} cannot be used here ({str(e).splitlines()[0]}); use --device cpu") from None

@@ -87,9 +87,13 @@ def load(
     use = choose_precision(config, where, dtype)
     check_weights(model, config, where, use)
 
+    checked: dict[str, str] = {}
+
     def check(names: Sequence[str]) -> dict[str, str]:
-        shape = config.num_attention_heads // config.num_key_value_heads, config.head_dim
-        return verdicts(where, use.decode, shape, names, settings().weights)
+        if missing := [name for name in names if name not in checked]:
+            shape = config.num_attention_heads // config.num_key_value_heads, config.head_dim
+            checked.update(verdicts(where, use.decode, shape, missing, settings().weights))
+        return {name: checked[name] for name in names}
 
     ops = choose(backend, where, use.decode, (*ALWAYS, *plan.kernels), check)
     ops = ops if ops.has_kernels else replace(ops, linear=use.linear)

@@ -212,11 +212,14 @@ class Graphed:
         cache.freeze()
         if self.known is None or self.known[0]() is not cache or self.known[1] != cache.layout:
             self.known, self.graph = (weakref.ref(cache), cache.layout), None
-            return self.inner.step(tokens, pos, cache)
+            self.tokens, self.pos = tokens.clone(), pos.clone()  # the captured step is given these, too
+            return self.inner.step(self.tokens, self.pos, cache)
         if self.graph is None:
             t0, graph = time.perf_counter(), torch.cuda.CUDAGraph()
-            self.tokens, self.pos = tokens.clone(), pos.clone()
-            with torch.cuda.graph(graph):  # captures; nothing runs, so no state needs restoring
+            self.tokens.copy_(tokens)
+            self.pos.copy_(pos)
+            # captures; nothing runs, so no state needs restoring
+            with torch.cuda.device(tokens.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(tokens.device)):
                 self.logits = self.inner.step(self.tokens, self.pos, cache)
             self.graph = graph
             self.capture_s += time.perf_counter() - t0

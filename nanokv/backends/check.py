@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent.parent
 ALWAYS = ("add_rms_norm", "append", "compact", "decode", "linear", "rms_norm", "rotate", "swiglu", "take_slots")
 LIMIT_S = 120.0  # the kernels are compiled for the first time
 FILE = ".kernels-checked.json"
+LASTING = "is off", "gives", "gave no answer"  # verdicts on the kernel itself begin so
+PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from kernels import selftest; selftest.main(*sys.argv[2:6], sys.argv[6:])"
 
 
 def verdicts(
@@ -32,12 +34,12 @@ def verdicts(
     names: Sequence[str],
     folder: Path,
     limit_s: float = LIMIT_S,
-    command: Sequence[str] = (sys.executable, "-m", "kernels.selftest"),
+    program: str = PROGRAM,
 ) -> dict[str, str]:
     """Kernel → why it cannot be used on this device, or nothing if it agreed with its twin.
 
-    shape: G and D. Kernels without a verdict in the folder's file are run now. A kernel at which the process ended or
-    did not end within limit_s is not usable; those behind it are tried next time.
+    shape: G and D. Kernels without a verdict in the folder's file are run now. What may have had another cause than the
+    kernel, such as too little memory, is not kept, so these kernels are tried again next time.
     """
     file, key = folder / FILE, _key(device, dtype, shape)
     known = _read(file)
@@ -45,11 +47,14 @@ def verdicts(
     missing = [name for name in names if name not in found]
     if not missing:
         return found
-    tried = _run(device, dtype, shape, missing, limit_s, command)
-    _write(file, known | {key: known.get(key, {}) | tried})
-    culprit = list(tried.items())[-1] if tried else ("", "")
-    untried = f"was not tried, because {culprit[0]} {culprit[1]}"
-    return found | {name: tried.get(name, untried) for name in missing}
+    tried, fate = _run(device, dtype, shape, missing, limit_s, program)
+    if untried := [name for name in missing if name not in tried]:
+        culprit = untried.pop(0)
+        tried[culprit] = fate
+        tried |= dict.fromkeys(untried, f"was not tried, because {culprit} {fate}")
+    kept = {name: why for name, why in tried.items() if why.startswith(LASTING) or not why}
+    _write(file, known | {key: known.get(key, {}) | kept})
+    return found | tried
 
 
 def _key(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> str:
@@ -66,22 +71,16 @@ def _key(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> st
 
 
 def _run(
-    device: torch.device,
-    dtype: torch.dtype,
-    shape: tuple[int, int],
-    names: Sequence[str],
-    limit_s: float,
-    command: Sequence[str],
-) -> dict[str, str]:
-    """The verdicts of a process of its own. The last one is that of the kernel at which it ended, if not all are there."""
-    line = [*command, str(device), str(dtype).removeprefix("torch."), *map(str, shape), *names]
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int], names: Sequence[str], limit_s: float, program: str
+) -> tuple[dict[str, str], str]:
+    """The verdicts of a process of its own, and how the process ended."""
+    line = [sys.executable, "-c", program, str(ROOT), str(device), str(dtype).removeprefix("torch.")]
     try:
-        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=limit_s)
-        out, fate = done.stdout, f"ended its process with status {done.returncode}"
+        done = subprocess.run([*line, *map(str, shape), *names], capture_output=True, text=True, timeout=limit_s)
+        said = (done.stderr.strip().splitlines() or [""])[-1][:200]
+        out, fate = done.stdout, f"ended its process with status {done.returncode}" + (f": {said}" if said else "")
     except subprocess.TimeoutExpired as e:
         out, fate = (e.stdout or b"").decode(), f"gave no answer within {limit_s:g} s"
-    except OSError as e:
-        out, fate = "", f"could not be run: {e.strerror}"
     found = {}
     for text in out.splitlines():
         try:
@@ -89,8 +88,7 @@ def _run(
             found[entry["kernel"]] = str(entry["why"])
         except (ValueError, KeyError, TypeError):  # a compiler may print something of its own
             continue
-    missing = [name for name in names if name not in found]
-    return found | {missing[0]: fate} if missing else found
+    return found, fate
 
 
 def _read(file: Path) -> dict[str, dict[str, str]]:

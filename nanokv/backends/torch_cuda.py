@@ -16,6 +16,7 @@ from nanokv.backends.base import merge
 from nanokv.backends.torch_cpu import MASKED_BLOCK, SDPA
 
 HIDDEN = -3e4  # added to a logit that must not count: exp of it is 0 in every type, and all of them are no NaN
+MAX_MASK = 1 << 26  # numbers in a mask
 MIN_RANGE = 512  # keys of a range, at least
 UNPACK_BLOCK = 4096  # quantised tokens that are unpacked at a time
 
@@ -46,7 +47,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (N,M,C) times b (N,C,S) → (N,M,S) fp32, whatever their type."""
+    """a (N,M,C) times b (N,C,S), of 16 bits or fp32 → (N,M,S) fp32."""
     return torch.bmm(a, b, out_dtype=torch.float32)
 
 
@@ -59,6 +60,8 @@ def turn(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: int | None
     is_whole = sliding_window is None or sliding_window >= k.shape[2]
     if is_whole and q.itemsize == 2 and D % 8 == 0 and D <= 256 and has_flash(q.device):
         return flash(q, k, v)
+    if D * q.itemsize % 16:  # the kernel reads 16 bytes at a time
+        return reference.prefill(q, k, v, start, sliding_window)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     for rows, keys, visible in reference.blocks(T, start, sliding_window, q.device, MASKED_BLOCK):
         # a KV head and its query heads: the same keys, with stride 0, for each of them
@@ -71,8 +74,10 @@ def turn(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: int | None
 
 def prefill(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: int | None) -> Tensor:
     """As `reference.prefill` without lse. Torch chooses the kernel for a whole prompt."""
-    T = q.shape[2]
-    if start == 0 and (sliding_window is None or sliding_window >= T):
+    T, is_mha = q.shape[2], q.shape[1] == k.shape[1]
+    # of grouped heads torch would make a plain product with all logits where its flash kernel does not run
+    fused = is_mha or (q.itemsize == 2 and has_flash(q.device))
+    if fused and start == 0 and (sliding_window is None or sliding_window >= T):
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
     return turn(q, k, v, start, sliding_window)[0]
 
@@ -105,13 +110,14 @@ def decode(
 
     Of a single token the keys are cut into ranges, as many as fill the device, and the ranges are joined.
     """
-    if over_group is not None:
+    if over_group is not None or q.shape[3] * q.itemsize % 16:  # torch's kernel reads 16 bytes at a time
         given = q, k, v, length, key_pos, query_pos, sliding_window, over_group, noise
         return reference.decode_by(logits, values, *given)
     (B, H, T, D), (heads, S) = q.shape, k.shape[1:3]
     visible = reference.mask(length, key_pos, query_pos, sliding_window, S)  # (B,Hkv,1|T,S)
-    if visible is not None and visible.shape[2] > 1 and T > MASKED_BLOCK:  # bounds the mask
-        rows = [slice(a, a + MASKED_BLOCK) for a in range(0, T, MASKED_BLOCK)]
+    block = max(1, min(MASKED_BLOCK, MAX_MASK // (B * H * S)))  # queries at a time, where each has its own mask
+    if visible is not None and visible.shape[2] > 1 and block < T:
+        rows = [slice(a, a + block) for a in range(0, T, block)]
         parts = [decode(q[:, :, r], k, v, length, key_pos, query_pos[:, r], sliding_window) for r in rows]
         return *(torch.cat(x, 2) for x in zip(*(p[:2] for p in parts), strict=True)), None
     if visible is not None:  # (B·Hkv,1,1|G·T,S)

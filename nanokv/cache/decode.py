@@ -146,7 +146,7 @@ class KVCache:
         store = self.stores[i]
         if not store.refill(rows, ahead):
             self._pack(i, rows, ahead)
-        elif store.refill_moves:
+        elif store.refill_ends_capture:
             self.layout += 1
 
     @property

@@ -89,7 +89,10 @@ class Plan:
     @property
     def kernels(self) -> tuple[str, ...]:
         """The kernels that this plan runs beside those of every step."""
-        return (*self.store.kernels, *(("attention_scores",) if self.policy.scores.last_queries != 0 else ()))
+        return (
+            *self.store.kernels,
+            *(("attention_scores",) if 0 < (self.policy.scores.last_queries or 0) <= 128 else ()),
+        )
 
     def device_bytes(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> float:
         """An upper bound, once fitted, of one layer's bytes on the device for one row after a prompt of n tokens."""

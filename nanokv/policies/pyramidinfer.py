@@ -104,7 +104,7 @@ class PyramidInfer(Policy):
 
     def _best(self, p: Prompt, stays: Tensor, n: int) -> Tensor:
         """Of the tokens that stay in this layer, (seen,) bool, the n for the next one."""
-        score = torch.zeros(p.seen, device=stays.device)
+        score = torch.zeros(p.seen, dtype=torch.float32, device=stays.device)
         score[p.pos[0, 0].long()] = rounded(p.attention.sum(0).mean(0))  # 0 beyond the layer's own sliding window
         score[: self.sink] = torch.finfo(torch.float32).max
         score[-self.recent :] = torch.inf

@@ -87,7 +87,7 @@ class SlotStore:
     every write has a target.
     """
 
-    needs_host_sync = refill_moves = False
+    needs_host_sync = refill_ends_capture = False
     until_maintenance = None
 
     def __init__(
@@ -235,7 +235,9 @@ class SlotStore:
         sinks = 0 if q_sink is None else min(self.slots.n_sink, n)
         pinned = max(sinks, min(self.n_pinned, n))
         block = self.ctx.ops.unpack_block if self.codecs[0].unpacks else None
-        others = [(q, a, min(a + (block or n), n)) for a in range(pinned, n, max(1, block or n))]
+        others = [(q, pinned, n)]
+        if block:  # only then: a compiled step would hold a loop to this length
+            others = [(q, a, min(a + block, n)) for a in range(pinned, n, block)]
         spans = [(x, a, b) for x, a, b in [(q_sink, 0, sinks), (q, sinks, pinned), *others] if a < b]
         planes, each_head = self._planes_to_read(q), each_head or len(spans) > 1 or self.n_pinned > 0
         return [self._read_span(planes, x, pos, a, b, each_head) for x, a, b in spans]

@@ -35,7 +35,7 @@ class Ragged(Dense):
 class RaggedStore(SlotStore):
     """K and V as (slots,D). What does not look at a single head is inherited from the dense store."""
 
-    refill_moves = True  # a step's launches know how long the longest head is
+    refill_ends_capture = True  # a step's launches know how long the longest head is
 
     def __init__(self, rows: list[Kept], policy: Policy, room: int, ctx: Context):
         self.slots, self.policy, self.ctx = Slots(rows, room, ctx.sliding_window, ragged=True), policy, ctx

@@ -204,10 +204,13 @@ PLANS = [
     "h2o:budget=128",
     "full+int4",
     "streaming:sink=4,recent=60+int4:group=16,residual=16",
+    "snapkv:budget=128,every=40",
+    "full+fp8",
+    "full+kcache",
 ]
 
 
-SPARSE = ("quest", "shadow")  # a rounding may make a step choose another chunk
+SPARSE = ("quest", "shadow", "kcache")  # a rounding may make a step choose another chunk
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
 from dataclasses import replace
 
 import pytest
@@ -15,28 +14,32 @@ from test_launches import CONFIG, META
 
 import kernels
 from evals import launches
-from kernels import selftest
+from kernels import reference, selftest
 from nanokv import load, parse
 from nanokv.backends import check
-from nanokv.backends.check import ALWAYS, verdicts
+from nanokv.backends.check import ALWAYS, PROGRAM, verdicts
 from nanokv.backends.choose import choose
 from nanokv.backends.torch_cpu import SDPA
 from nanokv.backends.triton import triton
+from nanokv.device import choose_device
 from nanokv.runner import Eager, Graphed, make
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALF, SHAPE = torch.float16, (3, 64)
 
 
-def ask(folder, names, *program: str, limit_s: float = 60.0) -> dict[str, str]:
-    given = {"command": [sys.executable, "-c", *program]} if program else {}
-    return verdicts(CPU, HALF, SHAPE, names, folder, limit_s, **given)
+def ask(folder, names, program: str = PROGRAM, limit_s: float = 60.0, shape: tuple = SHAPE) -> dict[str, str]:
+    return verdicts(CPU, HALF, shape, names, folder, limit_s, program)
 
 
-def test_every_kernel_has_a_case_and_passes_here():
+@pytest.mark.parametrize("name", every(3, kernels.__all__))
+def test_every_kernel_passes_here(name):
+    assert selftest.compare(name, CPU, HALF, *SHAPE) == ""
+
+
+def test_every_kernel_has_a_case():
     assert set(selftest.CASES) == set(kernels.__all__)
-    for name in ("add_rms_norm", "append", "decode", "quantize", "rotate", "take_slots", "rebuild_keys"):
-        assert selftest.compare(name, CPU, HALF, *SHAPE) == "", name
+    assert selftest.CASES["quantize"](selftest.Inputs(HALF, 1, 96)) == []  # the backend does not use it there
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,9 @@ def test_every_kernel_has_a_case_and_passes_here():
         ("linear", lambda x, weight, bias: x.new_full((1, 1, 70), torch.nan)),
         ("append", lambda k, v, row, keys, values: None),
         ("take_slots", lambda cursor, *_: torch.zeros(4, dtype=torch.int64)),
-        ("quantize", lambda x, *_: [y * 0 for y in kernels.reference.quantize(x, *_)]),
+        ("quantize", lambda x, *_: tuple(y * 0 for y in reference.quantize(x, *_))),
+        ("decode", lambda q, k, v, n, *more: reference.decode(q, k, v, n - 1 if n.dim() == 2 else n, *more)),
+        ("attention_scores", lambda *given: reference.attention_scores(*given) / 2),
     ],
 )
 def test_a_wrong_kernel_is_told(name, wrong, monkeypatch):
@@ -69,38 +74,43 @@ def test_a_kernel_that_raises_does_not_hide_the_others(monkeypatch, capsys):
 def test_a_process_of_its_own_gives_verdicts_that_are_kept(tmp_path):
     assert ask(tmp_path, ["swiglu", "take_slots"]) == {"swiglu": "", "take_slots": ""}
     assert ask(tmp_path, ["take_slots"], "raise SystemExit(1)") == {"take_slots": ""}  # nothing runs
-    other = verdicts(
-        CPU, HALF, (1, 64), ["take_slots"], tmp_path, command=[sys.executable, "-c", "raise SystemExit(3)"]
-    )
-    assert other == {"take_slots": "ended its process with status 3"}  # of another shape nothing is known
+    other = ask(tmp_path, ["take_slots"], "import sys; sys.exit('no driver')", shape=(1, 64))
+    assert other == {"take_slots": "ended its process with status 1: no driver"}  # of another shape nothing is known
 
 
-PRINTS = "import json, sys, time; print(json.dumps({'kernel': 'decode', 'why': ''}), flush=True); print('ptxas info'); "
+SAYS = (
+    "import json, os, sys, time; say = lambda name, why: print(json.dumps({'kernel': name, 'why': why}), flush=True); "
+)
 
 
 def test_a_kernel_that_hangs_or_kills_its_process_is_told_and_the_next_are_tried_later(tmp_path):
     names = ["decode", "linear", "rotate"]
-    found = ask(tmp_path, names, PRINTS + "time.sleep(60)", limit_s=3)
+    found = ask(tmp_path, names, SAYS + "say('decode', ''); print('ptxas info'); time.sleep(60)", limit_s=3)
     assert found["decode"] == "" and found["linear"] == "gave no answer within 3 s"
     assert found["rotate"] == "was not tried, because linear gave no answer within 3 s"
-    found = ask(tmp_path, names, "import json; print(json.dumps({'kernel': 'rotate', 'why': ''}))")
+    found = ask(tmp_path, names, SAYS + "say('rotate', '')")  # only rotate is asked again
     assert (found["linear"], found["rotate"]) == ("gave no answer within 3 s", "")
-    found = ask(tmp_path / "other", names, PRINTS + "sys.stdout.flush(); import os; os.kill(os.getpid(), 11)")
+    found = ask(tmp_path / "other", names, SAYS + "say('decode', ''); os.kill(os.getpid(), 11)")
     assert found["linear"] == "ended its process with status -11"
-    assert "could not be run" in verdicts(CPU, HALF, SHAPE, ["decode"], tmp_path / "x", command=["/no/such"])["decode"]
+
+
+def test_only_what_lies_in_the_kernel_is_remembered(tmp_path):
+    names = ["decode", "linear", "rotate", "swiglu"]
+    found = ask(tmp_path, names, SAYS + "say('decode', 'is off by 1'); say('linear', 'fails with OutOfMemoryError: x')")
+    assert found["linear"].startswith("fails with Out") and found["rotate"] == "ended its process with status 0"
+    found = ask(tmp_path, names, SAYS + "[say(name, '') for name in sys.argv[6:]]")
+    assert found == {"decode": "is off by 1", "linear": "", "rotate": "", "swiglu": ""}
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"x": 3}', '{"x": {"decode": 7}}'])
 def test_a_damaged_file_of_verdicts_is_written_anew(content, tmp_path):
     (tmp_path / check.FILE).write_text(content)
-    says = "import json; print(json.dumps({'kernel': 'decode', 'why': ''}))"
-    assert ask(tmp_path, ["decode"], says) == {"decode": ""}
+    assert ask(tmp_path, ["decode"], SAYS + "say('decode', '')") == {"decode": ""}
     assert ask(tmp_path, ["decode"], "raise SystemExit(1)") == {"decode": ""}
 
 
 def test_where_nothing_can_be_written_the_verdicts_still_come(tmp_path):
-    says = "import json; print(json.dumps({'kernel': 'decode', 'why': ''}))"
-    assert ask(tmp_path / "none", ["decode"], says) == {"decode": ""}
+    assert ask(tmp_path / "none", ["decode"], SAYS + "say('decode', '')") == {"decode": ""}
     assert not os.listdir(tmp_path)
 
 
@@ -122,6 +132,22 @@ def test_what_a_cuda_device_gets_and_what_it_says():
     assert choose("auto", CUDA, torch.float32, ALWAYS, fails).why == "the kernels compute in 16 bits"
     assert choose("sdpa", CUDA, torch.bfloat16, ALWAYS, fails).decode.__module__ == "nanokv.backends.torch_cuda"
     assert choose("auto", CPU, torch.bfloat16, ALWAYS, fails) is SDPA
+
+
+@pytest.mark.parametrize(("asked", "gets"), [("auto", 2), ("cuda", 2), ("cuda:1", 1)])
+def test_a_cuda_device_is_made_the_current_one_and_has_a_number(asked, gets, monkeypatch):
+    """As torch.cuda.set_device demands."""
+    chosen = []
+
+    def set_device(device):
+        assert device.index is not None
+        chosen.append(device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr("nanokv.device.torch.empty", lambda *_, **__: None)
+    assert choose_device(asked) == torch.device("cuda", gets) and chosen == [torch.device("cuda", gets)]
 
 
 @pytest.mark.parametrize(

@@ -483,6 +483,18 @@ def test_the_backend_gives_the_oracles_logits_with_norms_of_heads_and_windows_of
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="here it would run")
+@pytest.mark.parametrize("plan", first(1, ["streaming:sink=2,recent=10", "full+int4:group=8,residual=8"]))
+def test_a_turn_whose_last_piece_is_one_token(plan, llm_of, tiny):
+    """Two rows with static shapes: that token is a column of the turn."""
+    fast, found = load(str(tiny("g3")[0]), dtype="float32", backend="triton", device=DEVICE), []
+    for llm in (llm_of("g3"), fast):
+        session = llm.session(20, plan=parse(plan))
+        session.start([text(30, seed=5), text(25, seed=6)])
+        session.cache.freeze()
+        found.append(session.feed(torch.tensor([text(11, seed=7), text(11, seed=8)], device=llm.device)).cpu())
+    torch.testing.assert_close(*found, atol=2e-3, rtol=2e-3)
+
+
 def test_the_backend_is_refused_on_a_cpu(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="use --backend sdpa"):

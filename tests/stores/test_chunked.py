@@ -542,7 +542,7 @@ def test_layers_that_come_over_two_at_a_time_are_the_right_ones(share, plan, lay
     logits = []
     for place in ("dense", "offload"):
         if place == "offload":
-            monkeypatch.setattr(HostStore, "is_apart", property(lambda self: True))
+            monkeypatch.setattr(HostStore, "host_is_apart", property(lambda self: True))
             monkeypatch.setattr(torch.cuda, "Stream", Stream)
             monkeypatch.setattr(torch.cuda, "current_stream", Stream)
             monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext())

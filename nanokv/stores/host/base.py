@@ -37,25 +37,25 @@ class HostStore(SlotStore):
         super().__init__(rows, policy, room, ctx, plain_codecs(ctx))
 
     @property
-    def is_apart(self) -> bool:
+    def host_is_apart(self) -> bool:
         """Whether the host's memory is not the device's."""
         return self.ctx.device.type != "cpu"
 
     @property
     def needs_host_sync(self) -> bool:
-        return self.is_apart and not self.ctx.ops.device_gather
+        return self.host_is_apart and not self.ctx.ops.device_gather
 
     def _allocate(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
         return (self.ctx.empty_on_host if name in self.spec.on_host else self.ctx.empty)(*shape, dtype=dtype)
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        if self.is_apart:  # a copy that the host starts would wait for it
+        if self.host_is_apart:  # a copy that the host starts would wait for it
             self.append_by_index(k, v, pos)
         else:
             super().append(k, v, pos)
 
     def _write_at(self, index: Tensor, k: Tensor, v: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        if not self.needs_host_sync:  # on a GPU the kernels write to the host's memory
+        if not self.host_is_apart or self.ctx.ops.device_gather:  # on a GPU the kernels write to the host's memory
             return super()._write_at(index, k, v)
         for (plane,), x in zip(self.planes, (k, v), strict=True):
             new = x.reshape(-1, x.shape[3]).to(plane.device)

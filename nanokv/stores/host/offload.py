@@ -54,7 +54,7 @@ class OffloadStore(HostStore):
 
     @property
     def needs_host_sync(self) -> bool:
-        return self.is_apart  # its copies run on a stream of their own, which no graph captures
+        return self.host_is_apart  # its copies run on a stream of their own, which no graph captures
 
     def prefetch(self) -> None:
         """Start to copy this layer's slots to the device, after all work that has been queued so far."""
@@ -86,14 +86,14 @@ class OffloadStore(HostStore):
         return self.staged()
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        if not self.is_apart:
+        if not self.host_is_apart:
             super().append(k, v, pos)
             return
         staged = self.wait()
         self.ctx.ops.append(k, v, self.append_by_index(k, v, pos), *staged)
 
     def _planes_to_read(self, q: Tensor) -> list[list[Tensor]]:
-        if not self.is_apart:
+        if not self.host_is_apart:
             return self.planes
         staged = self.wait()
         if self.next_layer.half != self.half:
@@ -103,7 +103,7 @@ class OffloadStore(HostStore):
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         found = super().read(q, pos, q_sink)
         shares_half = self.next_layer.half == self.half and self.next_layer is not self
-        if self.is_apart and shares_half:  # the next layer's copy must come after this layer was read
+        if self.host_is_apart and shares_half:  # the next layer's copy must come after this layer was read
             self.next_layer.prefetch()
         return found
 
@@ -115,4 +115,4 @@ class OffloadStore(HostStore):
         return super().refill(rows, room)
 
     def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), *(self.staged() if self.is_apart else [])]
+        return [*super().tensors(), *(self.staged() if self.host_is_apart else [])]

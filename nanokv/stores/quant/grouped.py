@@ -202,7 +202,7 @@ class GroupedStore:
     waits for it.
     """
 
-    needs_host_sync = refill_moves = False
+    needs_host_sync = refill_ends_capture = False
     until_maintenance = None
     lossless_prefix: int | None = 0
 

@@ -87,7 +87,7 @@ class MixedStore:
     ones. `high` exists only if tokens are scored once: it holds those that were kept.
     """
 
-    needs_host_sync, refill_moves = False, True
+    needs_host_sync, refill_ends_capture = False, True
     until_maintenance = None
     lossless_prefix = 0
 

@@ -253,7 +253,7 @@ class ChunkStore(ABC):
     """
 
     lossless_prefix: int | None = 0
-    refill_moves = False
+    refill_ends_capture = False
     k_names: tuple[str, ...] = ()  # chunk data that holds keys
     v_names: tuple[str, ...] = ()  # chunk data that holds values
 
