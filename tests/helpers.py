@@ -121,6 +121,8 @@ def compress(plan: Plan | str, config: ModelConfig, T: int, seed: int = 0, chunk
     dice = torch.Generator().manual_seed(seed)
     cache = PromptCache(plan, config, torch.arange(T), EAGER)
     H, Hkv, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+    for i, layer in enumerate(cache.layers):  # there is no residual stream
+        layer.similarity, layer.compared = float(i), 1
     q, k, v = (torch.randn(L, 1, n, T + plan.policy.decide_after, 16, generator=dice) * 1.5 for n in (H, Hkv, Hkv))
     for a in range(0, T, chunk or T):
         b = min(a + (chunk or T), T)

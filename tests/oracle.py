@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 
 import torch
 from torch import Tensor
@@ -179,6 +181,25 @@ def pyramidinfer(q: Tensor, k: Tensor, recent: int, sink: int, context: int, rat
             earlier = sorted(ranked[:passed])
         held.append(earlier + list(range(T - recent, T)))
     return held
+
+
+def squeezed(similarity: list[float], budget: int, share: float, least: int) -> list[int]:
+    """SqueezeAttention's budgets: of all ways to put the layers into three classes, the one with the smallest squares."""
+    n, best = len(similarity), (math.inf, None)
+    for classes in itertools.product(range(3), repeat=n):
+        if set(classes) != {0, 1, 2}:
+            continue
+        means = [statistics.fmean(s for s, c in zip(similarity, classes, strict=True) if c == k) for k in range(3)]
+        error = sum((s - means[c]) ** 2 for s, c in zip(similarity, classes, strict=True))
+        if error < best[0] - 1e-15:
+            best = error, [c == means.index(max(means)) for c in classes]
+    few = max(least, int(share * budget))
+    rest, others = n * budget - sum(best[1]) * few, n - sum(best[1])
+    given, k = [], 0
+    for is_few in best[1]:
+        given.append(few if is_few else rest // others + (k < rest % others))
+        k += not is_few
+    return given
 
 
 def expected(

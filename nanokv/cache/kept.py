@@ -69,6 +69,8 @@ class Prompt:
     inv_freq: Tensor | None = None  # (D/2,) the rotation's angle per position
     state: StoreState | None = None  # at a rescore: these tokens in the store's own form
     w_o: Tensor | None = None  # (C, H·D) the output projection of this layer; only if asked for
+    # cosine similarity of the residual stream before and after this layer's attention, mean over tokens; only if asked for
+    similarity: float | None = None
     tokens: Tensor | None = None  # (seen,) int64 token ids of the text; None where a cache was loaded from a file
 
     def __len__(self) -> int:

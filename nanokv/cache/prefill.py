@@ -8,10 +8,12 @@ dense keys and values of a layer are freed and only its entry in `kept` remains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, linear
 
 from nanokv.backends.base import Ops
 from nanokv.cache.context import Context
@@ -56,6 +58,13 @@ class PromptCache:
         for layer in self.dense.values():
             layer.begin_pass(n)
 
+    def run_block(self, block: Callable, x: Tensor, pos: Tensor, angle: Any, layer: PromptLayer) -> Tensor:
+        """Run one block of the model on x (1,T,C), the residual stream, which its layer may compare with what comes of
+        it.
+        """
+        layer.residual = x
+        return block(x, pos, angle, layer)
+
     def compress(self, owner: int) -> None:
         """Compress what can be compressed now that all readers of `owner` have attended to the prompt or a scoring pass."""
         policy = self.plan.policy
@@ -85,6 +94,9 @@ class PromptLayer:
         self.owner = cache.plan.owner(index)
         self.owns = self.owner == index
         self.is_last_reader = cache.plan.last_reader(self.owner) == index
+        self.residual: Tensor | None = None  # (1,T,C) the residual stream before this layer's attention
+        self.similarity: Tensor | float = 0.0  # summed over tokens
+        self.compared = 0  # how many tokens
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, pos: Tensor) -> Tensor:
         cache, dense = self.cache, self.cache.dense_layer(self.owner)
@@ -95,9 +107,19 @@ class PromptLayer:
         out = cache.ops.prefill(q, keys, values, start, cache.config.window(self.index))
         for statistics in dense.statistics.values():
             statistics.add(self.index, q, pos, keys, dense, cache)
+        if self.residual is not None and dense.pass_length is None:
+            self._compare(out)
         if self.is_last_reader and dense.complete:
             cache.compress(self.owner)
         return out
+
+    def _compare(self, out: Tensor) -> None:
+        """Add the similarities that the attention's output (1,H,T,D) gives the tokens of the residual stream."""
+        w_o, x = self.cache.ctx.output_weights[self.index], self.residual
+        after = x + linear(out.transpose(1, 2).flatten(2).to(w_o.dtype), w_o)
+        self.similarity += cosine_similarity(x.float(), after.float(), dim=-1).sum()
+        self.compared += x.shape[1]
+        self.residual = None
 
 
 class DenseLayer:
@@ -150,6 +172,7 @@ class DenseLayer:
             scores = [x.unflatten(1, (self.k.shape[1], -1)).amax(2) for x in scores]
         n_queries = self.length if wanted.last_queries is None else min(wanted.last_queries, self.length)
         mean, cov = moments(list(found.sums.values())) if found.sums else (None, None)
+        mine = cache.layers[layer]
         return Prompt(
             layer=layer,
             rank=plan.rank(layer),
@@ -166,6 +189,7 @@ class DenseLayer:
             q_cov=cov,
             inv_freq=cache.inv_freq,
             w_o=cache.ctx.output_weights[layer] if wanted.output_weights and cache.ctx else None,
+            similarity=float(mine.similarity) / mine.compared if mine.compared else None,
             tokens=cache.ids,
         )
 

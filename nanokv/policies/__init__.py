@@ -31,6 +31,7 @@ POLICIES: dict[str, Policy] = {
     "streaming": StreamingLLM(),
     "snapkv": SnapKV(),
     "pyramidkv": SnapKV(layers="pyramid"),
+    "squeeze": SnapKV(layers="squeeze"),
     "adakv": SnapKV(heads="ada"),
     "chunkkv": SnapKV(select="chunk", kernel=1),
     "simlayer": SimLayerKV(),
@@ -74,6 +75,7 @@ EXAMPLES: dict[str, Examples] = {
         "snapkv:budget=80,window=4",
     ),
     "pyramidkv": Examples(["pyramidkv:budget=20,window=4,kernel=3"], "pyramidkv:budget=80,window=4"),
+    "squeeze": Examples(["squeeze:budget=20,window=4,kernel=3"], "squeeze:budget=80,window=4,squeeze=1"),
     "adakv": Examples(
         ["adakv:budget=20,window=4,kernel=3", "adakv:budget=20,window=4,kernel=3+dense"], "adakv:budget=80,window=4"
     ),

@@ -36,6 +36,7 @@ class Policy(ABC):
                           the prompt's, and their keys are dropped.
     cross_layer           whether `keep_all` is called once for all layers, instead of `keep` for each. Until then the
                           keys and values of the whole prompt stay in memory.
+    similarity            whether `Prompt.similarity` is wanted.
     protected_sinks       how many of the text's first tokens are never evicted.
     positions_in_cache    whether positions count places in the cache (StreamingLLM) instead of places in the text.
     keeps_all_or_edges    whether a layer keeps either the whole prompt or its first and last tokens only.
@@ -51,6 +52,7 @@ class Policy(ABC):
     decide_after = 0
     passes = 0
     cross_layer = False
+    similarity = False
     protected_sinks = 0
     positions_in_cache = False
     keeps_all_or_edges = False

@@ -8,6 +8,7 @@ A method's own file defines `score`, how good a token is. A method that also evi
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,10 +27,16 @@ class Scorer(Policy):
     ones the earlier token wins.
 
     budget  what is kept: tokens per KV head, a percentage of the prompt, or bytes of the whole cache
-    layers  flat, or pyramid: deeper layers get less (PyramidKV, Cai et al. 2024, arXiv:2406.02069, §3). What a layer
+    layers  flat; pyramid: deeper layers get less (PyramidKV, Cai et al. 2024, arXiv:2406.02069, §3). What a layer
             gets beyond the smallest budget falls on a line from 2 − 1/beta to 1/beta of its mean over the layers.
             Deviations: the budgets are rounded so that their sum is exactly that of `flat`, where the authors' code
             overspends by about 1 %; a short prompt gets a flatter line instead of none.
+            squeeze: layers whose attention changes the residual stream least get less (SqueezeAttention, Wang et al.
+            2024, arXiv:2404.04793, §4). The layers are sorted into three classes by the cosine similarity of the
+            stream before and after the attention, averaged over the prompt. The class of highest similarity gets the
+            share `squeeze` of the budget, the others what that leaves. Deviations: the classes are the best ones
+            (k-means in one dimension, exactly), not those of a random start; the sum is exactly that of `flat`; an
+            output projection's bias does not count.
     heads   flat, or ada: the heads of a layer compete for its budget (Ada-KV, Feng et al. 2024, arXiv:2407.11550, §3).
             Each head is guaranteed `floor` of its share and at least one token. Deviation: the guaranteed tokens are
             taken first, so the sum is exact; the authors blend two budgets and round.
@@ -39,6 +46,7 @@ class Scorer(Policy):
     every   after so many new tokens, what is held is scored again; 0: never. A head then never holds more than
             budget + every (where heads compete, this bounds their mean)
     beta    of layers=pyramid: how steep the line is
+    squeeze  of layers=squeeze: what share of the budget the layers that change least get
     floor   of heads=ada: the guaranteed share
     chunk   of select=chunk: tokens in a chunk
     demote  whether evicted tokens move to the low-precision tier of the store `mixed` (MiKV, Yang et al. 2024,
@@ -46,11 +54,12 @@ class Scorer(Policy):
     """
 
     budget: int | str = 1024
-    layers: str = "flat"  # flat | pyramid
+    layers: str = "flat"  # flat | pyramid | squeeze
     heads: str = "flat"  # flat | ada
     select: str = "token"  # token | chunk
     every: int = 0
     beta: int = 20
+    squeeze: float = 0.3
     floor: float = 0.2
     chunk: int = 20
     demote: bool = False
@@ -59,15 +68,20 @@ class Scorer(Policy):
 
     def __post_init__(self):
         for key, allowed in (
-            ("layers", ("flat", "pyramid")),
+            ("layers", ("flat", "pyramid", "squeeze")),
             ("heads", ("flat", "ada")),
             ("select", ("token", "chunk")),
         ):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}={getattr(self, key)} is unknown; {key} is {' or '.join(allowed)}")
-        if self.beta < 1 or not 0 <= self.floor <= 1 or self.chunk < 1:
+        if self.beta < 1 or not 0 <= self.floor <= 1 or self.chunk < 1 or not 0 <= self.squeeze <= 1:
             raise ValueError(
-                f"beta={self.beta},floor={self.floor},chunk={self.chunk}; beta ≥ 1, floor 0 … 1, chunk ≥ 1"
+                f"beta={self.beta},floor={self.floor},chunk={self.chunk},squeeze={self.squeeze}; beta ≥ 1, chunk ≥ 1, "
+                "floor and squeeze 0 … 1"
+            )
+        if self.layers == "squeeze" and self.every:
+            raise ValueError(
+                f"every={self.every}: layers=squeeze looks at the prompt only, so nothing is scored again; use layers=flat"
             )
         if self.every < 0:
             raise ValueError(f"every={self.every}; give a number of tokens, or 0 for never")
@@ -100,6 +114,14 @@ class Scorer(Policy):
     def rescore_every(self) -> int:
         return self.every
 
+    @property
+    def cross_layer(self) -> bool:
+        return self.layers == "squeeze"
+
+    @property
+    def similarity(self) -> bool:
+        return self.layers == "squeeze"
+
     def fit(self, work: Workload) -> Scorer:
         if in_bytes(self.budget) and self.heads == "ada" and work.pads_heads:
             raise ValueError(
@@ -124,6 +146,33 @@ class Scorer(Policy):
 
     def keep(self, p: Prompt) -> Kept:
         return self.best(p, self.layer_budget(p))
+
+    def keep_all(self, prompts: list[Prompt]) -> list[Kept]:
+        if self.layers != "squeeze":
+            return super().keep_all(prompts)
+        budgets = self.squeezed_budgets([p.similarity for p in prompts], self.min_budget(prompts[0].seen))
+        return [replace(self, layers="flat", budget=n).keep(p) for p, n in zip(prompts, budgets, strict=True)]
+
+    def squeezed_budgets(self, similarity: Sequence[float], least: int) -> list[int]:
+        """The budget of each layer from its similarity; none is below `least`."""
+        n = len(similarity)
+        if n < 3:
+            return [self.budget] * n
+        order = sorted(range(n), key=lambda i: similarity[i])
+
+        def spread(a: int, b: int) -> float:
+            values = [similarity[i] for i in order[a:b]]
+            return sum((x - sum(values) / len(values)) ** 2 for x in values)
+
+        cuts = ((i, j) for i in range(1, n - 1) for j in range(i + 1, n))
+        _, first_of_last = min(cuts, key=lambda cut: spread(0, cut[0]) + spread(*cut) + spread(cut[1], n))
+        few = max(least, int(self.squeeze * self.budget))
+        rest = n * self.budget - (n - first_of_last) * few
+        others = sorted(order[:first_of_last])
+        budgets = [few] * n
+        for k, i in enumerate(others):
+            budgets[i] = rest // len(others) + (k < rest % len(others))
+        return budgets
 
     def best(self, p: Prompt, n: int, evict: bool = False, attention: Tensor | None = None) -> Kept:
         """The best tokens, n per head (with heads=ada: n on average).

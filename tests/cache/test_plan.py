@@ -19,7 +19,7 @@ def test_a_printed_plan_reads_back_as_itself(plan):
 
 
 def test_defaults_are_filled_in():
-    split = "layers=flat,heads=flat,select=token,every=0,beta=20,floor=0.2,chunk=20,demote=false"
+    split = "layers=flat,heads=flat,select=token,every=0,beta=20,squeeze=0.3,floor=0.2,chunk=20,demote=false"
     assert str(parse("snapkv:budget=512")) == f"snapkv:budget=512,{split},window=32,kernel=7,pool=max,group=mean+dense"
     fitted = parse("simlayer").fit(PRESETS["llama2-7b"], torch.float16, 4000, 10)
     assert (
@@ -76,10 +76,10 @@ def test_defaults_are_filled_in():
         ("simlayer:threshold=5", "from 0 to 1"),
         ("simlayer:threshold=nan", "from 0 to 1"),
         ("random:seed=99999999999999999", "give less than 2^31"),
-        ("snapkv:layers=squeeze", "layers is flat or pyramid"),
+        ("snapkv:layers=cone", "layers is flat or pyramid or squeeze"),
         ("snapkv:heads=all", "heads is flat or ada"),
         ("snapkv:select=word", "select is token or chunk"),
-        ("snapkv:floor=2", "floor 0 … 1"),
+        ("snapkv:floor=2", "floor and squeeze 0 … 1"),
         ("snapkv:every=8", "every=8 is too often: a rescore needs 32 new queries"),
         ("snapkv:every=-1", "snapkv: every=-1; give a number of tokens, or 0 for never"),
         ("h2o:every=5", "never rescores; leave it out"),

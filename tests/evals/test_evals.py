@@ -415,6 +415,7 @@ def test_quick_speed_and_pictures(roomy, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_is_the_receipt_of_processes_of_their_own(tiny, llm_of, capsys):
     flags = ["memory", "--model", str(tiny("llama31")[0]), "--dtype", "float32", "--lengths", "200", "--batches", "2"]
     code, out, err = run([*flags, "--plans", "snapkv:budget=64", "simlayer"], capsys)
@@ -529,7 +530,7 @@ def test_what_is_not_installed_is_a_row_that_says_so(tiny, llm_of, monkeypatch):
     from evals import peers
 
     monkeypatch.setitem(sys.modules, "kvpress", None)
-    monkeypatch.setattr(peers, "PAIRS", [p for p in peers.PAIRS if p.name in ("snapkv", "streaming")])
+    monkeypatch.setattr(peers, "PAIRS", [p for p in peers.PAIRS if p.name == "snapkv"])
     llm = llm_of("llama31")
     assert "not installed" in peers.quality(llm, "x", ["needle"], 100, 1, "50%", int)[0]["absent"]
     assert "not installed" in peers.llama_bench(512, "no-such-llama-bench", None)["absent"]
@@ -541,7 +542,7 @@ def test_what_is_not_installed_is_a_row_that_says_so(tiny, llm_of, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     found += rows
     assert found[-1][0] == "transformers" and "requirements-peers.txt" in found[-1][1]
-    assert {r.name for r in found[:-1]} >= {"nanokv full", "nanokv snapkv", "nanokv streaming"}
+    assert {r.name for r in found[:-1]} >= {"nanokv full", "nanokv snapkv"}
     assert (ROOT / "requirements-peers.txt").is_file()
 
 

@@ -133,10 +133,26 @@ def python(env: dict[str, str], *args: str) -> subprocess.CompletedProcess:
 
 
 def locate(hub) -> Path:
-    """Fetch in another process; must succeed and say nothing."""
-    done = python(hub.env, "-c", f"from weights.fetch import locate; print(locate('{REPO}'))")
-    assert (done.returncode, done.stderr) == (0, "")
-    return Path(done.stdout.strip())
+    """Fetch in another process; must succeed and say nothing. A fork, because it has torch already."""
+    out, err = hub.home.with_name("out"), hub.home.with_name("err")
+    if (pid := os.fork()) == 0:
+        status = 1
+        try:
+            for file, stream in ((out, 1), (err, 2)):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+            os.environ.clear()
+            os.environ.update(hub.env)
+            for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
+                del sys.modules[name]  # it reads the environment when it is imported
+            os.write(1, str(fetch.locate(REPO)).encode())
+            status = 0
+        except BaseException as e:
+            os.write(2, repr(e).encode())
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    assert (status, err.read_text()) == (0, "")
+    return Path(out.read_text())
 
 
 def refused(env: dict[str, str], tmp: Path, name: str = REPO, program: Sequence[str] = ("-c", ONLY_LOCATE)) -> str:

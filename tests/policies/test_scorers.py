@@ -15,6 +15,7 @@ from nanokv.cache.decode import KVCache
 from nanokv.cache.plan import Plan
 from nanokv.cache.prefill import PromptCache
 from nanokv.model.rope import inverse_frequencies, unrotated
+from nanokv.policies.snapkv import SnapKV
 
 STEPS = 200
 
@@ -256,6 +257,37 @@ def test_pyramid_follows_the_line_and_sums_to_the_flat_budget(budget, T, beta):
     assert sum(counts) == 7 * budget and counts == sorted(counts, reverse=True) and min(counts) >= 4
     assert all(abs(a - b) < 1 for a, b in zip(counts, line, strict=True))
     assert (len(set(counts)) == 1) == (beta == 1)
+
+
+@pytest.mark.parametrize("n", [3, 4, 7])
+def test_squeezed_budgets_are_those_of_the_best_three_classes(n):
+    similarity = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).tolist()
+    for share, least in ((0.3, 4), (0.0, 9), (1.0, 1)):
+        found = parse(f"squeeze:budget=40,squeeze={share},window=4").policy.squeezed_budgets(similarity, least)
+        assert found == oracle.squeezed(similarity, 40, share, least) and sum(found) == 40 * n
+    assert parse("squeeze:budget=40,window=4").policy.squeezed_budgets(similarity[:2], 4) == [40, 40]
+
+
+@pytest.mark.parametrize("chunk", [None, 13])
+def test_squeeze_sees_how_much_attention_changes_the_residual_stream(chunk, llm_of, monkeypatch):
+    """Against what goes into each block and comes out of its attention."""
+    llm, seen = llm_of("deep"), []
+    real = SnapKV.squeezed_budgets
+    monkeypatch.setattr(SnapKV, "squeezed_budgets", lambda self, s, least: seen.append(s) or real(self, s, least))
+    blocks, before, right = list(llm.models.prefill.layers), {}, [[] for _ in llm.models.prefill.layers]
+    hooks = []
+    for i, block in enumerate(blocks):
+        hooks.append(block.register_forward_pre_hook(lambda _, given, i=i: before.__setitem__(i, given[0].double())))
+
+        def attended(_, given, out, i=i):
+            right[i].append(torch.cosine_similarity(before[i], before[i] + out.double(), dim=-1)[0])
+
+        hooks.append(block.self_attn.register_forward_hook(attended))
+    llm.session(4, chunk, parse("squeeze:budget=20,window=4")).start([[i * 7 % 90 for i in range(60)]])
+    for hook in hooks:
+        hook.remove()
+    assert seen[0] == pytest.approx([torch.cat(x).mean().item() for x in right], abs=1e-5)
+    assert len(set(seen[0])) == len(blocks)
 
 
 def test_pyramid_counts_the_layers_that_own_storage():

@@ -83,10 +83,10 @@ def dense_of(llm_of):
 def owned_and_shared() -> list:
     """(policy, store, share): every pair, and every pair with a shared layer, most of them in the tier `pairs`.
 
-    Without it run every policy on a dense store, every store under full, and of the other pairs every third.
+    Without it run every policy on a dense store, every store under full, and of the other pairs every sixth.
     """
     few = [pair for pair in pairs() if pair[0] == "full" or pair[1] == "dense"]
-    others = [pair for pair in pairs() if pair not in few][::3]
+    others = [pair for pair in pairs() if pair not in few][::6]
     alone = [
         pytest.param(*p, {}, id="-".join(p), marks=() if p in few + others else pytest.mark.pairs) for p in pairs()
     ]
