@@ -27,6 +27,7 @@ class DenseRun(PromptCache):
         super().__init__(plans[0], config, ids, ops, ctx)
         self.plans = plans
         self.wanted = list({plan.policy.scores for plan in plans})
+        self.wants_similarity = any(plan.policy.similarity for plan in plans)
         self.rows: list[dict[int, Kept]] = [{} for _ in plans]
         self.prompts: list[list[Prompt]] = [[] for _ in plans]  # for policies that choose across layers
 

@@ -66,7 +66,7 @@ def prefill(
 def _feed(model: Llama, cache: PromptCache, tokens: Tensor, start: int) -> Tensor:
     """tokens (n,) of one row at positions start … → hidden states (1,n,C)."""
     pos = torch.arange(start, start + len(tokens), device=tokens.device)[None]
-    return model.hidden(tokens[None], pos, cache, cache.run_block if cache.plan.policy.similarity else None)
+    return model.hidden(tokens[None], pos, cache, cache.run_block if cache.wants_similarity else None)
 
 
 class Session:

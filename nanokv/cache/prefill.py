@@ -39,6 +39,7 @@ class PromptCache:
         self.ids = ids
         self.length = len(ids) + plan.policy.decide_after  # tokens after the prompt may belong to it
         self.wanted = [plan.policy.scores]  # a list, because evals/dense.py asks for several policies at once
+        self.wants_similarity = plan.policy.similarity
         self.passes_left = plan.policy.passes
         self.inv_freq = inverse_frequencies(config).to(ids.device)
         self.kept: dict[int, Kept] = {}

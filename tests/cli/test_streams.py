@@ -221,6 +221,11 @@ def test_every_output_is_tried_before_an_error_is_told(path, tmp_path):
     done = shell(path, f"--json {tmp_path}/o.json --xray /dev/full")
     assert done.returncode == 2 and b"--xray /dev/full cannot be written" in done.stderr
     assert json.loads((tmp_path / "o.json").read_text())["token_ids"]
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_cache_is_saved_though_the_answer_has_no_place(path, tmp_path):
     assert shell(path, f"--save-cache {tmp_path}/a").returncode == 0
     done = shell(path, f"--load-cache {tmp_path}/a --save-cache {tmp_path}/b >/dev/full")
     assert done.returncode == 2 and b"No space left" in done.stderr

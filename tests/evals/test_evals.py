@@ -60,6 +60,8 @@ PLANS = [
     "simlayer:threshold=0.3,recent=24",
     "simlayer:variant=light,recent=24",
     "simlayer:variant=decode,threshold=0.3,recent=24",
+    "squeeze:budget=30,window=8,kernel=3",
+    "pyramidinfer:ratio=0.5,recent=6,context=4",
 ]
 
 
@@ -376,7 +378,7 @@ def test_a_line_of_the_journal_that_is_no_finished_part_is_dropped(tmp_path):
 
 def test_quick_speed_and_pictures(roomy, tmp_path, capsys):
     flags = ["--model", roomy, "--dtype", "float32", "--plans", "snapkv:window=8", "simlayer"]
-    code, out, err = run([*flags, "--floor", "0", "--lengths", "60", "--seeds", "2", "--plot", str(tmp_path)], capsys)
+    code, out, err = run([*flags, "--floor", "0", "--lengths", "60", "--seeds", "1", "--plot", str(tmp_path)], capsys)
     assert code == 0, err
     assert "! simlayer: simlayer knows no threshold" in out
     result = json.loads(out.splitlines()[-1])

@@ -292,7 +292,7 @@ def test_a_damaged_map_of_shared_layers(request, tmp_path, llm_of):
 
 
 def test_any_chat_template(request):
-    renderer = Renderer(seconds=0.3)  # of the same limit as 2, and 500 cases take less time
+    renderer = Renderer(seconds=0.15)  # of the same limit as 2, and 500 cases take less time
 
     def attempt(i: int) -> str:
         renderer.render(draw_template(random.Random(i)), CONVERSATION, {"bos_token": "<s>"}, True)

@@ -35,7 +35,13 @@ def counted(plan, ops, **how) -> launches.Counted:
     return found
 
 
-@pytest.mark.parametrize("plan", [*CEILINGS, *every(2, [p for p in PLANS if p not in CEILINGS])])
+def runs_on_kernels(plan: str) -> bool:
+    """Whether the step after the prompt is one of our kernels': keyformer's noise is torch's, and some decide later."""
+    policy = parse(plan).policy
+    return not policy.decide_after and "keyformer" not in plan
+
+
+@pytest.mark.parametrize("plan", [*CEILINGS, *every(2, [p for p in PLANS if p not in CEILINGS and runs_on_kernels(p)])])
 def test_a_step_with_kernels_waits_for_nothing_and_copies_no_keys(plan):
     found = counted(plan, triton(META))
     assert found.largest < keys_of_a_layer() / 4, found.in_blocks

@@ -153,7 +153,20 @@ def test_a_turn_of_several_tokens_goes_on_from_a_compiled_cache(llm_of):
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
+def test_inductor_writes_the_same_logits(llm_of):
+    """The real loops in C++."""
+    llm, found = llm_of("g3"), []
+    for runner in (Eager(llm.models.decode), Compiled(llm.models.decode)):
+        session = Session(replace(llm.models, runner=runner), parse("snapkv:budget=50%,window=4"), 8)
+        logits = [session.start([text(40, seed=1)])]
+        logits += [session.feed(torch.tensor([[t]])) for t in text(6, seed=2)]
+        found.append(torch.cat(logits))
+    assert runner.compile_s > 0
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inductor_writes_the_same_tokens(smollm):
     """The real loops in C++ and the real model: weights in fp32, and in bfloat16 as its users have them."""
     llm = load("smollm2-135m", "snapkv:budget=50%", runner="compile")

@@ -115,6 +115,7 @@ PLANS = {
 }
 
 
+@pytest.mark.exhaustive
 def test_four_policies_on_a_long_text(fast, count):
     """One prefill serves all of them."""
     from evals.dense import begin

@@ -334,7 +334,7 @@ def test_under_a_sliding_window_only_rounding_differs(plan, model, llm_of):
 
 
 @pytest.mark.parametrize(
-    "plan", [p for p in RUNS if not (parse(p).policy.rescore_every or parse(p).policy.decode_scores)]
+    "plan", every(2, [p for p in RUNS if not (parse(p).policy.rescore_every or parse(p).policy.decode_scores)])
 )
 def test_a_turn_sees_what_was_stored_and_itself(plan, llm_of):
     llm, prompt, more = llm_of("g3"), text(60, seed=5), text(25, seed=6)
@@ -530,7 +530,7 @@ PAST += [
 
 
 @pytest.mark.parametrize("model", first(1, ["mistral", "g3"]))
-@pytest.mark.parametrize("plan", PAST)
+@pytest.mark.parametrize("plan", every(2, PAST))
 def test_two_sets_of_tokens_far_past_a_models_window(plan, model, llm_of):
     llm, steps, n = llm_of(model), 50, 30
     prompt, more = text(n, seed=5), text(steps, seed=6)
