@@ -183,7 +183,7 @@ def pyramidinfer(q: Tensor, k: Tensor, recent: int, sink: int, context: int, rat
     return held
 
 
-def squeezed(similarity: list[float], budget: int, share: float, least: int) -> list[int]:
+def squeezed(similarity: list[float], budget: int, share: float, least: int, most: int) -> list[int]:
     """SqueezeAttention's budgets: of all ways to put the layers into three classes, the one with the smallest squares."""
     n, best = len(similarity), (math.inf, None)
     for classes in itertools.product(range(3), repeat=n):
@@ -193,12 +193,12 @@ def squeezed(similarity: list[float], budget: int, share: float, least: int) -> 
         error = sum((s - means[c]) ** 2 for s, c in zip(similarity, classes, strict=True))
         if error < best[0] - 1e-15:
             best = error, [c == means.index(max(means)) for c in classes]
-    few = max(least, int(share * budget))
-    rest, others = n * budget - sum(best[1]) * few, n - sum(best[1])
-    given, k = [], 0
-    for is_few in best[1]:
-        given.append(few if is_few else rest // others + (k < rest % others))
-        k += not is_few
+    given = [max(least, int(share * budget)) if is_few else 0 for is_few in best[1]]
+    for takes in (False, True):  # one token at a time, first to those that change much, then to the others
+        layers = [i for i in range(n) if best[1][i] == takes]
+        while sum(given) < n * budget and (takes or min(given[i] for i in layers) < most):
+            i = min(layers, key=lambda i: (given[i], i))
+            given[i] += 1
     return given
 
 

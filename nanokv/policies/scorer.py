@@ -35,8 +35,8 @@ class Scorer(Policy):
             2024, arXiv:2404.04793, §4). The layers are sorted into three classes by the cosine similarity of the
             stream before and after the attention, averaged over the prompt. The class of highest similarity gets the
             share `squeeze` of the budget, the others what that leaves. Deviations: the classes are the best ones
-            (k-means in one dimension, exactly), not those of a random start; the sum is exactly that of `flat`; an
-            output projection's bias does not count.
+            (k-means in one dimension, exactly), not those of a random start; the sum is exactly that of `flat`, also
+            where some layers would get more than the prompt has; an output projection's bias does not count.
     heads   flat, or ada: the heads of a layer compete for its budget (Ada-KV, Feng et al. 2024, arXiv:2407.11550, §3).
             Each head is guaranteed `floor` of its share and at least one token. Deviation: the guaranteed tokens are
             taken first, so the sum is exact; the authors blend two budgets and round.
@@ -150,11 +150,12 @@ class Scorer(Policy):
     def keep_all(self, prompts: list[Prompt]) -> list[Kept]:
         if self.layers != "squeeze":
             return super().keep_all(prompts)
-        budgets = self.squeezed_budgets([p.similarity for p in prompts], self.min_budget(prompts[0].seen))
+        similarity, n = [p.similarity for p in prompts], prompts[0].n_visible
+        budgets = self.squeezed_budgets(similarity, self.min_budget(prompts[0].seen), max(n, self.budget))
         return [replace(self, layers="flat", budget=n).keep(p) for p, n in zip(prompts, budgets, strict=True)]
 
-    def squeezed_budgets(self, similarity: Sequence[float], least: int) -> list[int]:
-        """The budget of each layer from its similarity; none is below `least`."""
+    def squeezed_budgets(self, similarity: Sequence[float], least: int, most: int) -> list[int]:
+        """The budget of each layer from its similarity, from `least` to `most` tokens."""
         n = len(similarity)
         if n < 3:
             return [self.budget] * n
@@ -166,13 +167,15 @@ class Scorer(Policy):
 
         cuts = ((i, j) for i in range(1, n - 1) for j in range(i + 1, n))
         _, first_of_last = min(cuts, key=lambda cut: spread(0, cut[0]) + spread(*cut) + spread(cut[1], n))
-        few = max(least, int(self.squeeze * self.budget))
-        rest = n * self.budget - (n - first_of_last) * few
-        others = sorted(order[:first_of_last])
-        budgets = [few] * n
-        for k, i in enumerate(others):
-            budgets[i] = rest // len(others) + (k < rest % len(others))
-        return budgets
+        few, others, last = max(least, int(self.squeeze * self.budget)), order[:first_of_last], order[first_of_last:]
+        for_others = min(
+            n * self.budget - len(last) * few, len(others) * most
+        )  # what they cannot hold, the last ones can
+        budgets = {}
+        for layers, total in ((others, for_others), (last, n * self.budget - for_others)):
+            for k, i in enumerate(sorted(layers)):
+                budgets[i] = total // len(layers) + (k < total % len(layers))
+        return [budgets[i] for i in range(n)]
 
     def best(self, p: Prompt, n: int, evict: bool = False, attention: Tensor | None = None) -> Kept:
         """The best tokens, n per head (with heads=ada: n on average).

@@ -262,10 +262,11 @@ def test_pyramid_follows_the_line_and_sums_to_the_flat_budget(budget, T, beta):
 @pytest.mark.parametrize("n", [3, 4, 7])
 def test_squeezed_budgets_are_those_of_the_best_three_classes(n):
     similarity = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).tolist()
-    for share, least in ((0.3, 4), (0.0, 9), (1.0, 1)):
-        found = parse(f"squeeze:budget=40,squeeze={share},window=4").policy.squeezed_budgets(similarity, least)
-        assert found == oracle.squeezed(similarity, 40, share, least) and sum(found) == 40 * n
-    assert parse("squeeze:budget=40,window=4").policy.squeezed_budgets(similarity[:2], 4) == [40, 40]
+    for share, least, most in ((0.3, 4, 999), (0.0, 9, 999), (1.0, 1, 999), (0.1, 4, 50)):
+        found = parse(f"squeeze:budget=40,squeeze={share},window=4").policy.squeezed_budgets(similarity, least, most)
+        assert found == oracle.squeezed(similarity, 40, share, least, most) and sum(found) == 40 * n
+        assert least <= min(found) and max(found) <= most
+    assert parse("squeeze:budget=40,window=4").policy.squeezed_budgets(similarity[:2], 4, 99) == [40, 40]
 
 
 @pytest.mark.parametrize("chunk", [None, 13])
@@ -273,7 +274,7 @@ def test_squeeze_sees_how_much_attention_changes_the_residual_stream(chunk, llm_
     """Against what goes into each block and comes out of its attention."""
     llm, seen = llm_of("deep"), []
     real = SnapKV.squeezed_budgets
-    monkeypatch.setattr(SnapKV, "squeezed_budgets", lambda self, s, least: seen.append(s) or real(self, s, least))
+    monkeypatch.setattr(SnapKV, "squeezed_budgets", lambda self, s, *given: seen.append(s) or real(self, s, *given))
     blocks, before, right = list(llm.models.prefill.layers), {}, [[] for _ in llm.models.prefill.layers]
     hooks = []
     for i, block in enumerate(blocks):
