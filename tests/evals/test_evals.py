@@ -533,6 +533,7 @@ def test_what_is_not_installed_is_a_row_that_says_so(tiny, llm_of, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "kvpress", None)
     monkeypatch.setattr(peers, "PAIRS", [p for p in peers.PAIRS if p.name == "snapkv"])
+    monkeypatch.setattr(peers, "Compiled", peers.Eager)  # compiling is tried elsewhere
     llm = llm_of("llama31")
     assert "not installed" in peers.quality(llm, "x", ["needle"], 100, 1, "50%", int)[0]["absent"]
     assert "not installed" in peers.llama_bench(512, "no-such-llama-bench", None)["absent"]

@@ -51,6 +51,12 @@ SHAPE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_process_for_each_model(monkeypatch):
+    """RENDERER serves all."""
+    monkeypatch.setattr(Renderer, "start", lambda self: None)
+
+
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     """A model directory with every file that is read beside the weights."""

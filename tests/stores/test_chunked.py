@@ -10,7 +10,7 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from helpers import PLANS, STEPS, context, first, run
+from helpers import PLANS, STEPS, context, every, first, run
 from oracle import MaskedCache
 from tiny import text
 
@@ -476,7 +476,7 @@ def test_what_cannot_be_is_refused_in_a_sentence():
 
 
 @pytest.mark.parametrize("model", first(1, ["mistral", "g3"]))
-@pytest.mark.parametrize("plan", [p for p in PLANS if parse(p).names[1] in ("dense", "ragged")])
+@pytest.mark.parametrize("plan", every(2, [p for p in PLANS if parse(p).names[1] in ("dense", "ragged")]))
 def test_offloaded_slots_give_the_same_bits(plan, model, llm_of):
     plan = replace(parse(plan), store=STORES["dense"])
     llm, prompt, more = llm_of(model), text(60, seed=5), text(STEPS, seed=6)

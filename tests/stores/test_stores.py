@@ -83,10 +83,10 @@ def dense_of(llm_of):
 def owned_and_shared() -> list:
     """(policy, store, share): every pair, and every pair with a shared layer, most of them in the tier `pairs`.
 
-    Without it run every policy on a dense store, every store under full, and of the other pairs every sixth.
+    Without it run every policy on a dense store, every store under full, and of the other pairs every twelfth.
     """
     few = [pair for pair in pairs() if pair[0] == "full" or pair[1] == "dense"]
-    others = [pair for pair in pairs() if pair not in few][::6]
+    others = [pair for pair in pairs() if pair not in few][::12]
     alone = [
         pytest.param(*p, {}, id="-".join(p), marks=() if p in few + others else pytest.mark.pairs) for p in pairs()
     ]
@@ -277,7 +277,7 @@ RUNS += [
 ]
 
 
-@pytest.mark.parametrize("plan", every(2, RUNS))
+@pytest.mark.parametrize("plan", every(3, RUNS))
 def test_more_room_saving_and_batches_change_nothing(plan, llm_of, tmp_path):
     from nanokv.cache.save import restore, save
 
@@ -322,7 +322,7 @@ def test_prompts_of_few_tokens_work(plan, n, llm_of):
 
 
 @pytest.mark.parametrize("model", ["windows", pytest.param("mistral", marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("plan", every(2, RUNS))
+@pytest.mark.parametrize("plan", every(3, RUNS))
 def test_under_a_sliding_window_only_rounding_differs(plan, model, llm_of):
     llm, prompt, more = llm_of(model), text(60, seed=5), text(STEPS, seed=6)
     logits, held, _ = run(llm, parse(plan), prompt, more)
