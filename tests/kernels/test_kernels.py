@@ -398,7 +398,7 @@ def test_take_slots(rows):
     sink = draw(4)
     limit, cursor = sink + 1 + draw(9), draw(40)
     first = (torch.arange(rows * 2) * 16).view(rows, 2, 1)
-    pos = cursor[:, :1].long() + 5
+    pos = torch.stack((cursor[:, 0].long() + 5, cursor[:, 1].long()), 1)[:, :1]  # a column of a turn
     state = [x.to(DEVICE) for x in (cursor, limit, sink, first, pos)]
     found, right = (
         [*(x.clone() for x in state), torch.full((rows * 32,), -1, dtype=torch.int32).to(DEVICE)] for _ in "ab"
@@ -484,7 +484,8 @@ def test_the_backend_gives_the_oracles_logits_with_norms_of_heads_and_windows_of
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="here it would run")
-@pytest.mark.parametrize("plan", first(1, ["streaming:sink=2,recent=10", "full+int4:group=8,residual=8"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("plan", ["streaming:sink=2,recent=10", "full+int4:group=8,residual=8"])
 def test_a_turn_whose_last_piece_is_one_token(plan, llm_of, tiny):
     """Two rows with static shapes: that token is a column of the turn."""
     fast, found = load(str(tiny("g3")[0]), dtype="float32", backend="triton", device=DEVICE), []

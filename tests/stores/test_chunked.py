@@ -296,6 +296,7 @@ def test_slots_keep_what_is_wanted_again():
     assert fresh.tolist() == [[[False, True, True, False], [False] * 4]]
 
 
+@pytest.mark.exhaustive
 def test_five_hundred_tokens_do_not_overflow(llm_of):
     llm, more = llm_of("g3"), text(380, seed=6)
     session = llm.session(380, plan=parse(f"full+{ALL}"))
