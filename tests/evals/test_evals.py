@@ -318,6 +318,7 @@ def run(argv: list[str], capsys) -> tuple[int, str, str]:
     return code, out.out, out.err
 
 
+@pytest.mark.exhaustive
 def test_a_full_run_goes_on_where_it_was_broken_off(roomy, tmp_path, capsys, monkeypatch):
     flags = [
         "quality",

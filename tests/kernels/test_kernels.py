@@ -457,7 +457,8 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize("plan", first(1, [MORE[1], *PLANS, MORE[0], *MORE[2:]]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("plan", [*PLANS, *MORE])
 def test_the_backend_gives_the_oracles_logits(plan, llm_of, tiny):
     """Through model, caches and stores; a code may fall to its neighbour where sums are ordered otherwise."""
     fast = load(str(tiny("g3")[0]), dtype="float32", backend="triton", device=DEVICE)
@@ -495,6 +496,11 @@ def test_a_turn_whose_last_piece_is_one_token(plan, llm_of, tiny):
         session.cache.freeze()
         found.append(session.feed(torch.tensor([text(11, seed=7), text(11, seed=8)], device=llm.device)).cpu())
     torch.testing.assert_close(*found, atol=2e-3, rtol=2e-3)
+
+
+def test_the_backend_reads_and_writes_as_the_oracle_does(llm_of, tiny):
+    """One plan through model, cache and store; the others are in -m exhaustive."""
+    test_the_backend_gives_the_oracles_logits("snapkv:budget=20,window=4,kernel=3", llm_of, tiny)
 
 
 def test_the_backend_is_refused_on_a_cpu(monkeypatch):
