@@ -71,6 +71,10 @@ class Counted:
     largest: int = 0  # bytes of the largest of them
 
 
+class Waits(Exception):
+    """A store declares that a step waits for the host, so there is nothing to count."""
+
+
 class Count(TorchDispatchMode):
     """Counts the operations that compute something, and the bytes that they allocate."""
 
@@ -210,8 +214,8 @@ def models_of(ops: Ops, config: ModelConfig, dtype: torch.dtype = torch.bfloat16
 def step(models: Models, plan: Plan, frozen: bool = True, tokens: int = 1) -> tuple[Counted, int]:
     """Run one step over meta tensors → what ran, and the bytes of the cache. `models` cannot be used afterwards.
 
-    frozen: with static shapes, as in a CUDA graph. tokens: more than one is a piece of a turn. ValueError or
-    RuntimeError if the step waits for the host.
+    frozen: with static shapes, as in a CUDA graph. tokens: more than one is a piece of a turn. Waits if a store
+    declares that a step waits for the host; RuntimeError if one waits that does not declare it.
     """
     session = Session(models, plan, ROOM)
     session.start([[i % models.decode.config.vocab_size for i in range(PROMPT)]])
@@ -220,7 +224,7 @@ def step(models: Models, plan: Plan, frozen: bool = True, tokens: int = 1) -> tu
         cache.freeze()
     to_meta(cache, models.decode)
     if cache.needs_host_sync:
-        raise ValueError(f"a step over {plan} waits for the host, or copies on a stream of its own")
+        raise Waits(f"a step over {plan} waits for the host, or copies on a stream of its own")
     ids, pos = (torch.empty(1, tokens, dtype=torch.long, device="meta") for _ in range(2))
     with counting() as count:
 
@@ -239,7 +243,7 @@ def row(name: str, backend: str, ops: Ops) -> dict:
     entry = {"plan": name, "backend": backend}
     try:
         found, size = step(models_of(ops, replace(PRESETS[MODEL], num_hidden_layers=LAYERS)), parse(name))
-    except (ValueError, RuntimeError, NotImplementedError) as e:
+    except Waits as e:
         return entry | {"waits": str(e).splitlines()[0][:100]}
     each = {key: n / LAYERS for key, n in found.in_blocks.most_common()}
     kernels = sum(n for key, n in each.items() if key.startswith("triton"))

@@ -175,8 +175,7 @@ def attention_scores(
     "count_low": how many queries gave less than 1/(number of keys they see); "last_hit": one more than the token of
     the last query that gave at least that, 0 if none did. noise (seed, tau, h): Gumbel noise is added to the logits,
     and the sum divided by tau. The noise depends on the seed, the query head counted from h, and the tokens of query
-    and key alone. Returns (B,Hkv,S) fp32, or (B,H,S) with over_group
-    "each", which joins no heads. The (H,w,S)
+    and key alone. Returns (B,Hkv,S) fp32, or (B,H,S) with over_group "each", which joins no heads. The (H,w,S)
     weights exist for one block of queries at a time.
     """
     return attention_scores_by(_logits, q, k, start, sliding_window, over_group, over_queries, noise)
@@ -196,7 +195,6 @@ def attention_scores_by(
     B, H, Hkv, S = q.shape[0], q.shape[1], k.shape[1], k.shape[2]
     sums = over_queries in ("sum", "rising")
     scores = q.new_zeros(B, H if sums else Hkv, S, dtype=torch.float32)
-    rise = torch.linspace(1, 1.2, q.shape[2], device=q.device)[:, None]  # (w,1)
     for rows, keys, visible in blocks(q.shape[2], start, sliding_window, q.device):
         logits = logits_of(q[:, :, rows], k[:, :, keys])
         logits = logits.masked_fill(~visible, -torch.inf)  # (B,Hkv,G,t,s)
@@ -206,7 +204,8 @@ def attention_scores_by(
         else:
             weight = _noisy(logits, noise, token, torch.arange(keys.start, keys.stop, device=q.device))
         if sums:
-            weight = weight * rise[rows] if over_queries == "rising" else weight
+            if over_queries == "rising":
+                weight = weight * torch.linspace(1, 1.2, q.shape[2], device=q.device)[rows, None]
             scores[:, :, keys] += weight.sum(3).flatten(1, 2)
             continue
         weight = _join_group(weight, over_group)  # (B,Hkv,t,s)

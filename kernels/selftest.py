@@ -1,7 +1,7 @@
 """Run kernels once on small random inputs and compare them with their twins in fp64.
 
-A kernel may be wrong on a device that nobody has tried, it may crash, and it may hang. So whoever wants to know runs
-this in a process of its own, with a limit of time:
+On a device that nobody has tried, a kernel may be wrong, crash or hang. So this runs in a process of its own, with a
+limit of time (nanokv/backends/check.py):
 
     python -m kernels.selftest cuda:0 bfloat16 4 128 decode append
 

@@ -168,9 +168,8 @@ class Scorer(Policy):
         cuts = ((i, j) for i in range(1, n - 1) for j in range(i + 1, n))
         _, first_of_last = min(cuts, key=lambda cut: spread(0, cut[0]) + spread(*cut) + spread(cut[1], n))
         few, others, last = max(least, int(self.squeeze * self.budget)), order[:first_of_last], order[first_of_last:]
-        for_others = min(
-            n * self.budget - len(last) * few, len(others) * most
-        )  # what they cannot hold, the last ones can
+        # what the others cannot hold, the last ones get
+        for_others = min(n * self.budget - len(last) * few, len(others) * most)
         budgets = {}
         for layers, total in ((others, for_others), (last, n * self.budget - for_others)):
             for k, i in enumerate(sorted(layers)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-from dataclasses import replace
 
 import pytest
 import torch
@@ -217,4 +216,3 @@ def test_on_a_cpu_nothing_is_checked(tiny, monkeypatch):
     monkeypatch.setattr("nanokv.llm.verdicts", lambda *_: pytest.fail("checked"))
     llm = load(str(tiny("g3")[0]), dtype="float32")
     assert llm.check is None and llm.models.ops.why == ""
-    assert replace(llm.models.ops, why="x").why == "x"
