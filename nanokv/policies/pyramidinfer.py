@@ -77,7 +77,7 @@ class PyramidInfer(Policy):
             middle = (low + high) / 2
             fits = sum(replace(mine, ratio=middle).sizes(n, work.owners)) <= budget * work.owners
             low, high = (middle, high) if fits else (low, middle)
-        return replace(mine, ratio=1.0 if budget >= n else low)
+        return replace(mine, ratio=1.0 if budget >= n else low, budget=None)
 
     def sizes(self, n: int, layers: int) -> list[int]:
         """How many tokens each layer keeps of a prompt of n."""

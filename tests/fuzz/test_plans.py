@@ -70,6 +70,12 @@ FOUND = {  # faults that were found: the model, the plan, its shared layers, the
         {2: 1},
         [37, 24],
     ),
+    "a plan that came from a file was fitted to the longer text": (
+        "deep",
+        "pyramidinfer:budget=70%,recent=8,context=1",
+        {},
+        [45, 60],
+    ),
 }
 
 
