@@ -8,6 +8,7 @@ all    these four
 kvpress   its scores and ours at equal settings, without the speeds that peers takes too
 kernels   on a GPU: each kernel and whole decode steps against what the device can do
 codes     what each store's rounding does to the keys and values of a text
+drafts    speculative decoding: whether the text stays the same, how often a draft is right, tokens/s
 endless   20,000 generated tokens: speed and bytes at both ends       prose    perplexity of a text, far beyond the
 context if you like
 
@@ -47,9 +48,23 @@ TUNED = ("snapkv:window=8,kernel=13", "simlayer:recent=256")
 QUICK = ("full", "random", "streaming", *TUNED, "adakv:window=8,kernel=13", "keydiff", "tova")
 
 
-PARTS = ("quick", "quality", "codes", "speed", "compile", "kernels", "memory", "peers", "kvpress", "endless", "prose")
+PARTS = (
+    "quick",
+    "quality",
+    "codes",
+    "speed",
+    "compile",
+    "kernels",
+    "memory",
+    "peers",
+    "kvpress",
+    "drafts",
+    "endless",
+    "prose",
+)
 # beside the registered stores, other settings of theirs
 CODES = ("full+fp8:format=e5m2", "full+turbo:k=3,v=3", "full+turbo:k=2,v=2")
+DRAFTED = 4  # tokens of a draft, at most, as generate.py's default
 # what holds a budget of 512 over any length, and the ways to read a long text
 ENDLESS = ("streaming:budget=512", "h2o:budget=512", "tova:budget=512", "snapkv:budget=512,every=128")
 COMPILED = ("full", "snapkv", "h2o", "adakv", "full+int4", "full+fp8", "kvsharer:layers=4")
@@ -74,7 +89,8 @@ def parser() -> cli.Parser:
         "--plans",
         nargs="+",
         metavar="PLAN",
-        help="these beside full, random and streaming, instead of every registered one; of compile, endless and prose: these alone",
+        help="these beside full, random and streaming, instead of every registered one; of compile, endless and prose: "
+        "these alone; of drafts: lookup, or the plans that write them",
     )
     a("--budgets", nargs="+", metavar="B", help="for plans that name none: 512, 25%%, 64MiB")
     a("--lengths", nargs="+", type=int, metavar="N", help="tokens of prompt; of compile: two; of endless: new ones")
@@ -82,7 +98,12 @@ def parser() -> cli.Parser:
     a("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     a("--seeds", type=int, metavar="N", help="texts of each task and length")
     a("--depth", type=float, metavar="X", help="quality: needles there, 0 … 1, instead of all over")
-    a("--tokens", type=int, metavar="N", help="quality: of the text that fidelity is taken on (32; with --full 64)")
+    a(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="quality: of the text that fidelity is taken on (32; with --full 64); drafts: new ones (128)",
+    )
     a("--floor", type=float, metavar="F", help="what full must solve, 0 … 1, before other scores are shown")
     a("--full", action="store_true", help="quality: more lengths, budgets and texts; goes on where it was broken off")
     a("--gguf", nargs="+", metavar="FILE", help="peers: the same model for llama-bench, as in f16.gguf bf16.gguf")
@@ -136,7 +157,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     parts = dict(
         zip(
             PARTS,
-            (quick, quality, codes, speed, compiled, kernels, memory, peers, kvpress, endless, prose),
+            (quick, quality, codes, speed, compiled, kernels, memory, peers, kvpress, drafts, endless, prose),
             strict=True,
         )
     )
@@ -160,7 +181,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 USES = {  # which part listens to which flag; quick is a small one of quality and speed
-    "plans": ("quick", "quality", "codes", "speed", "compile", "kernels", "memory", "endless", "prose"),
+    "plans": ("quick", "quality", "codes", "speed", "compile", "kernels", "memory", "drafts", "endless", "prose"),
     "budgets": ("quick", "quality", "speed", "compile", "memory", "peers", "kvpress"),
     "lengths": (
         "quick",
@@ -172,14 +193,15 @@ USES = {  # which part listens to which flag; quick is a small one of quality an
         "memory",
         "peers",
         "kvpress",
+        "drafts",
         "endless",
         "prose",
     ),
     "modes": ("compile",),
     "batches": ("speed", "kernels", "memory"),
     "tasks": ("quick", "quality", "peers", "kvpress"),
-    "seeds": ("quick", "quality", "peers", "kvpress"),
-    "tokens": ("quality",),
+    "seeds": ("quick", "quality", "peers", "kvpress", "drafts"),
+    "tokens": ("quality", "drafts"),
     "floor": ("quick", "quality"),
     "full": ("quality",),
     "depth": ("quality",),
@@ -418,6 +440,20 @@ def beside(job: Job, length: int, kept: str) -> dict:
         scores = p.quality(job.llm, job.args.model, tasks, length, seeds, kept, progress.update)
     print(f"the same {seeds} texts of {length} tokens, {kept} kept\n{show.peers_quality(scores)}\n")
     return {"peers_quality": scores}
+
+
+def drafts(job: Job) -> dict:
+    from evals import drafts as d
+
+    args = job.args
+    plans, seeds, new = args.plans or ("lookup",), args.seeds or 10, args.tokens or 128
+    sizes = [(kind, n) for kind in d.KINDS for n in args.lengths or [600]]
+    found = []
+    with job.bar(range(len(sizes) * seeds * (1 + len(plans))), "drafts") as bar:
+        for kind, n in sizes:
+            found += d.measure(job.llm, plans, kind, seeds, n, new, DRAFTED, bar.update)
+    print(show.drafts(found) + "\n")
+    return {"drafts": found}
 
 
 def endless(job: Job) -> dict:

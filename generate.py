@@ -86,6 +86,9 @@ def parser() -> cli.Parser:
     )
     a("--runner", default="auto", choices=runners, help="decode steps by plain calls, torch.compile or a CUDA graph")
     a("--chunk", type=int, metavar="N", help="prefill N tokens at a time; the whole cache is held until the end")
+    a("--draft", metavar="D", help="guess tokens and check them in one pass: lookup, or the plan of a second cache")
+    a("--draft-model", metavar="M", help="a smaller model writes the draft, under the plan of --draft or full")
+    a("--draft-tokens", type=int, default=4, metavar="N", help="how many at most (default %(default)s)")
     cli.add_compile_flags(a)
     return p
 
@@ -130,18 +133,19 @@ def run(args: argparse.Namespace, stdout_is_open: bool = True) -> int:
         "ignore_eos": args.ignore_eos,
         "overflow": args.allow_overflow,
     }
+    given = {"device": args.device, "dtype": args.dtype, "backend": args.backend}
+    given |= {"random_weights": args.random_weights, "bar": cli.shows_progress(args.quiet)}
     llm = load(
         args.model,
         plan,
-        device=args.device,
-        dtype=args.dtype,
-        backend=args.backend,
         runner=args.runner,
         compile_options=cli.compile_options(args),
         watch=args.explain_backends,
-        random_weights=args.random_weights,
-        bar=cli.shows_progress(args.quiet),
+        **given,
     )
+    if args.draft or args.draft_model:
+        writer = load(args.draft_model, **given) if args.draft_model else llm
+        options["speculation"] = llm.speculation(args.draft or "full", args.draft_tokens, writer)
     if (args.chat or args.system is not None or args.interactive) and not args.ignore_eos:
         from nanokv.text.chat import stops
 
@@ -170,6 +174,8 @@ CONFLICTS = (  # a flag, why it excludes others, and which ones
     ("--save-cache", "saves one prompt", "--interactive --num-samples"),
     ("--interactive", "reads the keyboard", "--question --num-samples --json --xray"),
     ("--xray", "draws one answer", "--num-samples"),
+    ("--draft", "is written for one row", "--num-samples"),
+    ("--draft-model", "writes for one row", "--num-samples"),
     ("--plan", "answers nothing", "--json --xray --save-cache --load-cache --compare"),
 )
 
@@ -191,12 +197,16 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag in (f"--{name.replace('_', '-')}" for name, value in vars(args).items() if value == ""):
         if flag not in ("--prompt", "--list-policies"):  # the prompt has its own error
             raise ValueError(f"{flag} is empty; give a value, or leave it out")
-    for flag in ("--chunk", "--num-samples", "--max-new-tokens"):
+    for flag in ("--chunk", "--num-samples", "--max-new-tokens", "--draft-tokens"):
         value = value_of(args, flag)
         if value is not None and value < 1:
             raise ValueError(f"{flag} is {value}; give at least 1")
     if args.num_samples > 1 and args.temperature == 0:
         raise ValueError("--num-samples with temperature 0 would print one answer many times; give --temperature 0.8")
+    if args.draft == "lookup" and args.draft_model:
+        raise ValueError("--draft lookup needs no model; leave out --draft-model, or give a plan as --draft")
+    if given("--draft-tokens") and not (args.draft or args.draft_model):
+        raise ValueError("--draft-tokens is of a draft, and there is none; give --draft or --draft-model")
     if not all(args.stop):
         raise ValueError("--stop is empty; give a text, or leave it out")
     if args.question is not None and not args.question.strip():

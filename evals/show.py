@@ -225,6 +225,25 @@ def peers_quality(found: Sequence[dict]) -> str:
     return table(head, rows)
 
 
+def drafts(found: Sequence[dict]) -> str:
+    """Speculative decoding, a row per draft and kind of text."""
+    rows = [
+        [
+            r["draft"],
+            r["kind"],
+            f"{r['same']} of {r['texts']}",
+            percent(r["accepted"] / max(1, r["drafted"])),
+            f"{1 + r['accepted'] / r['passes']:.2f}",
+            f"{r['plain_tok_s']:.1f}",
+            f"{r['tok_s']:.1f}",
+            f"{r['tok_s'] / r['plain_tok_s']:.2f}x",
+        ]
+        for r in found
+    ]
+    head = ["draft", "text", "same tokens", "accepted", "tokens a pass", "tok/s without", "with", "gain"]
+    return table(head, rows)
+
+
 def endless(found: Sequence[dict]) -> str:
     """Format one row per plan: speed and bytes near the start and at the end."""
     rows = [

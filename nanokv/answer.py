@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
 
 from nanokv.device import wait_for
 from nanokv.engine import Session, generate
+from nanokv.speculate import Speculation
 from nanokv.text import tokenizer
 from nanokv.text.sampler import NOT_FINITE, Sampling, finite_rows, sample
 from nanokv.text.stream import Stopper, Stream
-
-TURN_CHUNK = 512  # tokens of a turn that are fed at once
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Answer:
     generator: torch.Generator
     stop: tuple[str, ...]
     ignore_eos: bool
+    speculation: Speculation | None = None
     prompt_tokens: int = 0
     lengths: list[int] = field(default_factory=list)  # tokens of each prompt that started the session
     ids: list[list[int]] = field(default_factory=list)
@@ -59,9 +60,10 @@ class Answer:
         if then:
             session.reserve(len(then) + self.limit)
             rows = torch.tensor([list(then)], device=session.pos.device).expand(len(session.seen), -1)
-            step = session.chunk or TURN_CHUNK  # pieces bound the memory; each is stored before the next one attends
-            for a in range(0, len(then), step):
-                self.logits = session.feed(rows[:, a : a + step])
+            self.logits = session.feed_turn(rows)
+        if self.speculation:
+            new = [*(prompts[0] if prompts else ()), *then]
+            self.speculation.begin(session, new, self.limit, self.sampling, self.generator)
         wait_for(session.pos.device)
         self.prefill_s = time.perf_counter() - t0
         self.lengths = [len(p) for p in prompts]
@@ -76,24 +78,26 @@ class Answer:
     def __iter__(self) -> Iterator[tuple[int, str]]:
         clock, column, runner = 0.0, None, self.session.models.runner
         before = compiled = runner.compile_s
-        for i, column in enumerate(generate(self.session, self.logits, self.limit, self._sample)):
-            tokens = column.tolist()
-            if -1 in tokens:
-                raise ValueError(NOT_FINITE)
-            if i > 1 and runner.compile_s == compiled:  # a step that compiled is not counted
-                self.decode_s += time.perf_counter() - clock
-                self.counted += self.reasons.count(None)
-            self.unfed = None if self._ends(tokens[0]) else tokens[0]
-            for row, token in enumerate(tokens):
-                yield from self._take(row, token, last=i + 1 == self.limit)
-            if self.interrupted:
-                for row, reason in enumerate(self.reasons):
-                    if reason is None:
-                        self.reasons[row] = "interrupted"
-                        yield from self._emit(row, self.streams[row].end())
-            if all(self.reasons):
-                break
-            compiled, clock = runner.compile_s, time.perf_counter()
+        first_counted = 1 if self.speculation else 2  # a pass gives several tokens: none may come without its time
+        with closing(self._columns()) as columns:
+            for i, column in enumerate(columns):
+                tokens = column.tolist()
+                if -1 in tokens:
+                    raise ValueError(NOT_FINITE)
+                if i >= first_counted and runner.compile_s == compiled:  # a step that compiled is not counted
+                    self.decode_s += time.perf_counter() - clock
+                    self.counted += self.reasons.count(None)
+                self.unfed = None if self._ends(tokens[0]) else tokens[0]
+                for row, token in enumerate(tokens):
+                    yield from self._take(row, token, last=i + 1 == self.limit)
+                if self.interrupted:
+                    for row, reason in enumerate(self.reasons):
+                        if reason is None:
+                            self.reasons[row] = "interrupted"
+                            yield from self._emit(row, self.streams[row].end())
+                if all(self.reasons):
+                    break
+                compiled, clock = runner.compile_s, time.perf_counter()
         self.compile_s += runner.compile_s - before
         if self.session.undecided:  # a policy that waits has seen no token yet: give it the one it needs to decide
             self.session.feed(column[:, None])
@@ -104,6 +108,11 @@ class Answer:
         if self.unfed is not None:
             self.session.feed(torch.tensor([[self.unfed]], device=self.session.pos.device))
             self.unfed = None
+
+    def _columns(self) -> Generator[torch.Tensor]:
+        if self.speculation:
+            return self.speculation.generate(self.session, self.logits, self.limit)
+        return generate(self.session, self.logits, self.limit, self._sample)
 
     def _sample(self, logits: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nanokv.backends.torch_cpu import row_linear
+from nanokv.backends.torch_cpu import few_rows_linear, row_linear
 from nanokv.backends.torch_ops import linear
 from nanokv.cache.report import mib
 from nanokv.model.config import ModelConfig
@@ -83,8 +83,13 @@ def choose_precision(config: ModelConfig, device: torch.device, asked: str) -> P
     else:
         first = second = torch.float32
         why = "this CPU has no bf16 arithmetic"
-    streams_bf16 = device.type == "cpu" and second == torch.bfloat16
-    return Precision(first, second, row_linear if streams_bf16 else linear, why)
+    product = linear
+    if device.type == "cpu" and second == torch.bfloat16:
+        product = row_linear
+    elif device.type == "cpu" and second == torch.float32 and not torch.cpu._is_avx512_bf16_supported():
+        # one core of a Zen 3, 1,536 columns and 576 rows out of the cache: TODO
+        product = few_rows_linear
+    return Precision(first, second, product, why)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -20,6 +20,8 @@ from nanokv.cache.report import Report
 from nanokv.model.llama import Llama
 from nanokv.runner import Runner
 
+TURN_CHUNK = 512  # tokens of a turn that are fed at once
+
 
 @dataclass(frozen=True)
 class Models:
@@ -88,6 +90,7 @@ class Session:
             list[Tensor] | None
         ) = []  # each row's ids up to the last rescore; None if a loaded cache lacks them
         self.fed: list[Tensor] = []  # (B,T) each: the ids fed since then
+        self.n_tried = 0  # how many tokens of `try_tokens` wait for `accept`
         self.intact = True  # False if an exception interrupted a step, so the cache may be half written
 
     def fitted_plan(self, prompt_len: int, rows: int = 1) -> Plan:
@@ -167,6 +170,44 @@ class Session:
             self.cache.maintain(T, self.seen, self._tokens_seen)
         self.intact = True
         return torch.cat(parts, 1) if every_logit else parts[-1][:, -1]
+
+    def feed_turn(self, tokens: Tensor) -> Tensor:
+        """`feed` in pieces that bound the memory; each is stored before the next one attends."""
+        for piece in tokens.split(self.chunk or TURN_CHUNK, 1):
+            logits = self.feed(piece)
+        return logits
+
+    @torch.inference_mode()
+    def try_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens (B,T) that may turn out wrong → logits after every one (B,T,vocab). They attend to the text and to those
+        tried before; `accept` ends the trial.
+        """
+        self.intact = False
+        self.cache.hold()
+        n, T = self.n_tried, tokens.shape[1]
+        pos = self.pos + torch.arange(n, n + T, device=self.pos.device)
+        out = self.models.prefill.logits(self.models.prefill.hidden(tokens, pos, self.cache))
+        self.n_tried += T
+        self.intact = True
+        return out
+
+    @torch.inference_mode()
+    def accept(self, n: int) -> None:
+        """The first n of the tried tokens belong to the text, and the others are forgotten."""
+        if not self.n_tried:
+            return
+        self.cache.check_room(n)
+        self.intact = False
+        while n:
+            T = self.cache.next_piece(n)
+            self.cache.room -= T
+            self.cache.store_held(T, self.pos + torch.arange(T, device=self.pos.device))
+            self._advance(T)
+            self.cache.maintain(T, self.seen)
+            n -= T
+        self.cache.release()
+        self.n_tried = 0
+        self.intact = True
 
     def _tokens_seen(self) -> list[Tensor] | None:
         """Each row's token ids so far; the cache asks for them only at a rescore."""

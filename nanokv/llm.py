@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from string import printable
 
 import torch
 from tqdm import tqdm
@@ -34,11 +35,14 @@ from nanokv.model.presets import PRESETS
 from nanokv.runner import RUNNERS, CompileOptions, make
 from nanokv.sharing import search
 from nanokv.sharing.base import Sharing
+from nanokv.speculate import Lookup, SecondSession, Speculation, why_not
 from nanokv.text import tokenizer
 from nanokv.text.sampler import Sampling
 from weights.fetch import locate
 from weights.from_gguf import GGUF
 from weights.registry import MODELS, settings
+
+PROBE = f"Text of all kinds: {printable} äßé €–“ \n\n\tdef f(x):\n        return 1234567890"
 
 
 def load(
@@ -222,6 +226,29 @@ class LLM:
         search.write_map(file, self.name, self.fingerprint(), want, layers, pairs)
         return layers
 
+    def speculation(self, draft: str = "lookup", tokens: int = 4, writer: LLM | None = None) -> Speculation:
+        """Drafts of at most so many tokens, for one session of this model and its later turns.
+
+        draft   lookup (the text itself), or the plan of a second session that writes them.
+        writer  whose session that is: this model, or a smaller one that splits texts into the same tokens.
+
+        ValueError if they cannot be written in this way.
+        """
+        if draft == "lookup":
+            return Speculation(Lookup(), tokens)
+        writer = writer or self
+        if self.tokenizer.encode(PROBE) != writer.tokenizer.encode(PROBE):
+            raise ValueError(f"{writer.name} cannot write drafts for {self.name}: it splits texts into other tokens")
+        plan = writer.ready(parse(draft))
+
+        def start(text: list[int], room: int) -> Session:
+            session = Session(writer.models, plan, room)
+            writer.check_memory(session, [text], room)
+            session.start([text])
+            return session
+
+        return Speculation(SecondSession(f"{writer.name} · {draft}", plan, start), tokens)
+
     def report(self) -> Report | None:
         """The receipt (bytes and tokens held) of the newest session; None before its prompts are compressed."""
         return None if self.last is None else self.last.report()
@@ -239,6 +266,7 @@ class LLM:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         overflow: bool = False,
+        speculation: Speculation | None = None,
         progress: Callable[[int], None] | None = None,
         on_compressed: Callable[[], None] | None = None,
     ) -> Answer:
@@ -254,6 +282,7 @@ class LLM:
                        string is one stop.
         ignore_eos     go on after an end-of-sequence token.
         overflow       go on beyond the model's context.
+        speculation    drafts that make decoding faster, for one row; keep it for the session's later turns.
         progress       progress(n) is called after every n prompt tokens.
         on_compressed  called when all prompts are compressed, before anything follows.
 
@@ -272,17 +301,24 @@ class LLM:
                 f"{longest} tokens of prompt and {limit} new ones are more than the {max_len} of this model's context; "
                 "shorten one of them, or go on regardless with --allow-overflow"
             )
+        if speculation and max(len(prompts) * copies, len(session.seen)) > 1:
+            raise ValueError("drafts are written for one row; give one prompt and one copy, or no draft")
+        if speculation and (reason := why_not(session.plan)):
+            plan = "+".join(session.plan.names)
+            raise ValueError(f"{plan} cannot check drafts: it {reason}; use another plan, or no draft")
         if prompts:
-            self._check_memory(session, prompts, len(then) + limit, copies)
+            self.check_memory(session, prompts, len(then) + limit, copies)
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed is {seed}; give a whole number from 0 to 2^63 − 1")
         generator = torch.Generator(self.device).manual_seed(seed)
         stop = tuple(filter(None, (stop,) if isinstance(stop, str) else stop))
-        answer = Answer(session, self.tokenizer, limit, sampling or Sampling(), generator, stop, ignore_eos)
+        answer = Answer(
+            session, self.tokenizer, limit, sampling or Sampling(), generator, stop, ignore_eos, speculation
+        )
         answer.begin(prompts, then, copies, progress, on_compressed)
         return answer
 
-    def _check_memory(self, session: Session, prompts: Sequence[Sequence[int]], room: int, copies: int) -> None:
+    def check_memory(self, session: Session, prompts: Sequence[Sequence[int]], room: int, copies: int = 1) -> None:
         """Raise ValueError if the cache cannot fit: what all layers keep, plus the uncompressed prompt of one layer, or of
         all layers if the policy or --chunk delays their compression.
         """

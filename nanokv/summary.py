@@ -15,6 +15,7 @@ from nanokv.answer import Answer
 from nanokv.cache.report import mib
 from nanokv.device import peak_bytes
 from nanokv.llm import LLM
+from nanokv.speculate import Speculation
 
 
 def first_line(llm: LLM, plan: str) -> str:
@@ -40,6 +41,7 @@ def end_block(llm: LLM, answer: Answer) -> str:
         f"prefill {answer.prompt_tokens} tok, {answer.prefill_s:.2f} s, {prefill_rate:.0f} tok/s",
         f"decode {answer.counted} tok, {answer.decode_s:.2f} s, {decode_rate:.1f} tok/s "
         f"(without the first step, the warm-up); ended by {', '.join(dict.fromkeys(answer.reasons))}",
+        *([drafts(answer.speculation)] if answer.speculation else []),
         f"peak memory {mib(peak_bytes(llm.device))}{chunked}",
     ]
     if policy != "full" and not report.evicting_layers and not session.plan.policy.demotes:
@@ -52,6 +54,15 @@ def end_block(llm: LLM, answer: Answer) -> str:
             f"{mib(unused)} of the cache are empty slots: room for more new tokens (-n), or padding up to the longest head or row"
         )
     return "\n".join([*lines, str(report)])
+
+
+def drafts(of: Speculation) -> str:
+    """How often the drafts were right."""
+    per_pass = 1 + of.accepted / max(1, of.passes)
+    return (
+        f"drafts by {of.draft.name}: {of.accepted} of {of.drafted} tokens accepted, {per_pass:.2f} tokens in each of "
+        f"{of.passes} passes; their own cache takes {mib(of.draft.cache_bytes())}"
+    )
 
 
 def as_record(llm: LLM, answer: Answer) -> dict[str, Any]:
@@ -75,6 +86,8 @@ def as_record(llm: LLM, answer: Answer) -> dict[str, Any]:
         "decode_tok_s": decode_rate,
         "peak_bytes": peak_bytes(llm.device),
     }
+    if made := answer.speculation:
+        common["draft"] = {"by": made.draft.name, **{k: getattr(made, k) for k in ("passes", "drafted", "accepted")}}
     rows = [
         {
             **common,

@@ -28,6 +28,15 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
 
 
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `linear`, but two to six rows are multiplied as weight @ xᵀ, which on some CPUs takes half the time in fp32."""
+    rows = x.numel() // x.shape[-1]
+    if not 1 < rows < 7 or compiles_for_cpu(x):
+        return linear(x, weight, bias)
+    out = (weight @ x.to(weight.dtype).reshape(rows, -1).t()).t().contiguous()
+    return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
+
+
 def sdpa_prefill(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: int | None) -> Tensor:
     """As `reference.prefill` without lse. A whole prompt is one causal call; chunks and sliding windows go in blocks
     of queries.

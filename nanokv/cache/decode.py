@@ -2,7 +2,8 @@
 
 A single new token is stored first and then attends to everything, itself included. Several tokens at once, a piece of a
 turn, attend to what was stored before and causally to each other, and are stored afterwards. `next_piece` says how many
-may come at once.
+may come at once. After `hold`, new tokens attend in this way too but wait: `store_held` stores the first ones, and
+`release` drops the others.
 """
 
 from __future__ import annotations
@@ -149,6 +150,25 @@ class KVCache:
         elif store.refill_ends_capture:
             self.layout += 1
 
+    def hold(self) -> None:
+        """Store no new token from now on. They attend to what is stored and causally to each other."""
+        for layer in self._owners:
+            layer.holds = True
+
+    def store_held(self, n: int, pos: Tensor) -> None:
+        """Store the first n of the tokens that were held back, at pos (B,n). Call `maintain` before the next ones."""
+        for layer in self._owners:
+            layer.store_held(n, pos)
+
+    def release(self) -> None:
+        """Forget the tokens that are still held back, and store new ones again."""
+        for layer in self._owners:
+            layer.holds, layer.held = False, None
+
+    @property
+    def _owners(self) -> list[Owner]:
+        return [layer for layer in self.layers if layer.owns]
+
     @property
     def needs_host_sync(self) -> bool:
         """Whether a step waits for the host, so that it cannot be compiled or captured."""
@@ -198,17 +218,19 @@ class Owner:
         self.owner = self
         self.sliding_window = ctx.config.window(index)
         self.only_reader = plan.last_reader(index) == index  # the owner attends first, so as the last one only if alone
-        self.piece_kv: tuple[Tensor, Tensor] | None = (
-            None  # k and v of a piece of a turn, until the last reader has attended
-        )
+        self.holds = False  # whether new tokens wait for `store_held`
+        # k and v (B,Hkv,n,D) that are not stored: a piece of a turn until its last reader has attended, or what is held back
+        self.held: tuple[Tensor, Tensor] | None = None
         self.step_scores: list[Tensor] = []  # the readers' scores so far in this step
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
         k, v = k.to(self.dtype), v.to(self.dtype)
-        if q.shape[2] == 1:
+        if q.shape[2] == 1 and not self.holds:
             self.store.append(k, v, pos)
+        elif self.held is None:
+            self.held = k, v
         else:
-            self.piece_kv = (k, v)
+            self.held = torch.cat((self.held[0], k), 2), torch.cat((self.held[1], v), 2)
         return self.read(q, pos, self.only_reader, self.queries)
 
     def read(self, q: Tensor, pos: Tensor, is_last_reader: bool, queries: QueryBuffer | None) -> Tensor:
@@ -218,11 +240,11 @@ class Owner:
             queries.push(own_q, pos)
         in_cache = self.policy.positions_in_cache and self.store.slots.n_sink
         out, lse, scores = self.store.read(own_q, pos, self._sink_queries(own_q, pos) if in_cache else None)
-        if q.shape[2] > 1:
-            out, _ = merge([(out, lse), self.ops.turn(own_q, *self.piece_kv, 0, self.sliding_window)])
-            if is_last_reader:
-                self.store.extend(*self.piece_kv, pos)
-                self.piece_kv = None
+        if self.held is not None:
+            before = self.held[0].shape[2] - q.shape[2]
+            out, _ = merge([(out, lse), self.ops.turn(own_q, *self.held, before, self.sliding_window)])
+            if is_last_reader and not self.holds:
+                self.store_held(q.shape[2], pos)
         elif scores is not None:
             self.step_scores.append(scores)
             if is_last_reader:
@@ -231,14 +253,20 @@ class Owner:
                 self.step_scores = []
         return out.to(q.dtype)
 
+    def store_held(self, n: int, pos: Tensor) -> None:
+        """Store the first n of the tokens that are not stored yet, at pos (B,n)."""
+        k, v = (x[:, :, :n] for x in self.held)
+        (self.store.append if n == 1 else self.store.extend)(k, v, pos)
+        rest = tuple(x[:, :, n:] for x in self.held)
+        self.held = rest if rest[0].shape[2] else None
+
     def _sink_queries(self, q: Tensor, pos: Tensor) -> Tensor:
         """The queries rotated back to their place in the cache, as if no evicted token lay between the sinks and the
         others.
         """
         s, T = self.store.slots, q.shape[2]
-        before = s.length[:, :1] - (
-            1 if T == 1 else 0
-        )  # tokens before this step: a single token is stored already, a turn is not
+        # tokens before these: a single token is stored already, others are not
+        before = s.length[:, :1] + (0 if self.held is None else self.held[0].shape[2]) - T
         gap = before + torch.arange(T, device=pos.device) - pos
         gap = torch.where(
             s.sink[:, :1] < s.n_sink, 0, gap

@@ -52,7 +52,6 @@ class Store(Protocol):
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attention of q (B,H,T,D) over all stored tokens → out, natural logsumexp (B,H,T), scores if they are wanted.
-
         q_sink (B,H,T,D): the same queries rotated to positions in the cache; the sinks are read with these.
         """
 
@@ -92,6 +91,7 @@ class StoreSpec(ABC):
     eviction_granularity = 1  # tokens that share a scale and can only leave together
     pads_heads = True  # all heads take the slots of the longest one
     has_low_precision_tier = False  # it has a place for `Kept.demoted`
+    selects_per_step = False  # a step reads what its query selects, a piece of a turn everything
     implies = ()  # stores that a plan may name beside this one without effect: it holds tokens in the same way
     state_type = None  # the StoreState with which its rows are saved
     kernels = ()  # those that it runs beside the kernels of every step

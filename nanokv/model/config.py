@@ -30,6 +30,17 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": Architecture("qwen3", 32768, 32, 128),
 }
 
+_LATENT = "its attention (MLA) caches one latent vector per token, and no keys and values of heads"
+_STATE = "a recurrent state of fixed size takes the place of keys and values, so there is no cache to compress"
+OTHERS = {  # how names of architectures and model types begin, without underscores → why such a model cannot run here
+    "deepseekv2": _LATENT,
+    "deepseekv3": _LATENT,
+    "minicpm3": _LATENT,
+    "rwkv": _STATE,
+    "retnet": _STATE,
+    "mamba": _STATE,
+}
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -199,7 +210,11 @@ def _architecture(raw: Mapping[str, Any], where: str) -> Architecture:
     chosen = next((kind for kind in found if kind.model_type == model_type), found[0] if listed and found else None)
     if chosen is None:
         name = clipped(listed[0]) if listed else f"model_type {clipped(str(model_type))}"
-        raise ValueError(f"{where}: architecture {name} is not supported; supported are {', '.join(ARCHITECTURES)}")
+        plain = (listed[0] if listed else str(model_type)).lower().replace("_", "")
+        reason = next((f" ({why})" for start, why in OTHERS.items() if plain.startswith(start)), "")
+        raise ValueError(
+            f"{where}: architecture {name} is not supported{reason}; supported are {', '.join(ARCHITECTURES)}"
+        )
     return chosen
 
 

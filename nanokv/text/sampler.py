@@ -35,7 +35,9 @@ class Sampling:
 
 
 def probabilities(logits: Tensor, s: Sampling) -> Tensor:
-    """Logits (B,vocab) → fp32 probabilities (B,vocab) after the filters. s.temperature must be above 0."""
+    """Logits (B,vocab) → fp32 probabilities (B,vocab) after the filters; greedy: 1 for the likeliest token."""
+    if s.temperature == 0:
+        return torch.zeros_like(logits, dtype=torch.float32).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
     p = ((logits.float() - logits.float().amax(-1, keepdim=True)) / s.temperature).softmax(-1)
     if s.top_k:
         kth = p.topk(min(s.top_k, p.shape[-1]), -1).values[:, -1:]
@@ -72,8 +74,10 @@ def finite(logits: Tensor) -> Tensor:
 
 def sample(logits: Tensor, s: Sampling, generator: torch.Generator | None) -> Tensor:
     """Logits (B,vocab) → token ids (B,)."""
-    if s.temperature == 0:
-        return logits.argmax(-1)
-    p = probabilities(logits, s)
-    exponential = torch.empty_like(p).exponential_(1.0, generator=generator)
-    return (p / exponential).argmax(-1)
+    return logits.argmax(-1) if s.temperature == 0 else draw(probabilities(logits, s), generator)
+
+
+def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw an index from each row of weights (B,n), which need not sum to 1 → (B,)."""
+    exponential = torch.empty_like(weights).exponential_(1.0, generator=generator)
+    return (weights / exponential).argmax(-1)

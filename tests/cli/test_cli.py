@@ -146,6 +146,13 @@ ARGUMENTS = [
     (["-p", "x", "--frobnicate"], "unrecognized arguments: --frobnicate"),
     (["--random-weights", "-p", "x"], "no known shape"),
     (["--interactive", "--question", "x"], "leave out --question"),
+    (["-p", "x", "--draft", "lokup"], "unknown policy 'lokup'"),
+    (["-p", "x", "--draft", "h2o"], "h2o+dense cannot write drafts: it scores its tokens at every step"),
+    (["-p", "x", "--draft", "lookup", "--policy", "streaming"], "cannot check drafts: it evicts a token at every step"),
+    (["-p", "x", "--draft", "lookup", "--draft-model", "MODEL"], "--draft lookup needs no model"),
+    (["-p", "x", "--draft-tokens", "3"], "--draft-tokens is of a draft, and there is none"),
+    (["-p", "x", "--draft", "lookup", "--draft-tokens", "0"], "--draft-tokens is 0"),
+    (["-p", "x", "--draft", "lookup", "--num-samples", "2", "--temperature", "1"], "leave out --num-samples"),
 ]
 
 
@@ -416,6 +423,31 @@ def test_the_repl_has_its_commands(model, capsys, monkeypatch):
         "forgotten",
     ):
         assert part in err
+
+
+@pytest.mark.parametrize("draft", [["--draft", "lookup"], ["--draft", "streaming:sink=2,recent=8"], ["--draft-model"]])
+def test_a_draft_changes_no_text(draft, model, tmp_path, capsys, monkeypatch):
+    draft = [*draft, str(model)] if draft == ["--draft-model"] else draft
+    base, file = ["--model", model, "-p", "one two three, one two three, one", "-n", "20"], tmp_path / "x.json"
+    _, right, _ = call(capsys, *base)
+    status, out, err = call(capsys, *base, *draft, "--json", file)
+    assert (status, out) == (0, right) and "drafts by " in err
+    record = json.loads(file.read_text())["draft"]
+    assert 0 <= record["accepted"] <= record["drafted"] and record["passes"] > 0
+    chats = []
+    for more in ([], draft):  # with other plans in between, of which one cannot check drafts
+        monkeypatch.setattr("sys.stdin", io.StringIO("hi\nhi\n/policy full+int8\nhi\n/reset\nhi\n/exit\n"))
+        status, out, _ = call(capsys, "--model", model, "--interactive", "-n", "9", *more)
+        chats.append((status, out))
+    assert chats[0] == chats[1] and chats[0][0] == 0
+
+
+def test_a_draft_of_other_tokens_is_refused(llm_of, model):
+    tokens = json.loads((model / "tokenizer.json").read_text())
+    tokens["model"]["vocab"] |= {"a": 1, "!": 65}
+    (model / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(ValueError, match="splits texts into other tokens"):
+        llm_of("g3").speculation("full", writer=llm_module.load(str(model)))
 
 
 def test_explain_draws_every_layer(model, capsys):

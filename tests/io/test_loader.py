@@ -239,6 +239,11 @@ def test_a_pickle_is_refused_by_name(model):
             {"architectures": ["GPT2LMHeadModel"]},
             "architecture GPT2LMHeadModel is not supported; supported are LlamaForCausalLM",
         ),
+        (
+            {"architectures": ["DeepseekV3ForCausalLM"]},
+            "DeepseekV3ForCausalLM is not supported (its attention (MLA) caches one latent vector",
+        ),
+        ({"architectures": None, "model_type": "rwkv6"}, "rwkv6 is not supported (a recurrent state of fixed size"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling type 'yarn' is not supported"),
         ({"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling type 'dynamic'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),

@@ -7,6 +7,7 @@ import torch
 from tiny import VARIANTS, text
 
 from nanokv import parse
+from nanokv.backends.torch_cpu import few_rows_linear
 
 
 def logits_of(llm, ids: list[int], plan: str = "full", chunk: int | None = None, n: int = 12) -> torch.Tensor:
@@ -133,3 +134,14 @@ def test_a_head_that_holds_nothing_adds_nothing(backend):
     whole = decode(q, k, v, None, kpos, now, None)[:2]
     both, _ = merge([whole, (out.masked_fill(torch.ones_like(out).bool(), 0), lse.fill_(-torch.inf))])
     torch.testing.assert_close(both, whole[0])
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (1, 2), (2, 3), (1, 6), (1, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_of_few_rows_is_that_of_torch(rows, bias):
+    dice = torch.Generator().manual_seed(0)
+    x, weight, more = (torch.randn(n, generator=dice) for n in ((*rows, 40), (70, 40), (70,)))
+    found = few_rows_linear(x, weight, more if bias else None)
+    right = torch.nn.functional.linear(x.double(), weight.double(), more.double() if bias else None)
+    torch.testing.assert_close(found.double(), right, atol=1e-5, rtol=1e-5)
+    assert found.is_contiguous()

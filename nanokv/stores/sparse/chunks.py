@@ -117,6 +117,7 @@ class Chunked(StoreSpec):
     reuse: bool = True
     grow: int = 0
     state_type = ChunkState
+    selects_per_step = True
     kernels = ("fetch_chunks",)
     chunk_dim: ClassVar[Mapping[str, int]]  # name of chunk data → the dim that counts chunks
     rank_dim: ClassVar[Mapping[str, int]] = {}  # name of chunk data → the dim that is the rank of factors

@@ -1,0 +1,193 @@
+"""Speculative decoding: guess the next tokens cheaply, and check all guesses in one pass of the model.
+
+Leviathan et al. 2023 (arXiv:2211.17192) and Chen et al. 2023 (arXiv:2302.01318). The text is one that the model alone
+would write: the same tokens if greedy, the same distribution otherwise. A guess, the draft, comes from the text itself
+(`Lookup`) or from a second session (`SecondSession`): the same model under a plan that reads less, or a smaller model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, pad
+
+from nanokv.cache.plan import Plan
+from nanokv.engine import Session
+from nanokv.text.sampler import Sampling, draw, finite, probabilities, sample
+
+
+class Draft(Protocol):
+    name: str
+
+    def begin(self, text: list[int], is_new: bool, room: int, sampling: Sampling, generator: torch.Generator) -> None:
+        """Get ready for a text that begins with these tokens and goes on for at most `room` more. is_new: it does not
+        continue the text of the last call.
+        """
+
+    def propose(self, text: list[int], n: int, vocab: int) -> tuple[list[int], Tensor]:
+        """At most n tokens that may follow the text, and the distributions (n,vocab) that they were drawn from."""
+
+    def cache_bytes(self) -> int:
+        """What the draft's own cache takes."""
+
+
+class Lookup:
+    """Prompt lookup decoding (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding): where the text's last tokens
+    stood before, the tokens that followed them are the draft. Of at most `ngram` last tokens as many as possible count,
+    and of several places the last one. Deviation: the author takes the first place.
+    """
+
+    name = "lookup"
+
+    def __init__(self, ngram: int = 3):
+        if ngram < 1:
+            raise ValueError(f"ngram is {ngram}; give how many last tokens are looked up, at least 1")
+        self.ngram = ngram
+
+    def begin(self, text: list[int], is_new: bool, room: int, sampling: Sampling, generator: torch.Generator) -> None:
+        """The text itself is all that is needed."""
+
+    def propose(self, text: list[int], n: int, vocab: int) -> tuple[list[int], Tensor]:
+        ids, found = torch.tensor(text), torch.tensor([], dtype=torch.long)
+        for size in range(min(self.ngram, len(text) - 1), 0, -1):
+            places = (ids[:-1].unfold(0, size, 1) == ids[-size:]).all(-1).nonzero()
+            if len(places):
+                after = int(places[-1]) + size
+                found = ids[after : after + n]
+                break
+        return found.tolist(), one_hot(found, vocab).float()
+
+    def cache_bytes(self) -> int:
+        return 0
+
+
+class SecondSession:
+    """A second session over the same text writes the draft, token by token."""
+
+    def __init__(self, name: str, plan: Plan, start: Callable[[list[int], int], Session]):
+        """start(text, room): a session under the plan that holds the text, with room for more tokens."""
+        if reason := why_not(plan, checks=False):
+            raise ValueError(f"{'+'.join(plan.names)} cannot write drafts: it {reason}")
+        self.name, self.start = name, start
+        self.session: Session | None = None
+        self.tried: list[int] = []  # what the session was given, and holds only if it turns out right
+
+    def begin(self, text: list[int], is_new: bool, room: int, sampling: Sampling, generator: torch.Generator) -> None:
+        self.sampling, self.generator = sampling, generator
+        if is_new or not (self.session and self.session.intact):
+            self.session, self.tried = self.start(text, room), []
+        else:
+            self.session.reserve(len(text) - self.session.seen[0] + room)
+
+    def propose(self, text: list[int], n: int, vocab: int) -> tuple[list[int], Tensor]:
+        session, found, q = self.session, [], []
+        pairs = zip(self.tried, text[session.seen[0] :], strict=False)
+        session.accept(len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))))
+        new = text[session.seen[0] :]
+        if len(new) > 2:  # the turn of a conversation
+            session.feed_turn(self._row(new[:-2]))
+        self.tried = new[-2:]
+        logits = session.try_tokens(self._row(self.tried))
+        while True:
+            q.append(probabilities(finite(logits[:, -1]), self.sampling))
+            found.append(int(draw(q[-1], self.generator)))
+            if len(found) == n:
+                break
+            self.tried.append(found[-1])
+            logits = session.try_tokens(self._row(found[-1:]))
+        q = torch.cat(q)
+        return found, pad(q, (0, vocab - q.shape[1]))  # models that share a vocabulary may pad it differently
+
+    def cache_bytes(self) -> int:
+        return self.session.report().bytes
+
+    def _row(self, tokens: list[int]) -> Tensor:
+        return torch.tensor([tokens], device=self.session.pos.device)
+
+
+def why_not(plan: Plan, checks: bool = True) -> str:
+    """Why a session under this plan cannot check drafts, or with checks=False cannot write them: the end of a sentence.
+    Empty if it can.
+    """
+    policy = plan.policy
+    if policy.decode_scores:
+        return "scores its tokens at every step"
+    if policy.rescore_every:
+        return "scores its tokens again, by queries that may turn out wrong"
+    if policy.decide_after:
+        return "decides after the first new token"
+    if checks and policy.eviction != "none":
+        return "evicts a token at every step, and a pass over several tokens would see all of them"
+    if checks and plan.store.selects_per_step:
+        return "lets every step choose what it reads, and a pass over several tokens reads everything"
+    return ""
+
+
+def check_draft(draft: list[int], q: Tensor, p: Tensor, generator: torch.Generator) -> list[int]:
+    """The tokens of the draft up to the first one that is rejected, and one more (arXiv:2211.17192, algorithm 1).
+
+    q (n,vocab): the distributions that the draft's n tokens were drawn from. p (n+1,vocab): the model's own.
+    """
+    index = torch.tensor(draft, dtype=torch.long, device=p.device)[:, None]
+    chance = torch.rand(len(draft), 1, generator=generator, device=p.device)
+    accepted = chance * q.gather(1, index) < p[:-1].gather(1, index)
+    n = int(accepted.long().cumprod(0).sum())
+    rest = p[n] if n == len(draft) else (p[n] - q[n]).clamp(min=0)
+    return [*draft[:n], int(draw(rest[None], generator))]
+
+
+class Speculation:
+    """The drafts for one session of one row, and how often they were right."""
+
+    def __init__(self, draft: Draft, tokens: int = 8):
+        """tokens: how many a draft may have."""
+        if tokens < 1:
+            raise ValueError(f"a draft of {tokens} tokens is none; give at least 1")
+        self.draft, self.tokens = draft, tokens
+        self.text: list[int] = []
+        self.passes = self.drafted = self.accepted = 0
+
+    def begin(
+        self, session: Session, new: Sequence[int], room: int, sampling: Sampling, generator: torch.Generator
+    ) -> None:
+        """The session has taken the tokens `new`, and at most `room` more will follow."""
+        before = session.seen[0] - len(new)
+        self.text = [*self.text[:before], *new]
+        self.sampling, self.generator = sampling, generator
+        self.draft.begin(self.text, before == 0, room, sampling, generator)
+
+    def generate(self, session: Session, logits: Tensor, n: int) -> Iterator[Tensor]:
+        """As `engine.generate`. If the caller stops early, the cache forgets the tokens that it did not take."""
+        new, vocab = sample(finite(logits), self.sampling, self.generator).tolist(), logits.shape[-1]
+        while True:
+            taken = 0
+            try:
+                for token in new:
+                    taken += 1
+                    self.text.append(token)
+                    yield torch.tensor([token])
+            finally:
+                session.accept(min(taken, session.n_tried))  # the tried ones begin with the token before `new`
+            n -= len(new)
+            if not n:
+                return
+            new = self._next_tokens(session, n, vocab)
+
+    def _next_tokens(self, session: Session, n: int, vocab: int) -> list[int]:
+        """Between one and n tokens."""
+        n = session.cache.next_piece(min(n, self.tokens + 1)) - 1  # within a piece nothing is due in the store
+        draft, q = self.draft.propose(self.text, n, vocab) if n else ([], None)
+        fed = torch.tensor([[self.text[-1], *draft]], device=session.pos.device)
+        if draft:
+            p = probabilities(finite(session.try_tokens(fed)[0]), self.sampling)
+            new = check_draft(draft, q.to(p.device), p, self.generator)
+        else:
+            new = sample(finite(session.feed(fed)), self.sampling, self.generator).tolist()
+        self.passes += 1
+        self.drafted += len(draft)
+        self.accepted += len(new) - 1
+        return new
