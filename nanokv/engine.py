@@ -21,6 +21,7 @@ from nanokv.model.llama import Llama
 from nanokv.runner import Runner
 
 TURN_CHUNK = 512  # tokens of a turn that are fed at once
+SHARED_AT_LEAST = 64  # shorter prefixes are stored in each row: a second read per step costs more than they do
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def prefill(
     """
     ids, policy = cache.ids, cache.plan.policy
     step = chunk or len(ids)
-    for a in range(0, len(ids), step):
+    for a in range(cache.n_given, len(ids), step):
         hidden = _feed(model, cache, ids[a : a + step], a)
         if progress:
             progress(min(step, len(ids) - a))
@@ -108,13 +109,17 @@ class Session:
         """
         config, device = self.models.prefill.config, self.context.device
         n = len(prompts) * copies
-        logits, caches = [], []
+        logits, caches, shared = [], [], self.shared_tokens(prompts, copies)
         for prompt in prompts:
             plan = self.plan.fit(config, self.context.dtype, len(prompt), self.room, n)
             ids = torch.tensor(prompt, device=device)
             repeats = copies if plan.policy.decide_after else 1  # an undecided prompt goes on differently for each copy
             for _ in range(repeats):
                 cache = PromptCache(plan, config, ids, self.models.ops, self.context)
+                if shared and caches:
+                    cache.begin_with(caches[0].kept, shared)
+                    if progress:
+                        progress(shared)
                 out = prefill(self.models.prefill, cache, self.chunk, progress)
                 logits += [out] * (copies // repeats)
                 caches += [cache] * (copies // repeats)
@@ -125,8 +130,25 @@ class Session:
         if self.plans[0].policy.decide_after:
             self.undecided = caches
         else:
-            self._pack(caches)
+            self._pack(caches, shared)
         return torch.cat(logits)
+
+    def shared_tokens(self, prompts: Sequence[Sequence[int]], copies: int = 1) -> int:
+        """How many first tokens all rows share: they are computed and stored once. 0 if these would be few, or if a row
+        may lose one of them, or rounds them together with later ones.
+        """
+        policy, config = self.plan.policy, self.models.prefill.config
+        grows = policy.eviction == "none" and not (policy.rescore_every or policy.decode_scores or policy.decide_after)
+        windows = any(config.window(i) for i in range(config.num_hidden_layers))
+        if len(prompts) * copies == 1 or not grows or windows or self.plan.store.behind_prefix() is None:
+            return 0
+        n = len(prompts[0])
+        if len(prompts) > 1:
+            if not policy.keeps_prefix:
+                return 0
+            pairs = enumerate(zip(*prompts, strict=False))
+            n = next((i for i, tokens in pairs if len(set(tokens)) > 1), min(map(len, prompts)) - 1)
+        return n if n >= SHARED_AT_LEAST else 0
 
     def restore(self, plan: Plan, kept: dict[int, Kept], seen: int, tokens: Tensor | None = None) -> None:
         """Go on from what one row has kept (layer → Kept), instead of `start`. tokens (seen,): the text's ids, where
@@ -136,11 +158,11 @@ class Session:
         self.pos = torch.tensor([[seen]], device=self.context.device)
         self.cache = KVCache.pack([plan], [kept], self.room, self.context)
 
-    def _pack(self, caches: list[PromptCache]) -> None:
+    def _pack(self, caches: list[PromptCache], shared: int = 0) -> None:
         rows = [dict(c.kept) for c in caches]
         for c in caches:
             c.kept = {}  # only `rows` refers to the tensors now, so `pack` can free them layer by layer
-        self.cache = KVCache.pack(self.plans, rows, self.room, self.context)
+        self.cache = KVCache.pack(self.plans, rows, self.room, self.context, shared)
 
     @torch.inference_mode()
     def feed(self, tokens: Tensor, every_logit: bool = False) -> Tensor:

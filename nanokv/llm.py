@@ -335,6 +335,8 @@ class LLM:
             # on a CPU the host's memory is the same one; elsewhere two layers of it are in the staging buffer
             here += on_host * (1 if on_cpu else min(1, 2 / layers))
             need += copies * layers * here + (layers if all_dense else 1) * len(p) * dense
+        shared = session.shared_tokens(prompts, copies)
+        need -= (n - 1) * layers * per_token * min(shared, fitted.policy.max_kept(shared))
         free = free_bytes(self.device)
         if need > free:
             fits = max(0, int(free / (layers * per_token * n)) - room)

@@ -260,6 +260,7 @@ STEP = {
         "join",
     ],
     "nanokv/stores/ragged.py": ["append", "read", "_decode"],
+    "nanokv/stores/shared.py": ["append", "read"],
     "nanokv/stores/quant/grouped.py": ["append", "record", "take", "_evict", "slot_of", "read", "_exact", "_decode"],
     "nanokv/stores/quant/mixed.py": ["append", "read"],
     "nanokv/stores/sparse/chunks.py": [

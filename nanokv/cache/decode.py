@@ -21,6 +21,7 @@ from nanokv.cache.protocol import Store
 from nanokv.cache.report import LayerReport, Report, storages
 from nanokv.cache.rescore import QueryBuffer, held_as_prompt
 from nanokv.model.rope import angles, rotate
+from nanokv.stores.shared import SharedPrefix
 
 
 class KVCache:
@@ -35,9 +36,10 @@ class KVCache:
         layer_scores: dict[int, list[float]],
         room: int,
         ctx: Context,
+        shared: int = 0,
     ):
         self.plans, self.plan, self.stores, self.layer_scores = plans, plans[0], stores, layer_scores
-        self.room, self.ctx = room, ctx
+        self.room, self.ctx, self.shared = room, ctx, shared
         self.since_rescore = 0  # tokens
         self.layout = 0  # counts changes of the stores' memory; a step captured at another count is stale
         self.layers: list[Owner | Reader] = []
@@ -54,8 +56,9 @@ class KVCache:
                 self.layers.append(Reader(self.layers[owner], plan.last_reader(owner) == i, queries))
 
     @classmethod
-    def pack(cls, plans: list[Plan], rows: list[dict[int, Kept]], room: int, ctx: Context) -> KVCache:
-        """A cache of what each row keeps (layer → Kept), with slots for `room` more tokens in heads that grow.
+    def pack(cls, plans: list[Plan], rows: list[dict[int, Kept]], room: int, ctx: Context, shared: int = 0) -> KVCache:
+        """A cache of what each row keeps (layer → Kept), with slots for `room` more tokens in heads that grow. The first
+        `shared` tokens of the texts are the same in all rows and are stored once.
 
         Takes each layer out of `rows` as it packs it, so that no layer is held twice; pass copies of the dicts to
         keep them.
@@ -65,8 +68,9 @@ class KVCache:
             kept = [row.pop(owner) for row in rows]
             scores[owner] = [k.layer_score for k in kept]
             store = plan.store_of(owner, ctx.config.num_hidden_layers)
-            stores[owner] = store.pack(kept, plan.policy, plan.slots_ahead(room), ctx.of_layer(owner))
-        return cls(plans, stores, scores, room, ctx)
+            given = plan.policy, plan.slots_ahead(room), ctx.of_layer(owner)
+            stores[owner] = SharedPrefix(store, kept, shared, *given) if shared else store.pack(kept, *given)
+        return cls(plans, stores, scores, room, ctx, shared)
 
     def next_piece(self, n: int) -> int:
         """How many of n tokens may come at once: one if the policy scores each step. Otherwise a piece ends where the
@@ -204,7 +208,7 @@ class KVCache:
         used += sum(x.nbytes for x in self.ctx.constants.values())
         heads = cfg.num_hidden_layers * cfg.num_key_value_heads
         full = sum(seen) * heads * 2 * cfg.head_dim * dtype.itemsize
-        return Report(sum(x.bytes for x in lines), used, sum(on_host.values()), full, seen, lines)
+        return Report(sum(x.bytes for x in lines), used, sum(on_host.values()), full, seen, lines, self.shared)
 
 
 class Owner:

@@ -161,20 +161,37 @@ class Kept:
         if sliding_window is None:
             return self
         first = seen - seen_later(sliding_window)
-        gone = ((self.pos >= 0) & (self.pos < first)).sum(-1)  # how many first tokens each head drops
-        index = torch.arange(self.pos.shape[2], device=self.pos.device) + gone[..., None]
-        valid = index < self.length[..., None]
+        return self.split(first)[1]
+
+    def split(self, first: int) -> tuple[Kept, Kept]:
+        """The tokens before position `first`, and the others."""
+        n = ((self.pos >= 0) & (self.pos < first)).sum(-1, dtype=torch.int32)
+        return self._range(torch.zeros_like(n), n), self._range(n, self.length)
+
+    def _range(self, a: Tensor, b: Tensor) -> Kept:
+        """The tokens a … b−1 (1,Hkv) of each head."""
+        index = torch.arange(max(1, int((b - a).max())), device=self.pos.device) + a[..., None]
+        valid = index < b[..., None]
         index = index.masked_fill(~valid, 0)
-        row = index[..., None].expand_as(self.k)
+        row = index[..., None].expand(*index.shape, self.k.shape[3])
         return replace(
             self,
             k=self.k.gather(2, row),
             v=self.v.gather(2, row),
             pos=self.pos.gather(2, index).masked_fill(~valid, -1),
-            length=self.length - gone.to(torch.int32),
+            length=b - a,
             attention=None if self.attention is None else self.attention.gather(2, index),
             state=None if self.state is None else self.state.select(index),
         )
+
+    def joined(self, later: Kept) -> Kept:
+        """The tokens of both, where all of `later` stand behind these."""
+        k, v, pos = (torch.cat(pair, 2) for pair in ((self.k, later.k), (self.v, later.v), (self.pos, later.pos)))
+        order = torch.where(pos < 0, torch.iinfo(torch.int32).max, pos).argsort(-1)  # padding last
+        order = order[:, :, : int((self.length + later.length).max())]
+        row = order[..., None].expand(*order.shape, k.shape[3])
+        k, v, pos = k.gather(2, row), v.gather(2, row), pos.gather(2, order)
+        return replace(self, k=k, v=v, pos=pos, length=self.length + later.length, limit=later.limit, state=None)
 
     def demote_others(self, p: Prompt) -> Kept:
         """The same, with all other tokens of the prompt as `demoted`."""

@@ -8,7 +8,7 @@ dense keys and values of a layer are freed and only its entry in `kept` remains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,14 @@ class PromptCache:
         self.inv_freq = inverse_frequencies(config).to(ids.device)
         self.kept: dict[int, Kept] = {}
         self.dense: dict[int, DenseLayer] = {}  # layers whose keys and values are still whole
+        self.n_given = 0  # tokens that need not be fed
         self.layers = [PromptLayer(self, i) for i in range(config.num_hidden_layers)]
+
+    def begin_with(self, row: Mapping[int, Kept], n: int) -> None:
+        """Take the first n tokens over from a row that kept them all (layer → Kept), instead of computing them."""
+        for owner, kept in row.items():
+            self.dense_layer(owner).extend(kept.k[:, :, :n], kept.v[:, :, :n])
+        self.n_given = n
 
     def dense_layer(self, owner: int) -> DenseLayer:
         if owner not in self.dense:

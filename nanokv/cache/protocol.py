@@ -39,6 +39,7 @@ class Store(Protocol):
     """The tokens that one layer holds, for B rows, in the slots that `policy.next_slots` chooses."""
 
     slots: Slots
+    length: Tensor  # (B,Hkv) int32: tokens held
     needs_host_sync: bool  # a step over this store waits for the host, so it cannot be compiled or captured
     lossless_prefix: int | None  # so many first tokens come back from unpack() bit for bit; None: all
     refill_ends_capture: bool  # a step that was captured before a `refill` cannot be replayed after it
@@ -52,8 +53,7 @@ class Store(Protocol):
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attention of q (B,H,T,D) over all stored tokens → out, natural logsumexp (B,H,T), scores if they are wanted.
-        q_sink (B,H,T,D): the same queries rotated to positions in the cache; the sinks are read with these.
-        """
+        q_sink (B,H,T,D): the same queries rotated to positions in the cache; the sinks are read with these."""
 
     def maintain(self, written: int) -> bool | None:
         """Do what is due after `written` more tokens. Return True if the store's memory has moved."""
@@ -79,10 +79,6 @@ class Store(Protocol):
     def used_bytes(self) -> tuple[int, int, int]:
         """Bytes in use on the device for K, for V (both with scales and exact tokens) and for bookkeeping."""
 
-    @property
-    def length(self) -> Tensor:
-        """(B,Hkv) int32: tokens held."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSpec(ABC):
@@ -99,6 +95,10 @@ class StoreSpec(ABC):
     def at(self, layer: int, n_layers: int) -> StoreSpec:
         """The options of one of n layers; the default is the same for all."""
         return self
+
+    def behind_prefix(self) -> StoreSpec | None:
+        """The options for what follows a prefix that all rows share; None: rows of this store share nothing."""
+        return None
 
     def incompatible_policy(self, policy: Policy) -> str:
         """Why this store cannot hold what the policy keeps: the end of a sentence about the policy. Empty if it can."""

@@ -14,7 +14,9 @@ class LayerReport:
     owner: int  # the layer whose storage this one reads
     bytes: int
     kept: list[list[int]]  # [row][KV head]: tokens held
-    k_bits: float  # bits on the device per element of K, with scales and exact tokens; 0 if K lies on the host
+    # bits on the device per element of K, with scales and exact tokens; 0 if K lies on the host, and fewer where rows
+    # share tokens, which are stored once and count in each row
+    k_bits: float
     v_bits: float
 
 
@@ -30,6 +32,7 @@ class Report:
     full_bytes: int
     seen: list[int]  # how many tokens each row's text has, held or evicted
     layers: list[LayerReport]
+    shared: int = 0  # the first tokens of all rows that are stored once
 
     @property
     def ratio(self) -> float:
@@ -49,6 +52,7 @@ class Report:
         """For --json. `kept` per KV head is the row's own; bytes are of the whole cache, which all rows share."""
         totals = {k: getattr(self, k) for k in ("bytes", "used_bytes", "host_bytes", "full_bytes", "ratio")}
         totals["live_bytes"] = self.used_bytes  # the former name of `used_bytes`, for older readers of the JSON
+        totals["shared"] = self.shared
         return {**totals, "layers": [{**asdict(x), "kept": x.kept[row]} for x in self.layers]}
 
     def __str__(self) -> str:
@@ -61,6 +65,8 @@ class Report:
             line += f"kept {held}/{total} tokens in {len(self.evicting_layers)}/{layers} layers"
         if readers := sum(x.owner != x.layer for x in self.layers):
             line += f" · {readers} layers read another's"
+        if self.shared:
+            line += f" · the first {self.shared} tokens once for {len(self.seen)} rows"
         line += f" · K {self._mean_bits('k_bits'):.3g} V {self._mean_bits('v_bits'):.3g} bits/elem"
         return f"{line} · host {mib(self.host_bytes)}"
 

@@ -40,6 +40,7 @@ class Policy(ABC):
     protected_sinks       how many of the text's first tokens are never evicted.
     positions_in_cache    whether positions count places in the cache (StreamingLLM) instead of places in the text.
     keeps_all_or_edges    whether a layer keeps either the whole prompt or its first and last tokens only.
+    keeps_prefix          whether what stays of the text's first tokens is the same whatever follows them.
     demotes               whether evicted tokens go on as `Kept.demoted`, at lower precision.
     scores_once           whether a token that was once kept or demoted is never scored again.
     default_store         the store of a plan that names none.
@@ -56,6 +57,7 @@ class Policy(ABC):
     protected_sinks = 0
     positions_in_cache = False
     keeps_all_or_edges = False
+    keeps_prefix = False
     demotes = False
     scores_once = False
     default_store = "dense"

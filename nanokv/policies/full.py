@@ -12,7 +12,7 @@ from nanokv.policies.base import Policy
 class Full(Policy):
     """The uncompressed cache that every other policy is measured against (no paper)."""
 
-    keeps_all_or_edges = True
+    keeps_all_or_edges = keeps_prefix = True
 
     def keep(self, p: Prompt) -> Kept:
         return Kept.all(p)

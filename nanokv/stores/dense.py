@@ -27,6 +27,9 @@ SLOT_COUNTERS = 4 * 4 + 8  # bytes per row and head: cursor, limit, asked_limit,
 class Dense(StoreSpec):
     """Stores K and V as they are (no paper)."""
 
+    def behind_prefix(self) -> StoreSpec | None:
+        return self
+
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
         per_head = 2 * config.head_dim * dtype.itemsize + 4  # K, V and an int32 position
         return config.num_key_value_heads * per_head, config.num_key_value_heads * SLOT_COUNTERS

@@ -24,6 +24,9 @@ class Hosted(Dense):
     on_host = ("k", "v")
     implies = ("dense",)
 
+    def behind_prefix(self) -> None:
+        return None
+
     def device_bytes(self, config: Any, dtype: torch.dtype, cost: tuple[float, int], kept: int, ahead: int) -> float:
         return super().device_bytes(config, dtype, cost, kept, ahead) - self.host_bytes(config, dtype, kept, ahead)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from nanokv.backends.base import pack, unpack
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept
+from nanokv.cache.protocol import StoreSpec
 from nanokv.stores.dense import PerToken
 from nanokv.stores.quant.codec import HALF_MAX, Codec, hadamard, hadamard_rotate
 
@@ -53,6 +54,9 @@ class Rot4(PerToken):
 
     def constant_bytes(self, config: Any) -> int:
         return 4 * (config.head_dim & -config.head_dim) ** 2
+
+    def behind_prefix(self) -> StoreSpec | None:
+        return replace(self, pin=0)
 
     def codecs(self, rows: Sequence[Kept], ctx: Context) -> tuple[Codec, Codec]:
         dim = ctx.config.head_dim

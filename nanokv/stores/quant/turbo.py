@@ -5,7 +5,7 @@ known.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from nanokv.backends.base import pack, unpack
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept
+from nanokv.cache.protocol import StoreSpec
 from nanokv.stores.dense import PerToken
 from nanokv.stores.quant.codec import HALF_MAX, Codec, hadamard, hadamard_rotate, look_up
 
@@ -58,6 +59,9 @@ class Turbo(PerToken):
     def constant_bytes(self, config: Any) -> int:
         dim = config.head_dim
         return 4 * ((dim & -dim) ** 2 + dim + sum(2 * 2**b for b in {self.k, self.v}))
+
+    def behind_prefix(self) -> StoreSpec | None:
+        return replace(self, pin=0)
 
     def codecs(self, rows: Sequence[Kept], ctx: Context) -> tuple[Codec, Codec]:
         return TurboCodec(self.k, ctx), TurboCodec(self.v, ctx)
