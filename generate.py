@@ -63,6 +63,7 @@ def parser() -> cli.Parser:
     a("--min-p", type=float, default=0.0, metavar="P", help="drop tokens less likely than P times the likeliest")
     a("--seed", type=int, default=0, metavar="N", help="default %(default)s")
     a("--num-samples", type=int, default=1, metavar="N", help="sample N answers after one prefill")
+    a("--beams", type=int, default=1, metavar="N", help="search with N beams; the likeliest text is the answer")
     a("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     a("--ignore-eos", action="store_true", help="do not end at the end-of-text token (for timing)")
 
@@ -131,6 +132,7 @@ def run(args: argparse.Namespace, stdout_is_open: bool = True) -> int:
         "seed": args.seed,
         "stop": args.stop,
         "ignore_eos": args.ignore_eos,
+        "beams": args.beams,
         "overflow": args.allow_overflow,
     }
     given = {"device": args.device, "dtype": args.dtype, "backend": args.backend}
@@ -174,6 +176,12 @@ CONFLICTS = (  # a flag, why it excludes others, and which ones
     ("--save-cache", "saves one prompt", "--interactive --num-samples"),
     ("--interactive", "reads the keyboard", "--question --num-samples --json --xray"),
     ("--xray", "draws one answer", "--num-samples"),
+    (
+        "--beams",
+        "searches for one text",
+        "--temperature --num-samples --draft --draft-model --interactive --save-cache",
+    ),
+    ("--beams", "starts from a prompt", "--load-cache --xray"),
     ("--draft", "is written for one row", "--num-samples"),
     ("--draft-model", "writes for one row", "--num-samples"),
     ("--plan", "answers nothing", "--json --xray --save-cache --load-cache --compare"),
@@ -197,7 +205,7 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag in (f"--{name.replace('_', '-')}" for name, value in vars(args).items() if value == ""):
         if flag not in ("--prompt", "--list-policies"):  # the prompt has its own error
             raise ValueError(f"{flag} is empty; give a value, or leave it out")
-    for flag in ("--chunk", "--num-samples", "--max-new-tokens", "--draft-tokens"):
+    for flag in ("--chunk", "--num-samples", "--max-new-tokens", "--draft-tokens", "--beams"):
         value = value_of(args, flag)
         if value is not None and value < 1:
             raise ValueError(f"{flag} is {value}; give at least 1")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from nanokv.beam import search
 from nanokv.device import wait_for
 from nanokv.engine import Session, generate
 from nanokv.speculate import Speculation
@@ -29,6 +30,7 @@ class Answer:
     stop: tuple[str, ...]
     ignore_eos: bool
     speculation: Speculation | None = None
+    beams: int = 1  # more than one: the session's rows are the beams of one text
     prompt_tokens: int = 0
     lengths: list[int] = field(default_factory=list)  # tokens of each prompt that started the session
     ids: list[list[int]] = field(default_factory=list)
@@ -68,17 +70,18 @@ class Answer:
         self.prefill_s = time.perf_counter() - t0
         self.lengths = [len(p) for p in prompts]
         self.prompt_tokens = sum(self.lengths) + len(then)
-        n = len(session.seen)
+        n = len(session.seen) if self.beams == 1 else 1
         self.ids, self.texts, self.reasons = [[] for _ in range(n)], [""] * n, [None] * n
-        before = [list(then)] * n if then else [list(p) for p in prompts for _ in range(copies)]
+        before = [list(then)] * n if then else [list(p) for p in prompts for _ in range(n // len(prompts))]
         special = {s: self.tokenizer.hidden[s] for s in self.stop if s in self.tokenizer.hidden}
         self.stop_ids, text = set(special.values()), tuple(s for s in self.stop if s not in special)
         self.streams = [Stopper(Stream(self.tokenizer, ids), text) for ids in before]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        clock, column, runner = 0.0, None, self.session.models.runner
+        clock, column, runner = time.perf_counter(), None, self.session.models.runner
         before = compiled = runner.compile_s
-        first_counted = 1 if self.speculation else 2  # a pass gives several tokens: none may come without its time
+        # where a pass gives several tokens, none may come without its time; the search is over before the first comes
+        first_counted = 0 if self.beams > 1 else 1 if self.speculation else 2
         with closing(self._columns()) as columns:
             for i, column in enumerate(columns):
                 tokens = column.tolist()
@@ -90,14 +93,12 @@ class Answer:
                 self.unfed = None if self._ends(tokens[0]) else tokens[0]
                 for row, token in enumerate(tokens):
                     yield from self._take(row, token, last=i + 1 == self.limit)
-                if self.interrupted:
-                    for row, reason in enumerate(self.reasons):
-                        if reason is None:
-                            self.reasons[row] = "interrupted"
-                            yield from self._emit(row, self.streams[row].end())
+                if self.interrupted and self.beams == 1:
+                    yield from self._interrupt()
                 if all(self.reasons):
                     break
                 compiled, clock = runner.compile_s, time.perf_counter()
+        yield from self._interrupt()  # of a search that was interrupted all of the best text so far is the answer
         self.compile_s += runner.compile_s - before
         if self.session.undecided:  # a policy that waits has seen no token yet: give it the one it needs to decide
             self.session.feed(column[:, None])
@@ -112,7 +113,15 @@ class Answer:
     def _columns(self) -> Generator[torch.Tensor]:
         if self.speculation:
             return self.speculation.generate(self.session, self.logits, self.limit)
+        if self.beams > 1:
+            return self._best_beam()
         return generate(self.session, self.logits, self.limit, self._sample)
+
+    def _best_beam(self) -> Generator[torch.Tensor]:
+        ends = self.stop_ids | (set() if self.ignore_eos else set(self.tokenizer.eos))
+        found = search(self.session, self.logits, self.limit, ends, interrupted=lambda: self.interrupted)
+        for token in found[0][1]:
+            yield torch.tensor([token])
 
     def _sample(self, logits: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
@@ -137,6 +146,12 @@ class Answer:
         elif last:
             self.reasons[row] = "length"
             yield from self._emit(row, self.streams[row].end())
+
+    def _interrupt(self) -> Iterator[tuple[int, str]]:
+        for row, reason in enumerate(self.reasons):
+            if reason is None:
+                self.reasons[row] = "interrupted"
+                yield from self._emit(row, self.streams[row].end())
 
     def _emit(self, row: int, piece: str) -> Iterator[tuple[int, str]]:
         if piece:

@@ -231,6 +231,15 @@ class Session:
         self.n_tried = 0
         self.intact = True
 
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let row i go on from what row rows[i] holds. All rows must have texts of one length."""
+        if list(rows) == list(range(len(rows))):
+            return
+        self.cache.reorder(rows)
+        if self.tokens is not None:
+            self.tokens = [self.tokens[i] for i in rows]
+        self.fed = [tokens[list(rows)] for tokens in self.fed]
+
     def _tokens_seen(self) -> list[Tensor] | None:
         """Each row's token ids so far; the cache asks for them only at a rescore."""
         if self.tokens is None:

@@ -267,6 +267,7 @@ class LLM:
         ignore_eos: bool = False,
         overflow: bool = False,
         speculation: Speculation | None = None,
+        beams: int = 1,
         progress: Callable[[int], None] | None = None,
         on_compressed: Callable[[], None] | None = None,
     ) -> Answer:
@@ -283,6 +284,7 @@ class LLM:
         ignore_eos     go on after an end-of-sequence token.
         overflow       go on beyond the model's context.
         speculation    drafts that make decoding faster, for one row; keep it for the session's later turns.
+        beams          more than one: beam search, with the likeliest text as the answer. No turn can follow it.
         progress       progress(n) is called after every n prompt tokens.
         on_compressed  called when all prompts are compressed, before anything follows.
 
@@ -301,11 +303,18 @@ class LLM:
                 f"{longest} tokens of prompt and {limit} new ones are more than the {max_len} of this model's context; "
                 "shorten one of them, or go on regardless with --allow-overflow"
             )
+        if beams < 1 or (beams > 1 and (not prompts or len(prompts) * copies > 1 or speculation)):
+            raise ValueError(f"beams is {beams}; give 1 or more, for one new prompt without copies and drafts")
+        if beams > 1 and session.plan.policy.decide_after:
+            raise ValueError(f"{session.plan.names[0]} decides after the first new token, when the beams have parted")
+        if beams > 1 and sampling and sampling.temperature:
+            raise ValueError(f"beam search is greedy and temperature is {sampling.temperature}; give 0, or one beam")
         if speculation and max(len(prompts) * copies, len(session.seen)) > 1:
             raise ValueError("drafts are written for one row; give one prompt and one copy, or no draft")
         if speculation and (reason := why_not(session.plan)):
             plan = "+".join(session.plan.names)
             raise ValueError(f"{plan} cannot check drafts: it {reason}; use another plan, or no draft")
+        copies = max(copies, beams)
         if prompts:
             self.check_memory(session, prompts, len(then) + limit, copies)
         if not 0 <= seed < 2**63:
@@ -313,7 +322,7 @@ class LLM:
         generator = torch.Generator(self.device).manual_seed(seed)
         stop = tuple(filter(None, (stop,) if isinstance(stop, str) else stop))
         answer = Answer(
-            session, self.tokenizer, limit, sampling or Sampling(), generator, stop, ignore_eos, speculation
+            session, self.tokenizer, limit, sampling or Sampling(), generator, stop, ignore_eos, speculation, beams
         )
         answer.begin(prompts, then, copies, progress, on_compressed)
         return answer

@@ -36,11 +36,12 @@ def end_block(llm: LLM, answer: Answer) -> str:
     compile_time = f", compile {answer.compile_s:.2f} s" if answer.compile_s else ""
     chunked = "; prefilled in chunks, so the whole prompt's cache was alive at once" if session.chunk else ""
     prefill_rate, decode_rate = _rates(answer)
+    without = "" if answer.speculation or answer.beams > 1 else " (without the first step, the warm-up)"
     lines = [
         f"load {llm.load_s:.2f} s{compile_time}",
         f"prefill {answer.prompt_tokens} tok, {answer.prefill_s:.2f} s, {prefill_rate:.0f} tok/s",
-        f"decode {answer.counted} tok, {answer.decode_s:.2f} s, {decode_rate:.1f} tok/s "
-        f"(without the first step, the warm-up); ended by {', '.join(dict.fromkeys(answer.reasons))}",
+        f"decode {answer.counted} tok, {answer.decode_s:.2f} s, {decode_rate:.1f} tok/s{without}; "
+        f"ended by {', '.join(dict.fromkeys(answer.reasons))}",
         *([drafts(answer.speculation)] if answer.speculation else []),
         f"peak memory {mib(peak_bytes(llm.device))}{chunked}",
     ]

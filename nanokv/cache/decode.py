@@ -154,6 +154,15 @@ class KVCache:
         elif store.refill_ends_capture:
             self.layout += 1
 
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let row i hold what row rows[i] holds."""
+        for i, store in self.stores.items():
+            held = store.unpack()
+            self._refill(i, [held[row] for row in rows], self.plan.slots_ahead(self.room, self.since_rescore))
+        for layer in self.layers:
+            if layer.queries:
+                layer.queries.reorder(rows)
+
     def hold(self) -> None:
         """Store no new token from now on. They attend to what is stored and causally to each other."""
         for layer in self._owners:

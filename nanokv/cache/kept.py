@@ -26,6 +26,10 @@ class StoreState(ABC):
     def select(self, index: Tensor) -> StoreState:
         """The state of the tokens at index (1,Hkv,N)."""
 
+    def joined(self, later: StoreState) -> StoreState:
+        """The state of these tokens and the later ones. Of stores in which rows may share a prefix."""
+        raise NotImplementedError
+
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """Named tensors, for a file."""
@@ -191,7 +195,8 @@ class Kept:
         order = order[:, :, : int((self.length + later.length).max())]
         row = order[..., None].expand(*order.shape, k.shape[3])
         k, v, pos = k.gather(2, row), v.gather(2, row), pos.gather(2, order)
-        return replace(self, k=k, v=v, pos=pos, length=self.length + later.length, limit=later.limit, state=None)
+        state = None if self.state is None else self.state.joined(later.state).select(order)
+        return replace(later, k=k, v=v, pos=pos, length=self.length + later.length, state=state)
 
     def demote_others(self, p: Prompt) -> Kept:
         """The same, with all other tokens of the prompt as `demoted`."""

@@ -28,6 +28,10 @@ class QueryBuffer:
         if self.size:
             self.q.index_copy_(2, pos[0, -self.size :] % self.size, q[:, :, -self.size :])
 
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let row i hold what row rows[i] holds."""
+        self.q.copy_(self.q[list(rows)])
+
     def ordered(self, row: int, seen: Sequence[int]) -> Tensor:
         """(1,H,size,D): one row's queries, the oldest first."""
         return self.q[row : row + 1].roll(-(seen[0] % self.size), 2)

@@ -132,7 +132,6 @@ def test_the_receipt_counts_a_shared_prefix_once(llm_of):
 
 def test_a_compiled_step_reads_a_shared_prefix(llm_of, monkeypatch):
 
-
     llm = llm_of("g3")
     models = replace(llm.models, runner=Compiled(llm.models.decode, CompileOptions(backend="aot_eager")))
     right, _ = talk(llm, parse("full"), ROWS, STEPS, TURN)

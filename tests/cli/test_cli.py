@@ -146,6 +146,8 @@ ARGUMENTS = [
     (["-p", "x", "--frobnicate"], "unrecognized arguments: --frobnicate"),
     (["--random-weights", "-p", "x"], "no known shape"),
     (["--interactive", "--question", "x"], "leave out --question"),
+    (["-p", "x", "--beams", "0"], "--beams is 0; give at least 1"),
+    (["-p", "x", "--beams", "2", "--draft", "lookup"], "--beams searches for one text; leave out --draft"),
     (["-p", "x", "--draft", "lokup"], "unknown policy 'lokup'"),
     (["-p", "x", "--draft", "h2o"], "h2o+dense cannot write drafts: it scores its tokens at every step"),
     (["-p", "x", "--draft", "lookup", "--policy", "streaming"], "cannot check drafts: it evicts a token at every step"),
@@ -440,6 +442,14 @@ def test_a_draft_changes_no_text(draft, model, tmp_path, capsys, monkeypatch):
         status, out, _ = call(capsys, "--model", model, "--interactive", "-n", "9", *more)
         chats.append((status, out))
     assert chats[0] == chats[1] and chats[0][0] == 0
+
+
+def test_beams_write_one_text(model, tmp_path, capsys):
+    base = ["--model", model, "-p", "x" * 70, "-n", "9", "--policy", "snapkv:budget=40,window=4"]
+    status, out, err = call(capsys, *base, "--beams", "3", "--json", tmp_path / "x.json")
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert status == 0 and record["text"] + "\n" == out and record["new_tokens"] == 9 and "rows" not in record
+    assert "the first 70 tokens once for 3 rows" in err
 
 
 def test_a_draft_of_other_tokens_is_refused(llm_of, model):
