@@ -186,7 +186,9 @@ class LLM:
 
     def fingerprint(self) -> str:
         """A hash of the shape and of the signs of some weights in each matrix, which are the same in every precision."""
-        found = hashlib.sha256(f"{self.config}{self.config.full_attention_layers or ''}".encode())
+        found = hashlib.sha256(
+            f"{self.config}{self.config.full_attention_layers or ''}{self.config.shared_layers or ''}".encode()
+        )
         for weight in self.models.prefill.parameters():
             flat = weight.detach().flatten()
             found.update((flat[:: max(1, len(flat) // 64)] < 0).cpu().numpy().tobytes())
@@ -198,8 +200,12 @@ class LLM:
         """
         if self.check and (failed := [f"{name} {why}" for name, why in self.check(plan.kernels).items() if why]):
             raise ValueError(f"{plan} cannot run here: kernel {failed[0]}; use --backend sdpa")
+        if self.config.shared_layers and not plan.ready:
+            raise ValueError(
+                f"{self.name} was trained with shared layers, so no others can be found: leave {plan.names[-1]} out"
+            )
         if plan.ready:
-            return plan
+            return replace(plan, share=plan.share or self.config.shared_layers)
         want = plan.sharer
         file = Path(want.map) if want.map else search.map_file(settings().weights, self.fingerprint(), want)
         if want.map or file.is_file():

@@ -62,9 +62,10 @@ class Plan:
             raise ValueError(f"{self} has no map of layers yet; call LLM.ready(plan) first")
         if reason := self.store.incompatible_model(config):
             raise ValueError(f"{self.names[1]}: {reason}")
-        owners = config.num_hidden_layers - len(self.share)
-        work = Workload(config.family, owners, prompt_len, room, rows, *self.cost(config, dtype), self.store.pads_heads)
-        return replace(self, policy=self.policy.fit(work))
+        plan = replace(self, share=self.share or config.shared_layers)
+        owners = config.num_hidden_layers - len(plan.share)
+        work = Workload(config.family, owners, prompt_len, room, rows, *plan.cost(config, dtype), plan.store.pads_heads)
+        return replace(plan, policy=plan.policy.fit(work))
 
     def cost(self, config: ModelConfig, dtype: torch.dtype) -> tuple[float, int]:
         """(bytes_per_token, fixed_bytes) for one row of one layer that owns storage, with what the policy needs

@@ -77,6 +77,8 @@ class ModelConfig:
     mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
+    # layers that were trained to read an earlier layer's keys and values: layer → that layer
+    shared_layers: Mapping[int, int] = field(default_factory=dict, repr=False, hash=False)
 
     @property
     def qk_norm(self) -> bool:
@@ -176,6 +178,7 @@ class ModelConfig:
             mlp_bias=model_type == "llama" and flag("mlp_bias"),
             bos_token_id=next(iter(_ids(raw.get("bos_token_id"), where)), None),
             eos_token_id=_ids(raw.get("eos_token_id"), where),
+            shared_layers=_shared(n_layers, number("cla_share_factor", 1)) if flag("use_cla") else {},
             **rope,
         )
         if heads % config.num_key_value_heads:
@@ -185,6 +188,13 @@ class ModelConfig:
         if config.head_dim % 2:
             raise ValueError(f"{where}: head_dim is {config.head_dim}; rotary positions need an even one")
         return config
+
+
+def _shared(n_layers: int, factor: int) -> dict[int, int]:
+    """Cross-layer attention (Brandon et al. 2024, arXiv:2405.12981) with the fields that Hunyuan's config.json has for it:
+    of each `factor` layers the first one has keys and values, and the others read them.
+    """
+    return {i: i - i % factor for i in range(n_layers) if i % factor}
 
 
 def _whole(value: Any) -> Any:

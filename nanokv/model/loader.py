@@ -103,6 +103,9 @@ def fill(model: Llama, tensors: Iterable[LazyTensor], where: str, bar: bool = Fa
         jobs.append((target, read_values))
     if missing:
         raise ValueError(f"{where} lacks {len(missing)} tensors, the first is {min(missing)}; fetch the model again")
+    for i in model.config.shared_layers:  # rows for keys and values that nobody computes
+        for parameter in model.layers[i].self_attn.qkv_proj.parameters():
+            parameter.zero_()
     with ThreadPoolExecutor(2) as pool:
         done = pool.map(lambda job: job[0].copy_(torch.as_tensor(job[1]())), jobs)
         list(tqdm(done, total=len(jobs), desc="load", unit="tensor", leave=False, disable=not bar))
@@ -264,7 +267,9 @@ def _open(file: Path) -> safe_open:
 
 
 def targets(model: Llama) -> dict[str, Tensor]:
-    """Return {checkpoint name: the parameter that it fills}. For a fused matrix this is a view of some of its rows."""
+    """Return {checkpoint name: the parameter that it fills}. For a fused matrix this is a view of some of its rows. A layer
+    that reads another one's keys and values has no tensors for its own.
+    """
     cfg, out = model.config, {}
     q, kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
     parts = {
@@ -278,8 +283,10 @@ def targets(model: Llama) -> dict[str, Tensor]:
             out[name if name.startswith("lm_head") else f"model.{name}"] = weight
             continue
         prefix = module.removesuffix(fused)
+        of_reader = prefix in {f"layers.{i}." for i in cfg.shared_layers}
         for part, rows in zip(parts[fused], weight.split(list(parts[fused].values())), strict=True):
-            out[f"model.{prefix}{part}.{kind}"] = rows
+            if not (of_reader and part.endswith(("k_proj", "v_proj"))):
+                out[f"model.{prefix}{part}.{kind}"] = rows
     return out
 
 

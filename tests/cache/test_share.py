@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import STEPS, masked, run
+from helpers import STEPS, edit, masked, reconfigure, run
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import text
 
-from nanokv import parse
+from nanokv import load, parse
 from nanokv.cache.plan import Plan
 from nanokv.sharing import search as share
 from nanokv.sharing.__main__ import main
@@ -215,3 +216,24 @@ def test_fewer_layers_than_asked_are_told(deep):
     session.start([text(20)])
     assert str(session.report()).split(" · ")[2] == "2 layers read another's"
     assert parse("kvsharer:layers=0").sketch(8).share == {}
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_model_trained_with_shared_layers_reads_them_without_being_asked(factor, tiny, tmp_path, deep):
+    path, readers = tmp_path / "cla", {i: i - i % factor for i in range(8) if i % factor}
+    shutil.copytree(tiny("deep")[0], path)
+    mine = [f"model.layers.{i}.self_attn.{x}_proj.weight" for i in readers for x in "kv"]
+    edit(path, lambda tensors: [tensors.pop(name) for name in mine])
+    reconfigure(path, use_cla=True, cla_share_factor=factor)
+    llm = load(str(path), dtype="float32")
+    for plan in ("full", "snapkv:budget=20,window=4+int4:group=4,residual=6"):
+        prompt, more = text(40, seed=5), text(STEPS, seed=6)
+        found = run(llm, plan, [prompt], [more])[0]
+        right = run(deep, replace(parse(plan), share=readers), [prompt], [more])[0]
+        assert torch.equal(found, right)
+        assert set(llm.last.cache.stores) == set(range(8)) - set(readers)
+    with pytest.raises(ValueError, match="was trained with shared layers"):
+        llm.ready(parse("kvsharer:layers=2"))
+    reconfigure(path, use_cla=False)
+    with pytest.raises(ValueError, match=f"lacks {len(mine)} tensors"):
+        load(str(path))
