@@ -11,7 +11,7 @@ from nanokv.backends.base import Ops
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept, Prompt
 from nanokv.cache.plan import Plan
-from nanokv.cache.prefill import PromptCache
+from nanokv.cache.prefill import PromptCache, wanted_by
 from nanokv.engine import Session, prefill
 from nanokv.llm import LLM
 from nanokv.model.config import ModelConfig
@@ -26,7 +26,7 @@ class DenseRun(PromptCache):
     def __init__(self, plans: Sequence[Plan], config: ModelConfig, ids: Tensor, ops: Ops, ctx: Context):
         super().__init__(plans[0], config, ids, ops, ctx)
         self.plans = plans
-        self.wanted = list({plan.policy.scores for plan in plans})
+        self.wanted = wanted_by([plan.policy for plan in plans])
         self.wants_similarity = any(plan.policy.similarity for plan in plans)
         self.rows: list[dict[int, Kept]] = [{} for _ in plans]
         self.prompts: list[list[Prompt]] = [[] for _ in plans]  # for policies that choose across layers
@@ -34,7 +34,7 @@ class DenseRun(PromptCache):
     def compress(self, owner: int) -> None:
         dense, n_owners = self.dense.pop(owner), len(self.layers) - len(self.plan.share)
         for plan, row, prompts in zip(self.plans, self.rows, self.prompts, strict=True):
-            prompt = dense.as_prompt(owner, self, plan.policy.scores)
+            prompt = dense.as_prompt(owner, self, plan.policy)
             if not plan.policy.cross_layer:
                 row[owner] = plan.policy.keep(prompt)
                 continue

@@ -214,6 +214,19 @@ def placed() -> str:
     return markdown(["model", "plan", "4,096", "32,768", "65,536"], rows)
 
 
+def drafts() -> str:
+    """Speculative decoding under the full cache."""
+    rows = []
+    for file in ("drafts.json", "drafts-second.json"):
+        for r in _read(file, "epyc")["drafts"]:
+            rates = [f"{r['plain_tok_s']:.1f}", f"{r['tok_s']:.1f}", f"{r['tok_s'] / r['plain_tok_s']:.2f}x"]
+            right = percent(r["accepted"] / max(1, r["drafted"]))
+            per_pass = f"{1 + r['accepted'] / r['passes']:.2f}"
+            rows.append([f"`{r['draft']}`", r["kind"], f"{r['same']} of {r['texts']}", right, per_pass, *rates])
+    head = ["draft", "text", "same tokens", "accepted", "tokens a pass", "tokens/s without", "with", "gain"]
+    return markdown(head, rows)
+
+
 def endless() -> str:
     """Speed and bytes near the start and at the end of long runs."""
     rows = []
@@ -342,6 +355,7 @@ TABLES: dict[str, Callable[[], str]] = {
         fuzz,
         launches,
         machine_code,
+        drafts,
         endless,
         prose,
     )

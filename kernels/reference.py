@@ -165,6 +165,7 @@ def attention_scores(
     over_group: str,
     over_queries: str = "sum",
     noise: tuple[int, float, int] | None = None,
+    near: int | None = None,
 ) -> Tensor:
     """Score every key by the attention it receives from a run of queries. Each query's softmax is over the keys that
     it sees.
@@ -175,10 +176,11 @@ def attention_scores(
     "count_low": how many queries gave less than 1/(number of keys they see); "last_hit": one more than the token of
     the last query that gave at least that, 0 if none did. noise (seed, tau, h): Gumbel noise is added to the logits,
     and the sum divided by tau. The noise depends on the seed, the query head counted from h, and the tokens of query
-    and key alone. Returns (B,Hkv,S) fp32, or (B,H,S) with over_group "each", which joins no heads. The (H,w,S)
+    and key alone. near: in a sum, only queries that stand fewer than so many tokens behind a key count for it. Returns
+    (B,Hkv,S) fp32, or (B,H,S) with over_group "each", which joins no heads. The (H,w,S)
     weights exist for one block of queries at a time.
     """
-    return attention_scores_by(_logits, q, k, start, sliding_window, over_group, over_queries, noise)
+    return attention_scores_by(_logits, q, k, start, sliding_window, over_group, over_queries, noise, near)
 
 
 def attention_scores_by(
@@ -190,6 +192,7 @@ def attention_scores_by(
     over_group: str,
     over_queries: str,
     noise: tuple[int, float, int] | None,
+    near: int | None,
 ) -> Tensor:
     """`attention_scores` with another form of the product than `_logits`."""
     B, H, Hkv, S = q.shape[0], q.shape[1], k.shape[1], k.shape[2]
@@ -206,6 +209,8 @@ def attention_scores_by(
         if sums:
             if over_queries == "rising":
                 weight = weight * torch.linspace(1, 1.2, q.shape[2], device=q.device)[rows, None]
+            if near is not None:
+                weight = weight * (token - torch.arange(keys.start, keys.stop, device=q.device) < near)
             scores[:, :, keys] += weight.sum(3).flatten(1, 2)
             continue
         weight = _join_group(weight, over_group)  # (B,Hkv,t,s)

@@ -187,17 +187,18 @@ def attention_scores(
     over_group: str,
     over_queries: str = "sum",
     noise: tuple[int, float, int] | None = None,
+    near: int | None = None,
 ) -> Tensor:
     """Score every key of a prompt by the attention of its last queries; the twin is `reference.attention_scores`.
 
     q (B,H,w,D) fp16, bf16 or fp32: the queries of tokens start … start+w−1; k (B,Hkv,S,D) in q's dtype: the keys of
     tokens 0 … S−1; sliding_window W: token i sees i−W+1 … i, None: 0 … i; over_group "mean" or "max": how the query
     heads of a KV head are joined. Returns (B,Hkv,S) fp32, summed over the w queries. Refuses (AssertionError)
-    over_queries other than "sum", noise, more than 128 queries, and keys whose last dimension is not contiguous.
+    over_queries other than "sum", noise, near, more than 128 queries, and keys whose last dimension is not contiguous.
     """
     B, H, w, D = q.shape
     heads, S = k.shape[1], k.shape[2]
-    assert over_queries == "sum" and noise is None and w <= 128, (over_queries, noise, w)
+    assert over_queries == "sum" and noise is None and near is None and w <= 128, (over_queries, noise, near, w)
     assert k.stride(3) == 1, k.stride()
     q, G, block_q = q.contiguous(), H // heads, triton.next_power_of_2(w)
     at_once = max(1, min(triton.next_power_of_2(G), ROWS // block_q))  # query heads

@@ -87,7 +87,7 @@ def choose_precision(config: ModelConfig, device: torch.device, asked: str) -> P
     if device.type == "cpu" and second == torch.bfloat16:
         product = row_linear
     elif device.type == "cpu" and second == torch.float32 and not torch.cpu._is_avx512_bf16_supported():
-        # one core of a Zen 3, 1,536 columns and 576 rows out of the cache: TODO
+        # one core of a Zen 3, a weight of 49,152 × 576: one row 13 ms; 4 rows 30 ms as x @ Wᵀ and 16 as W @ xᵀ; 8 rows 34 and 30
         product = few_rows_linear
     return Precision(first, second, product, why)
 

@@ -34,12 +34,19 @@ class Models:
     decode: Llama
     ops: Ops
     runner: Runner  # runs the decode steps
+    token_kinds: Callable[[], Tensor] | None = None  # for `Context`
 
     @property
     def context(self) -> Context:
         model, weight = self.decode, self.decode.embed_tokens.weight
         return Context(
-            model.config, self.ops, weight.device, weight.dtype, model.inv_freq, output_weights=model.output_weights()
+            model.config,
+            self.ops,
+            weight.device,
+            weight.dtype,
+            model.inv_freq,
+            output_weights=model.output_weights(),
+            token_kinds=self.token_kinds,
         )
 
 

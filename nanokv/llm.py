@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from string import printable
 
@@ -151,12 +152,18 @@ class LLM:
         calls: Calls | None = None,
     ):
         self.calls = calls
-        self.name, self.models, self.tokenizer, self.plan = name, models, vocabulary, plan
+        self.name, self.tokenizer, self.plan = name, vocabulary, plan
+        self.models = replace(models, token_kinds=cache(self._token_kinds))
         self.config, self.why_dtype, self.load_s = models.decode.config, why_dtype, load_s
         self.device = models.context.device
         self.last: Session | None = None
         self.check: Check | None = None  # of the kernels of other plans, where those of the first one passed
         self.notes: list[str] = []  # what the user should know of how the model was found and read
+
+    def _token_kinds(self) -> torch.Tensor:
+        """(vocab,) uint8: what each token is, as a policy may ask."""
+        kinds = self.tokenizer.kinds(self.models.decode.config.vocab_size)
+        return torch.tensor(kinds, dtype=torch.uint8, device=self.device)
 
     @property
     def dtypes(self) -> dict[str, str]:

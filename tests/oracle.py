@@ -429,3 +429,20 @@ class HeldLayer:
                 score = K[near] @ q[0, h, i].double() / math.sqrt(cfg.head_dim)
                 out[0, h, i] = (score.softmax(0) @ V[near]).to(q.dtype)
         return out
+
+
+def fastgen(q, k, kinds: list[int], recovery: float, frequent: int, local: int, sink: int) -> list[int]:
+    """One KV head's tokens: q (G,T,D) of its query heads, k (T,D). The whole matrix of weights, and sums over it."""
+    T = len(k)
+    rows = attention(q, k[None]).mean(0).tolist()
+    column = [sum(rows[i][j] for i in range(j, T)) for j in range(T)]
+    special = {j for j in range(T) if j < sink or kinds[j] == 1}
+    marks = special | {j for j in range(T) if kinds[j] == 2}
+    others = sorted((j for j in range(T) if j not in marks), key=lambda j: (-column[j], j))
+    often = marks | set(others[:frequent])
+    for kept in (special, marks, often):
+        if sum(rows[i][j] for i in range(T) for j in range(i + 1) if j in kept) / T >= recovery:
+            return sorted(kept)
+    if sum(rows[i][j] for i in range(T) for j in range(i + 1) if j in often or i - j < local) / T >= recovery:
+        return sorted(often | set(range(T - local, T)))
+    return list(range(T))

@@ -176,8 +176,9 @@ def attention_scores(
     over_group: str,
     over_queries: str = "sum",
     noise: tuple[int, float, int] | None = None,
+    near: int | None = None,
 ) -> Tensor:
-    return reference.attention_scores_by(logits, q, k, start, sliding_window, over_group, over_queries, noise)
+    return reference.attention_scores_by(logits, q, k, start, sliding_window, over_group, over_queries, noise, near)
 
 
 def decode_quant(

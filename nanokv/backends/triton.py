@@ -72,17 +72,18 @@ def triton(device: torch.device) -> Ops:
         fits = bits != 3 and 1 in (tokens, channels) and D >= 16 and D & D - 1 == 0 and tokens <= 128 and _can_copy(x)
         return (kernels.quantize if fits else reference.quantize)(x, bits, tokens, channels)
 
-    def attention_scores(q, k, start, sliding_window, over_group, over_queries="sum", noise=None):
+    def attention_scores(q, k, start, sliding_window, over_group, over_queries="sum", noise=None, near=None):
         fits = (
             _can_compute(q)
             and k.stride(3) == 1
             and over_queries == "sum"
             and over_group != "each"
             and noise is None
+            and near is None
             and q.shape[2] <= 128
         )
         use = kernels.attention_scores if fits else torch_ops.attention_scores
-        return use(q, k, start, sliding_window, over_group, over_queries, noise)
+        return use(q, k, start, sliding_window, over_group, over_queries, noise, near)
 
     def rotate(x, cos, sin):
         return (kernels.rotate if x.stride(3) == 1 and _can_copy(x) else reference.rotate)(x, cos, sin)

@@ -21,6 +21,7 @@ class Context:
     inv_freq: Tensor  # (D/2,) fp32, the model's rotation
     sliding_window: int | None = None  # of the layer that this context is for, in tokens
     output_weights: Sequence[Tensor] = ()  # (C, H·D) of each layer, for policies that ask for them
+    token_kinds: Callable[[], Tensor] | None = None  # makes (vocab,) uint8, see `Prompt.token_kinds`
     constants: dict[str, Tensor] = field(default_factory=dict)  # tensors that all layers share
 
     def of_layer(self, layer: int) -> Context:

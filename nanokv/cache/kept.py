@@ -76,6 +76,8 @@ class Prompt:
     # cosine similarity of the residual stream before and after this layer's attention, mean over tokens; only if asked for
     similarity: float | None = None
     tokens: Tensor | None = None  # (seen,) int64 token ids of the text; None where a cache was loaded from a file
+    token_kinds: Tensor | None = None  # (seen,) uint8: 1 for a special token, 2 for punctuation; only if asked for
+    near_attention: Tensor | None = None  # as `attention`, of the policy's `near_scores`
 
     def __len__(self) -> int:
         return self.k.shape[2]

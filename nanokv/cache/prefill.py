@@ -22,6 +22,7 @@ from nanokv.cache.plan import Plan
 from nanokv.cache.scores import Scores, moments
 from nanokv.model.config import ModelConfig
 from nanokv.model.rope import inverse_frequencies, unrotated
+from nanokv.policies.base import Policy
 
 
 class PromptCache:
@@ -38,7 +39,7 @@ class PromptCache:
         self.plan, self.config, self.ops, self.ctx = plan, config, ops, ctx
         self.ids = ids
         self.length = len(ids) + plan.policy.decide_after  # tokens after the prompt may belong to it
-        self.wanted = [plan.policy.scores]  # a list, because evals/dense.py asks for several policies at once
+        self.wanted = wanted_by([plan.policy])
         self.wants_similarity = plan.policy.similarity
         self.passes_left = plan.policy.passes
         self.inv_freq = inverse_frequencies(config).to(ids.device)
@@ -87,7 +88,7 @@ class PromptCache:
                 self._keep(i, kept)
 
     def _take_prompt(self, owner: int) -> Prompt:
-        return self.dense.pop(owner).as_prompt(owner, self, self.plan.policy.scores)
+        return self.dense.pop(owner).as_prompt(owner, self, self.plan.policy)
 
     def _keep(self, owner: int, kept: Kept) -> None:
         store = self.plan.store_of(owner, len(self.layers))
@@ -170,8 +171,9 @@ class DenseLayer:
             return self.pass_kv[0].shape[2] == self.pass_length
         return self.filled == self.length
 
-    def as_prompt(self, layer: int, cache: PromptCache, wanted: Scores) -> Prompt:
-        """This layer as a policy sees it, without the tokens that the model's sliding window will never show again."""
+    def as_prompt(self, layer: int, cache: PromptCache, policy: Policy) -> Prompt:
+        """This layer as the policy sees it, without the tokens that the model's sliding window will never show again."""
+        wanted = policy.scores
         window, plan, found = cache.config.window(layer), cache.plan, self.statistics[wanted]
         first = 0 if window is None else max(0, self.length - seen_later(window))
         pos = torch.arange(first, self.length, dtype=torch.int32, device=self.k.device).expand(1, self.k.shape[1], -1)
@@ -180,7 +182,11 @@ class DenseLayer:
             scores = [x.unflatten(1, (self.k.shape[1], -1)).amax(2) for x in scores]
         n_queries = self.length if wanted.last_queries is None else min(wanted.last_queries, self.length)
         mean, cov = moments(list(found.sums.values())) if found.sums else (None, None)
-        mine = cache.layers[layer]
+        mine, kinds, near = cache.layers[layer], None, None
+        if policy.token_kinds and cache.ctx and cache.ctx.token_kinds:
+            kinds = cache.ctx.token_kinds()[cache.ids]
+        if policy.near_scores:
+            near = torch.cat([x[:, :, first:] for x in self.statistics[policy.near_scores].scores.values()])
         return Prompt(
             layer=layer,
             rank=plan.rank(layer),
@@ -199,7 +205,15 @@ class DenseLayer:
             w_o=cache.ctx.output_weights[layer] if wanted.output_weights and cache.ctx else None,
             similarity=float(mine.similarity) / mine.compared if mine.compared else None,
             tokens=cache.ids,
+            token_kinds=kinds,
+            near_attention=near,
         )
+
+
+def wanted_by(policies: Sequence[Policy]) -> list[Scores]:
+    """The statistics that these policies want, each once."""
+    both = [scores for policy in policies for scores in (policy.scores, policy.near_scores) if scores]
+    return list(dict.fromkeys(both))
 
 
 class Statistics:
@@ -240,7 +254,8 @@ class Statistics:
         """
         wanted, window = self.wanted, cache.config.window(reader)
         over_group = "each" if self.joins_groups_last(cache) else wanted.over_group
-        return cache.ops.attention_scores(q, k, start, window, over_group, wanted.over_queries, wanted.noise(0))
+        how = over_group, wanted.over_queries, wanted.noise(0), wanted.near
+        return cache.ops.attention_scores(q, k, start, window, *how)
 
     def joins_groups_last(self, cache: PromptCache) -> bool:
         """Whether scores arrive in pieces and must be summed before the maximum over a group's heads is taken."""

@@ -19,6 +19,7 @@ class Scores:
                     rising: the same, but the last query counts 1.2 times as much as the first one.
                     count_low: how many queries gave the key less than an even share of their attention.
                     last_hit: 1 + the position of the last query that gave it at least an even share; 0 if none did.
+    near            if given, only queries that stand fewer than so many tokens behind a key count for it. For a sum.
     gumbel_seed     if given, the softmax is taken of (logits + Gumbel noise) / temperature.
     query_moments   if given, mean and covariance of the unrotated queries are computed; this many first queries of
                     the text are left out.
@@ -28,6 +29,7 @@ class Scores:
     last_queries: int | None = 0
     over_group: str = "mean"
     over_queries: str = "sum"
+    near: int | None = None
     gumbel_seed: int | None = None
     temperature: float = 1.0
     query_moments: int | None = None

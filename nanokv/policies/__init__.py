@@ -9,6 +9,7 @@ from nanokv.policies.cascade import CascadingKV
 from nanokv.policies.corm import CORM
 from nanokv.policies.duo import DuoAttention
 from nanokv.policies.expected import ExpectedAttention
+from nanokv.policies.fastgen import FastGen
 from nanokv.policies.full import Full
 from nanokv.policies.h2o import H2O
 from nanokv.policies.keydiff import KeyDiff
@@ -43,6 +44,7 @@ POLICIES: dict[str, Policy] = {
     "corm": CORM(),
     "cascade": CascadingKV(),
     "duo": DuoAttention(),
+    "fastgen": FastGen(),
     "knorm": Knorm(),
     "keydiff": KeyDiff(),
     "expected": ExpectedAttention(),
@@ -101,6 +103,10 @@ EXAMPLES: dict[str, Examples] = {
     "cascade": Examples(["cascade:budget=20,sink=2,rings=3"], "cascade:budget=84"),
     "duo": Examples(
         ["duo:full=0.5,sink=2,recent=10,window=4", "duo:full=0.5,sink=2,recent=10,window=4+dense"], "duo:recent=200"
+    ),
+    "fastgen": Examples(
+        ["fastgen:recovery=0.75,frequent=10%,local=20%,sink=2", "fastgen:recovery=0.8,frequent=9,local=15+dense"],
+        "fastgen:recovery=1",
     ),
     "knorm": Examples(["knorm:budget=20", "knorm:budget=20,heads=ada"], "knorm:budget=80"),
     "keydiff": Examples(

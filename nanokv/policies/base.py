@@ -25,6 +25,7 @@ class Policy(ABC):
     fields. No option may have the name of a declaration (a test checks this).
 
     scores                the statistics of the prompt's attention that `keep` wants.
+    near_scores           a second request, whose scores come as `Prompt.near_attention`; None: there is none.
     rescore_scores        the same at a rescore.
     decode_scores         how each decode step's attention is reduced for `update_scores` (`last_queries` has no meaning
                           here); None: decode steps are not scored.
@@ -37,6 +38,7 @@ class Policy(ABC):
     cross_layer           whether `keep_all` is called once for all layers, instead of `keep` for each. Until then the
                           keys and values of the whole prompt stay in memory.
     similarity            whether `Prompt.similarity` is wanted.
+    token_kinds           whether `Prompt.token_kinds` is wanted.
     protected_sinks       how many of the text's first tokens are never evicted.
     positions_in_cache    whether positions count places in the cache (StreamingLLM) instead of places in the text.
     keeps_all_or_edges    whether a layer keeps either the whole prompt or its first and last tokens only.
@@ -47,13 +49,14 @@ class Policy(ABC):
     """
 
     scores = Scores()
+    near_scores = None
     decode_scores = None
     eviction = "none"
     rescore_every = 0
     decide_after = 0
     passes = 0
     cross_layer = False
-    similarity = False
+    similarity = token_kinds = False
     protected_sinks = 0
     positions_in_cache = False
     keeps_all_or_edges = False

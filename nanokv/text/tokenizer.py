@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import punctuation
 from typing import Any
 
 from nanokv.files import is_there, quoted, read_json, reason
@@ -68,6 +69,14 @@ class Tokenizer:
         """Return the text of ids."""
         with _library("this model's tokenizer cannot decode its tokens"):
             return self.decode_ids(list(ids))
+
+    def kinds(self, n: int) -> list[int]:
+        """What the tokens 0 … n−1 are: 1 a special token, 2 punctuation alone, 0 anything else."""
+        special, found = {*self.hidden.values(), *self.added, *self.eos, self.bos}, []
+        for i in range(n):
+            text = self.decode([i]).strip() if i < self.size and i not in special else ""
+            found.append(1 if i in special else 2 if text and all(c in punctuation for c in text) else 0)
+        return found
 
     def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation. `add_generation_prompt` adds the text that precedes the assistant's answer."""

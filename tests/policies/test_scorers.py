@@ -221,6 +221,43 @@ def test_pyramidinfers_ratio_follows_from_a_budget(budget):
         compress("pyramidinfer:budget=20,recent=20,context=0", config, 60)
 
 
+@pytest.mark.parametrize("chunk", [None, 13])
+@pytest.mark.parametrize("recovery", [0.1, 0.4, 0.55, 0.65, 0.75, 0.9])
+def test_fastgen_gives_each_head_the_first_set_that_recovers_enough(recovery, chunk):
+    T, config, kinds = 40, shape(layers=3), torch.randint(0, 3, (40,), generator=torch.Generator().manual_seed(1))
+    kinds = kinds.masked_fill(torch.arange(T) % 3 > 0, 0)
+    plan = parse(f"fastgen:recovery={recovery},frequent=20%,local=6,sink=2").fit(config, torch.float32, T, 8)
+    ctx = Context(config, EAGER, torch.device("cpu"), torch.float32, torch.ones(8), token_kinds=lambda: kinds)
+    dice = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(3, 1, n, T, 16, generator=dice) * 1.5 for n in (6, 2, 2))
+    cache = PromptCache(plan, config, torch.arange(T), EAGER, ctx)
+    for a in range(0, T, chunk or T):
+        part = slice(a, min(a + (chunk or T), T))
+        for i, layer in enumerate(cache.layers):
+            layer.attend(q[i, :, :, part], k[i, :, :, part], v[i, :, :, part], torch.arange(T)[None, part])
+    for i in range(3):
+        for h in range(2):
+            right = oracle.fastgen(q[i, 0, 3 * h : 3 * h + 3], k[i, 0, h], kinds.tolist(), recovery, 8, 6, 2)
+            assert positions(cache.kept[i], h) == right
+
+
+def test_fastgen_meets_every_one_of_its_sets():
+    """The cases above choose special tokens, punctuation, frequent tokens, local ones and everything."""
+    dice, sizes = torch.Generator().manual_seed(3), set()
+    kinds = [[0, 1, 2, 0, 0, 2, 0][j % 7] for j in range(40)]
+    q, k = torch.randn(3, 40, 16, generator=dice) * 1.5, torch.randn(40, 16, generator=dice) * 1.5
+    for recovery in (0.1, 0.3, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.99):
+        sizes.add(len(oracle.fastgen(q, k, kinds, recovery, 8, 6, 2)))
+    assert len(sizes) == 5, sizes
+
+
+def test_tokens_are_of_three_kinds(llm_of):
+    llm = llm_of("g3")
+    kinds = llm.models.context.token_kinds()
+    of = {llm.tokenizer.decode([i]): int(kind) for i, kind in enumerate(kinds)}
+    assert [of[c] for c in ".,!_~"] == [2] * 5 and of["a"] == of["7"] == of[" "] == 0
+
+
 def test_keydiff_drops_a_copy_of_the_mean_key_first():
     config = shape(layers=1)
     plan = parse("keydiff:budget=59").fit(config, torch.float32, 60, 8)
