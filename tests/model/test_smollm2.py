@@ -13,7 +13,7 @@ from helpers import storages
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from evals.tasks import needle
+from evals.tasks import needle, prose
 from nanokv import parse
 from nanokv.cache.context import Context
 from nanokv.runner import Eager
@@ -219,3 +219,27 @@ def test_the_short_way_from_python_runs(capsys):
         print(piece, end="")
     assert len(capsys.readouterr().out.split()) > 3 and "kv: " in str(llm.report())
     assert json.loads(json.dumps(llm.report().as_dict()))["ratio"] > 0
+
+
+@pytest.mark.exhaustive
+def test_eight_rows_hold_a_common_prefix_once_and_write_what_each_writes_alone(smollm):
+    """About five minutes on two cores, most of them for the rows alone."""
+    encode = smollm.tokenizer.encode
+    prefix = encode(" ".join(prose()))[:4096]
+    rows = [[*prefix, *encode(f"\n\nQuestion {i}: what does {word} mean?\nAnswer:")] for i, word in enumerate(WORDS)]
+
+    def answered(prompts: list[list[int]]) -> tuple[list[list[int]], int]:
+        session = smollm.session(16, plan=parse("full"))
+        answer = smollm.answer(session, prompts, limit=16, ignore_eos=True)
+        list(answer)
+        return answer.ids, session.report().bytes
+
+    together, size = answered(rows)
+    alone = [answered([row]) for row in rows]
+    assert together == [ids for (ids,), _ in alone]
+    per_token = max(each for _, each in alone) / (max(map(len, rows)) + 16)
+    tails = sum(len(row) - len(prefix) + 16 for row in rows)
+    assert size <= 1.1 * per_token * len(prefix) + per_token * tails
+
+
+WORDS = "lambda", "yield", "class", "import", "global", "assert", "raise", "with"
