@@ -221,6 +221,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--depth is {args.depth}; give a place in the text from 0 to 1, and no --full, which takes all"
         )
+    if args.what == "drafts" and args.tokens is not None and args.tokens < 8:
+        raise ValueError(f"--tokens is {args.tokens}; drafts needs at least 8")
     least = {"endless": 20, "prose": 1000}.get(args.what, 1)
     if min(args.lengths or [least]) < least:
         raise ValueError(f"--lengths is {min(args.lengths)}; {args.what} needs at least {least}")

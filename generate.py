@@ -89,7 +89,7 @@ def parser() -> cli.Parser:
     a("--chunk", type=int, metavar="N", help="prefill N tokens at a time; the whole cache is held until the end")
     a("--draft", metavar="D", help="guess tokens and check them in one pass: lookup, or the plan of a second cache")
     a("--draft-model", metavar="M", help="a smaller model writes the draft, under the plan of --draft or full")
-    a("--draft-tokens", type=int, default=4, metavar="N", help="how many at most (default %(default)s)")
+    a("--draft-tokens", type=int, metavar="N", help="how many tokens a draft has at most (default 4)")
     cli.add_compile_flags(a)
     return p
 
@@ -125,6 +125,12 @@ def run(args: argparse.Namespace, stdout_is_open: bool = True) -> int:
     from nanokv.summary import first_line
 
     plan = make_plan(args, args.policy, args.kv_budget)
+    if args.draft or args.draft_model:
+        from nanokv.speculate import check_plans, draft_plan
+
+        writes = draft_plan(args.draft or "full")  # a mistake is told before a model is loaded
+        if not args.load_cache:
+            check_plans(plan, writes)
     reference = parse(args.compare) if args.compare else None
     options = {
         "limit": args.max_new_tokens,
@@ -147,7 +153,7 @@ def run(args: argparse.Namespace, stdout_is_open: bool = True) -> int:
     )
     if args.draft or args.draft_model:
         writer = load(args.draft_model, **given) if args.draft_model else llm
-        options["speculation"] = llm.speculation(args.draft or "full", args.draft_tokens, writer)
+        options["speculation"] = llm.speculation(args.draft or "full", args.draft_tokens or 4, writer)
     if (args.chat or args.system is not None or args.interactive) and not args.ignore_eos:
         from nanokv.text.chat import stops
 
@@ -181,10 +187,11 @@ CONFLICTS = (  # a flag, why it excludes others, and which ones
         "searches for one text",
         "--temperature --num-samples --draft --draft-model --interactive --save-cache",
     ),
-    ("--beams", "starts from a prompt", "--load-cache --xray"),
+    ("--beams", "starts from a prompt", "--load-cache"),
+    ("--beams", "leaves in the cache other texts than the answer", "--xray --explain"),
     ("--draft", "is written for one row", "--num-samples"),
     ("--draft-model", "writes for one row", "--num-samples"),
-    ("--plan", "answers nothing", "--json --xray --save-cache --load-cache --compare"),
+    ("--plan", "answers nothing", "--json --xray --save-cache --load-cache --compare --draft --draft-model --beams"),
 )
 
 
@@ -213,7 +220,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--num-samples with temperature 0 would print one answer many times; give --temperature 0.8")
     if args.draft == "lookup" and args.draft_model:
         raise ValueError("--draft lookup needs no model; leave out --draft-model, or give a plan as --draft")
-    if given("--draft-tokens") and not (args.draft or args.draft_model):
+    if args.draft_tokens is not None and not (args.draft or args.draft_model):
         raise ValueError("--draft-tokens is of a draft, and there is none; give --draft or --draft-model")
     if not all(args.stop):
         raise ValueError("--stop is empty; give a text, or leave it out")
@@ -261,7 +268,7 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
     else:
         prompt, question = encode_prompt(llm, text, args.question, args.chat, args.system)
         session = llm.session(len(question) + args.max_new_tokens, args.chunk)
-    log(args, first_line(llm, str(session.fitted_plan(len(prompt), args.num_samples))))
+    log(args, first_line(llm, str(session.fitted_plan(len(prompt), max(args.num_samples, args.beams)))))
     if args.save_cache and not args.load_cache:
         options = {**options, "on_compressed": lambda: save(llm, session, Path(args.save_cache))}
     hidden = not cli.shows_progress(args.quiet)
@@ -304,13 +311,20 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
 def converse(args: argparse.Namespace, llm, text: str | None, options: dict) -> int:
     """Chat until /exit or the end of the input."""
     from nanokv.inspect.explain import explain
+    from nanokv.speculate import check_plans
+    from nanokv.summary import drafts
     from nanokv.text.chat import Conversation, repl
 
     def parse_plan(text: str):
-        return make_plan(args, text, None if "budget=" in text else args.kv_budget)
+        plan = make_plan(args, text, None if "budget=" in text else args.kv_budget)
+        if "speculation" in options:
+            check_plans(plan, None)
+        return plan
 
     def report(session) -> None:
         log(args, str(session.report()))
+        if "speculation" in options:
+            log(args, drafts(options["speculation"]))
         if "%" in str(chat.plan):
             log(args, f"percentages are of the first turn: {session.fitted_plan(0)}")
         if args.explain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 from evals.quality import text_of
@@ -42,11 +43,12 @@ def measure(
             answer = llm.answer(
                 llm.session(new), [ids], limit=new, ignore_eos=True, overflow=True, speculation=speculation
             )
+            t0 = time.perf_counter()
             for _ in answer:
                 pass
+            seconds[i] += time.perf_counter() - t0
+            tokens[i] += len(answer.ids[0])
             tick(1)
-            seconds[i] += answer.decode_s
-            tokens[i] += answer.counted
             right = right or answer.ids[0]
             if speculation:
                 row = found[i - 1]

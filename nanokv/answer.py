@@ -42,6 +42,7 @@ class Answer:
     counted: int = 0  # tokens generated within decode_s, without those of finished rows
     unfed: int | None = None  # row 0's last token, if the next turn must feed it first
     interrupted: bool = False  # may be set from outside at any time; the answer then ends after the step in progress
+    score: float | None = None  # of the best beam: the mean of its tokens' log-probabilities
     logits: torch.Tensor | None = None
     streams: list[Stopper] = field(default_factory=list)
     stop_ids: set[int] = field(default_factory=set)  # of the stop strings that are special tokens
@@ -55,6 +56,9 @@ class Answer:
         on_compressed: Callable[[], None] | None,
     ) -> None:
         t0, session = time.perf_counter(), self.session
+        if self.speculation:  # before anything is fed, because it may fail
+            new = [*(prompts[0] if prompts else ()), *then]
+            self.speculation.begin(session, new, self.limit, self.sampling, self.generator)
         if prompts:
             self.logits = session.start(prompts, copies, progress)
         if on_compressed:
@@ -63,9 +67,6 @@ class Answer:
             session.reserve(len(then) + self.limit)
             rows = torch.tensor([list(then)], device=session.pos.device).expand(len(session.seen), -1)
             self.logits = session.feed_turn(rows)
-        if self.speculation:
-            new = [*(prompts[0] if prompts else ()), *then]
-            self.speculation.begin(session, new, self.limit, self.sampling, self.generator)
         wait_for(session.pos.device)
         self.prefill_s = time.perf_counter() - t0
         self.lengths = [len(p) for p in prompts]
@@ -119,8 +120,10 @@ class Answer:
 
     def _best_beam(self) -> Generator[torch.Tensor]:
         ends = self.stop_ids | (set() if self.ignore_eos else set(self.tokenizer.eos))
+        self.session.is_searched = True
         found = search(self.session, self.logits, self.limit, ends, interrupted=lambda: self.interrupted)
-        for token in found[0][1]:
+        self.score, ids = found[0]
+        for token in ids:
             yield torch.tensor([token])
 
     def _sample(self, logits: torch.Tensor) -> torch.Tensor:

@@ -99,6 +99,7 @@ class Session:
         ) = []  # each row's ids up to the last rescore; None if a loaded cache lacks them
         self.fed: list[Tensor] = []  # (B,T) each: the ids fed since then
         self.n_tried = 0  # how many tokens of `try_tokens` wait for `accept`
+        self.is_searched = False  # True once a beam search has left the rows with texts that are not the answer
         self.intact = True  # False if an exception interrupted a step, so the cache may be half written
 
     def fitted_plan(self, prompt_len: int, rows: int = 1) -> Plan:
@@ -128,6 +129,8 @@ class Session:
                     if progress:
                         progress(shared)
                 out = prefill(self.models.prefill, cache, self.chunk, progress)
+                if shared and caches:  # the first row holds the prefix
+                    cache.kept = {i: kept.since(shared) for i, kept in cache.kept.items()}
                 logits += [out] * (copies // repeats)
                 caches += [cache] * (copies // repeats)
             self.plans += [plan] * copies
@@ -147,7 +150,7 @@ class Session:
         policy, config = self.plan.policy, self.models.prefill.config
         grows = policy.eviction == "none" and not (policy.rescore_every or policy.decode_scores or policy.decide_after)
         windows = any(config.window(i) for i in range(config.num_hidden_layers))
-        if len(prompts) * copies == 1 or not grows or windows or self.plan.store.behind_prefix() is None:
+        if len(prompts) * copies == 1 or not grows or windows:
             return 0
         n = len(prompts[0])
         if len(prompts) > 1:
@@ -155,7 +158,8 @@ class Session:
                 return 0
             pairs = enumerate(zip(*prompts, strict=False))
             n = next((i for i, tokens in pairs if len(set(tokens)) > 1), min(map(len, prompts)) - 1)
-        return n if n >= SHARED_AT_LEAST else 0
+        divides = self.plan.store.behind_prefix(n if policy.keeps_prefix else 0)
+        return n if n >= SHARED_AT_LEAST and divides else 0
 
     def restore(self, plan: Plan, kept: dict[int, Kept], seen: int, tokens: Tensor | None = None) -> None:
         """Go on from what one row has kept (layer → Kept), instead of `start`. tokens (seen,): the text's ids, where
@@ -209,7 +213,7 @@ class Session:
     @torch.inference_mode()
     def try_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens (B,T) that may turn out wrong → logits after every one (B,T,vocab). They attend to the text and to those
-        tried before; `accept` ends the trial.
+        tried before. `accept` ends the trial; until then the session is not intact.
         """
         self.intact = False
         self.cache.hold()
@@ -217,7 +221,6 @@ class Session:
         pos = self.pos + torch.arange(n, n + T, device=self.pos.device)
         out = self.models.prefill.logits(self.models.prefill.hidden(tokens, pos, self.cache))
         self.n_tried += T
-        self.intact = True
         return out
 
     @torch.inference_mode()
@@ -226,7 +229,6 @@ class Session:
         if not self.n_tried:
             return
         self.cache.check_room(n)
-        self.intact = False
         while n:
             T = self.cache.next_piece(n)
             self.cache.room -= T

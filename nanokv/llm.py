@@ -36,7 +36,7 @@ from nanokv.model.presets import PRESETS
 from nanokv.runner import RUNNERS, CompileOptions, make
 from nanokv.sharing import search
 from nanokv.sharing.base import Sharing
-from nanokv.speculate import Lookup, SecondSession, Speculation, why_not
+from nanokv.speculate import Lookup, SecondSession, Speculation, check_plans, draft_plan
 from nanokv.text import tokenizer
 from nanokv.text.sampler import Sampling
 from weights.fetch import locate
@@ -247,16 +247,20 @@ class LLM:
 
         ValueError if they cannot be written in this way.
         """
-        if draft == "lookup":
+        plan, writer = draft_plan(draft), writer or self
+        if plan is None:
             return Speculation(Lookup(), tokens)
-        writer = writer or self
+        check_plans(Plan(), plan)
         if self.tokenizer.encode(PROBE) != writer.tokenizer.encode(PROBE):
             raise ValueError(f"{writer.name} cannot write drafts for {self.name}: it splits texts into other tokens")
-        plan = writer.ready(parse(draft))
+        plan = writer.ready(plan)
 
         def start(text: list[int], room: int) -> Session:
             session = Session(writer.models, plan, room)
-            writer.check_memory(session, [text], room)
+            try:
+                writer.check_memory(session, [text], room)
+            except ValueError as e:
+                raise ValueError(f"there is no room for drafts by {writer.name} · {draft}: {e}") from None
             session.start([text])
             return session
 
@@ -316,6 +320,10 @@ class LLM:
                 f"{longest} tokens of prompt and {limit} new ones are more than the {max_len} of this model's context; "
                 "shorten one of them, or go on regardless with --allow-overflow"
             )
+        if session.is_searched:
+            raise ValueError("a beam search ended this session; start a new one")
+        if beams > self.config.vocab_size:
+            raise ValueError(f"beams is {beams}; a model of {self.config.vocab_size} tokens has at most so many")
         if beams < 1 or (beams > 1 and (not prompts or len(prompts) * copies > 1 or speculation)):
             raise ValueError(f"beams is {beams}; give 1 or more, for one new prompt without copies and drafts")
         if beams > 1 and session.plan.policy.decide_after:
@@ -324,9 +332,8 @@ class LLM:
             raise ValueError(f"beam search is greedy and temperature is {sampling.temperature}; give 0, or one beam")
         if speculation and max(len(prompts) * copies, len(session.seen)) > 1:
             raise ValueError("drafts are written for one row; give one prompt and one copy, or no draft")
-        if speculation and (reason := why_not(session.plan)):
-            plan = "+".join(session.plan.names)
-            raise ValueError(f"{plan} cannot check drafts: it {reason}; use another plan, or no draft")
+        if speculation:
+            check_plans(session.plan, None)
         copies = max(copies, beams)
         if prompts:
             self.check_memory(session, prompts, len(then) + limit, copies)

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from nanokv.cache.plan import Plan
+from nanokv.cache.plan import Plan, parse
 from nanokv.engine import Session
 from nanokv.text.sampler import Sampling, draw, finite, probabilities, sample
+
+LOOKUP = "lookup"
 
 
 class Draft(Protocol):
@@ -41,7 +43,7 @@ class Lookup:
     and of several places the last one. Deviation: the author takes the first place.
     """
 
-    name = "lookup"
+    name = LOOKUP
 
     def __init__(self, ngram: int = 3):
         if ngram < 1:
@@ -70,21 +72,24 @@ class SecondSession:
 
     def __init__(self, name: str, plan: Plan, start: Callable[[list[int], int], Session]):
         """start(text, room): a session under the plan that holds the text, with room for more tokens."""
-        if reason := why_not(plan, checks=False):
-            raise ValueError(f"{'+'.join(plan.names)} cannot write drafts: it {reason}")
         self.name, self.start = name, start
         self.session: Session | None = None
         self.tried: list[int] = []  # what the session was given, and holds only if it turns out right
+        self.is_whole = True  # False if an exception interrupted a draft
 
     def begin(self, text: list[int], is_new: bool, room: int, sampling: Sampling, generator: torch.Generator) -> None:
         self.sampling, self.generator = sampling, generator
-        if is_new or not (self.session and self.session.intact):
-            self.session, self.tried = self.start(text, room), []
+        if is_new or not self.is_whole:
+            self.session, self.tried, self.is_whole = self.start(text, room), [], True
         else:
             self.session.reserve(len(text) - self.session.seen[0] + room)
 
     def propose(self, text: list[int], n: int, vocab: int) -> tuple[list[int], Tensor]:
         session, found, q = self.session, [], []
+        vocab_here = session.models.decode.config.vocab_size
+        if max(text[session.seen[0] :]) >= vocab_here:  # a token that this model does not have
+            return [], torch.zeros(0, vocab)
+        self.is_whole = False
         pairs = zip(self.tried, text[session.seen[0] :], strict=False)
         session.accept(len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))))
         new = text[session.seen[0] :]
@@ -93,20 +98,39 @@ class SecondSession:
         self.tried = new[-2:]
         logits = session.try_tokens(self._row(self.tried))
         while True:
-            q.append(probabilities(finite(logits[:, -1]), self.sampling))
+            q.append(probabilities(finite(logits[:, -1, :vocab]), self.sampling))
             found.append(int(draw(q[-1], self.generator)))
             if len(found) == n:
                 break
             self.tried.append(found[-1])
             logits = session.try_tokens(self._row(found[-1:]))
-        q = torch.cat(q)
-        return found, pad(q, (0, vocab - q.shape[1]))  # models that share a vocabulary may pad it differently
+        self.is_whole = True
+        return found, pad(torch.cat(q), (0, max(0, vocab - vocab_here)))  # one vocabulary may be padded differently
 
     def cache_bytes(self) -> int:
         return self.session.report().bytes
 
     def _row(self, tokens: list[int]) -> Tensor:
         return torch.tensor([tokens], device=self.session.pos.device)
+
+
+def check_plans(checks: Plan, writes: Plan | None) -> None:
+    """ValueError if a session under the one plan cannot check drafts, or one under the other cannot write them."""
+    if reason := why_not(checks):
+        names = "+".join(checks.names)
+        raise ValueError(f"{names} cannot check drafts: it {reason}; use another plan, or no draft")
+    if writes and (reason := why_not(writes, checks=False)):
+        raise ValueError(f"{'+'.join(writes.names)} cannot write drafts: it {reason}; use another plan for --draft")
+
+
+def draft_plan(draft: str) -> Plan | None:
+    """The plan of a second session that writes drafts; None for lookup. ValueError if it is neither."""
+    if draft == LOOKUP:
+        return None
+    try:
+        return parse(draft)
+    except ValueError as e:
+        raise ValueError(f"a draft is {LOOKUP}, or written under a plan, and {e}") from None
 
 
 def why_not(plan: Plan, checks: bool = True) -> str:
@@ -124,6 +148,8 @@ def why_not(plan: Plan, checks: bool = True) -> str:
         return "evicts a token at every step, and a pass over several tokens would see all of them"
     if checks and plan.store.selects_per_step:
         return "lets every step choose what it reads, and a pass over several tokens reads everything"
+    if checks and plan.store.state_type is not None:
+        return "rounds every token that it stores, and a pass over several tokens sees the newest ones exact"
     return ""
 
 
@@ -143,22 +169,29 @@ def check_draft(draft: list[int], q: Tensor, p: Tensor, generator: torch.Generat
 class Speculation:
     """The drafts for one session of one row, and how often they were right."""
 
-    def __init__(self, draft: Draft, tokens: int = 8):
+    def __init__(self, draft: Draft, tokens: int = 4):
         """tokens: how many a draft may have."""
         if tokens < 1:
             raise ValueError(f"a draft of {tokens} tokens is none; give at least 1")
         self.draft, self.tokens = draft, tokens
         self.text: list[int] = []
-        self.passes = self.drafted = self.accepted = 0
+        self.first = 0  # the position of the text's first token in the session
+        self.session: Session | None = None
+        self.passes = self.drafted = self.accepted = 0  # of one answer
 
     def begin(
         self, session: Session, new: Sequence[int], room: int, sampling: Sampling, generator: torch.Generator
     ) -> None:
-        """The session has taken the tokens `new`, and at most `room` more will follow."""
-        before = session.seen[0] - len(new)
-        self.text = [*self.text[:before], *new]
-        self.sampling, self.generator = sampling, generator
-        self.draft.begin(self.text, before == 0, room, sampling, generator)
+        """The session will take the tokens `new`, and then at most `room` more. Where the text before them is not known,
+        because another session or an answer without drafts came in between, the drafts are of what follows.
+        """
+        before = session.seen[0] if session.seen else 0
+        is_known = session is self.session and before <= self.first + len(self.text)
+        self.first = self.first if is_known else before
+        self.text = [*self.text[: before - self.first], *new]
+        self.session, self.sampling, self.generator = session, sampling, generator
+        self.passes = self.drafted = self.accepted = 0
+        self.draft.begin(self.text, not is_known, room, sampling, generator)
 
     def generate(self, session: Session, logits: Tensor, n: int) -> Iterator[Tensor]:
         """As `engine.generate`. If the caller stops early, the cache forgets the tokens that it did not take."""

@@ -36,12 +36,13 @@ def end_block(llm: LLM, answer: Answer) -> str:
     compile_time = f", compile {answer.compile_s:.2f} s" if answer.compile_s else ""
     chunked = "; prefilled in chunks, so the whole prompt's cache was alive at once" if session.chunk else ""
     prefill_rate, decode_rate = _rates(answer)
+    beams = f"best of {answer.beams} beams; " if answer.beams > 1 else ""
     without = "" if answer.speculation or answer.beams > 1 else " (without the first step, the warm-up)"
     lines = [
         f"load {llm.load_s:.2f} s{compile_time}",
         f"prefill {answer.prompt_tokens} tok, {answer.prefill_s:.2f} s, {prefill_rate:.0f} tok/s",
         f"decode {answer.counted} tok, {answer.decode_s:.2f} s, {decode_rate:.1f} tok/s{without}; "
-        f"ended by {', '.join(dict.fromkeys(answer.reasons))}",
+        f"{beams}ended by {', '.join(dict.fromkeys(answer.reasons))}",
         *([drafts(answer.speculation)] if answer.speculation else []),
         f"peak memory {mib(peak_bytes(llm.device))}{chunked}",
     ]
@@ -59,11 +60,10 @@ def end_block(llm: LLM, answer: Answer) -> str:
 
 def drafts(of: Speculation) -> str:
     """How often the drafts were right."""
-    per_pass = 1 + of.accepted / max(1, of.passes)
-    return (
-        f"drafts by {of.draft.name}: {of.accepted} of {of.drafted} tokens accepted, {per_pass:.2f} tokens in each of "
-        f"{of.passes} passes; their own cache takes {mib(of.draft.cache_bytes())}"
-    )
+    found = f"{of.accepted} of {of.drafted} tokens accepted"
+    if of.passes:
+        found += f", {1 + of.accepted / of.passes:.2f} tokens in each of {of.passes} passes"
+    return f"drafts by {of.draft.name}: {found}; their own cache takes {mib(of.draft.cache_bytes())}"
 
 
 def as_record(llm: LLM, answer: Answer) -> dict[str, Any]:
@@ -87,6 +87,8 @@ def as_record(llm: LLM, answer: Answer) -> dict[str, Any]:
         "decode_tok_s": decode_rate,
         "peak_bytes": peak_bytes(llm.device),
     }
+    if answer.beams > 1:
+        common["beams"] = {"n": answer.beams, "score": answer.score}
     if made := answer.speculation:
         common["draft"] = {"by": made.draft.name, **{k: getattr(made, k) for k in ("passes", "drafted", "accepted")}}
     rows = [

@@ -58,7 +58,7 @@ class KVCache:
     @classmethod
     def pack(cls, plans: list[Plan], rows: list[dict[int, Kept]], room: int, ctx: Context, shared: int = 0) -> KVCache:
         """A cache of what each row keeps (layer → Kept), with slots for `room` more tokens in heads that grow. The first
-        `shared` tokens of the texts are the same in all rows and are stored once.
+        `shared` tokens of the texts are the same in all rows and are stored once; only the first row need hold them.
 
         Takes each layer out of `rows` as it packs it, so that no layer is held twice; pass copies of the dicts to
         keep them.
@@ -156,9 +156,14 @@ class KVCache:
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Let row i hold what row rows[i] holds."""
+        ahead = self.plan.slots_ahead(self.room, self.since_rescore)
         for i, store in self.stores.items():
-            held = store.unpack()
-            self._refill(i, [held[row] for row in rows], self.plan.slots_ahead(self.room, self.since_rescore))
+            if self.shared:
+                store.reorder(rows, ahead)
+                self.layout += 1
+            else:
+                held = store.unpack()
+                self._pack(i, [held[row] for row in rows], ahead)
         for layer in self.layers:
             if layer.queries:
                 layer.queries.reorder(rows)
@@ -210,7 +215,7 @@ class KVCache:
             counted |= storages([*(store.tensors() if owner == i else []), *queries])
             on_host |= storages(store.host_tensors())
             k, v, bookkeeping = store.used_bytes()
-            elements = int(store.length.sum()) * cfg.head_dim
+            elements = int((store.stored if self.shared else store.length).sum()) * cfg.head_dim
             size = sum(counted.values()) - before
             lines.append(LayerReport(i, owner, size, store.length.tolist(), 8 * k / elements, 8 * v / elements))
             used += (k + v + bookkeeping if owner == i else 0) + sum(x.nbytes for x in queries)

@@ -167,12 +167,18 @@ class Kept:
         if sliding_window is None:
             return self
         first = seen - seen_later(sliding_window)
-        return self.split(first)[1]
+        return self.since(first)
 
-    def split(self, first: int) -> tuple[Kept, Kept]:
-        """The tokens before position `first`, and the others."""
-        n = ((self.pos >= 0) & (self.pos < first)).sum(-1, dtype=torch.int32)
-        return self._range(torch.zeros_like(n), n), self._range(n, self.length)
+    def before(self, pos: int) -> Kept:
+        """The tokens before this position."""
+        return self._range(torch.zeros_like(self.length), self._count_before(pos))
+
+    def since(self, pos: int) -> Kept:
+        """The other tokens."""
+        return self._range(self._count_before(pos), self.length)
+
+    def _count_before(self, pos: int) -> Tensor:
+        return ((self.pos >= 0) & (self.pos < pos)).sum(-1, dtype=torch.int32)
 
     def _range(self, a: Tensor, b: Tensor) -> Kept:
         """The tokens a … b−1 (1,Hkv) of each head."""

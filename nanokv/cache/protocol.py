@@ -96,8 +96,8 @@ class StoreSpec(ABC):
         """The options of one of n layers; the default is the same for all."""
         return self
 
-    def behind_prefix(self) -> StoreSpec | None:
-        """The options for what follows a prefix that all rows share; None: rows of this store share nothing."""
+    def behind_prefix(self, n: int) -> StoreSpec | None:
+        """The options for what follows a prefix of at least n tokens that all rows share; None: they share nothing."""
         return None
 
     def incompatible_policy(self, policy: Policy) -> str:

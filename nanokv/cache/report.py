@@ -14,9 +14,7 @@ class LayerReport:
     owner: int  # the layer whose storage this one reads
     bytes: int
     kept: list[list[int]]  # [row][KV head]: tokens held
-    # bits on the device per element of K, with scales and exact tokens; 0 if K lies on the host, and fewer where rows
-    # share tokens, which are stored once and count in each row
-    k_bits: float
+    k_bits: float  # bits on the device per element of K, with scales and exact tokens; 0 if K lies on the host
     v_bits: float
 
 
@@ -32,7 +30,7 @@ class Report:
     full_bytes: int
     seen: list[int]  # how many tokens each row's text has, held or evicted
     layers: list[LayerReport]
-    shared: int = 0  # the first tokens of all rows that are stored once
+    shared: int = 0  # so many first tokens are the same in all rows, and what stays of them is stored once
 
     @property
     def ratio(self) -> float:
@@ -66,7 +64,7 @@ class Report:
         if readers := sum(x.owner != x.layer for x in self.layers):
             line += f" · {readers} layers read another's"
         if self.shared:
-            line += f" · the first {self.shared} tokens once for {len(self.seen)} rows"
+            line += f" · what stays of the first {self.shared} once for {len(self.seen)} rows"
         line += f" · K {self._mean_bits('k_bits'):.3g} V {self._mean_bits('v_bits'):.3g} bits/elem"
         return f"{line} · host {mib(self.host_bytes)}"
 

@@ -185,6 +185,8 @@ class ModelConfig:
             raise ValueError(
                 f"{where}: {heads} query heads cannot share {config.num_key_value_heads} key/value heads evenly"
             )
+        if any(config.window(i) != config.window(owner) for i, owner in config.shared_layers.items()):
+            raise ValueError(f"{where}: by cla_share_factor layers share a cache that have different sliding windows")
         if config.head_dim % 2:
             raise ValueError(f"{where}: head_dim is {config.head_dim}; rotary positions need an even one")
         return config

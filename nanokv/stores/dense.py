@@ -27,7 +27,7 @@ SLOT_COUNTERS = 4 * 4 + 8  # bytes per row and head: cursor, limit, asked_limit,
 class Dense(StoreSpec):
     """Stores K and V as they are (no paper)."""
 
-    def behind_prefix(self) -> StoreSpec | None:
+    def behind_prefix(self, n: int) -> StoreSpec | None:
         return self
 
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:

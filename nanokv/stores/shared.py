@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from nanokv.backends.base import merge
@@ -10,6 +13,8 @@ from nanokv.cache.kept import Kept
 from nanokv.cache.protocol import StoreSpec
 from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
+
+QUERIES = 32  # of each KV head, that read the prefix together
 
 
 class SharedPrefix:
@@ -25,12 +30,13 @@ class SharedPrefix:
     until_maintenance = None
 
     def __init__(self, spec: StoreSpec, rows: list[Kept], shared: int, policy: Policy, room: int, ctx: Context):
-        """shared: the tokens before this position are the same in all rows."""
-        parts = [row.split(shared) for row in rows]
-        self.own_spec, self.policy, self.ctx = spec.behind_prefix(), policy, ctx
-        self.prefix = spec.pack([parts[0][0]], policy, 0, ctx)
-        self.own = self.own_spec.pack([rest for _, rest in parts], policy, room, ctx)
+        """shared: the tokens before this position are the same in all rows. Only the first row need have them."""
+        self.own_spec, self.policy, self.ctx = spec.behind_prefix(shared), policy, ctx
+        self.prefix = spec.pack([rows[0].before(shared)], policy, 0, ctx)
+        self.own = self.own_spec.pack([row.since(shared) for row in rows], policy, room, ctx)
         self.shared = shared
+        group = ctx.config.num_attention_heads // ctx.config.num_key_value_heads
+        self.rows_at_once = max(1, QUERIES // group)
 
     @property
     def slots(self) -> Slots:
@@ -39,6 +45,11 @@ class SharedPrefix:
     @property
     def length(self) -> Tensor:
         return self.prefix.length + self.own.length
+
+    @property
+    def stored(self) -> Tensor:
+        """(1 + B,Hkv) int32: tokens in the prefix, and tokens that each row has beside it."""
+        return torch.cat((self.prefix.length, self.own.length))
 
     @property
     def lossless_prefix(self) -> int | None:
@@ -51,12 +62,21 @@ class SharedPrefix:
         self.own.extend(k, v, pos)
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        B, H, T, D = q.shape
-        out, lse, _ = self.prefix.read(q.transpose(0, 1).reshape(1, H, B * T, D), pos.reshape(1, B * T))
-        parts = [(out.reshape(H, B, T, D).transpose(0, 1), lse.reshape(H, B, T).transpose(0, 1))]
+        shared = [self._read_prefix(x, pos) for x in q.split(self.rows_at_once)]
+        parts = [tuple(torch.cat(x) for x in zip(*shared, strict=True))]
         if self.own.slots.max_used:
             parts.append(self.own.read(q, pos)[:2])
         return *merge(parts), None
+
+    def _read_prefix(self, q: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of some rows' queries over the prefix → out (B,H,T,D), lse (B,H,T). To the prefix these are one row's
+        queries: each KV head has those of all rows.
+        """
+        (B, H, T, D), heads = q.shape, self.prefix.length.shape[1]
+        as_one = q.view(B, heads, -1, T, D).transpose(0, 1).reshape(1, B * H, T, D)
+        out, lse, _ = self.prefix.read(as_one, pos[:1])
+        out, lse = (x.reshape(heads, B, -1, *x.shape[2:]).transpose(0, 1).flatten(1, 2) for x in (out, lse))
+        return out, lse
 
     def maintain(self, written: int) -> bool | None:
         return self.own.maintain(written)
@@ -71,14 +91,23 @@ class SharedPrefix:
 
     def reserve(self, room: int) -> bool:
         if not self.own.reserve(room):
-            frozen = self.own.slots.frozen
-            self.own = self.own_spec.pack(self.own.unpack(), self.policy, room, self.ctx)
-            if frozen:
-                self.own.freeze()
+            self._hold(self.own.unpack(), room)
         return True
 
     def refill(self, rows: list[Kept], room: int) -> bool:
-        return self.own.refill([row.split(self.shared)[1] for row in rows], room)
+        return self.own.refill([row.since(self.shared) for row in rows], room)
+
+    def reorder(self, rows: Sequence[int], room: int) -> None:
+        """Let row i hold what row rows[i] holds."""
+        held = self.own.unpack()
+        self._hold([held[row] for row in rows], room)
+
+    def _hold(self, rows: list[Kept], room: int) -> None:
+        if self.own.slots.cursor.shape[0] != len(rows) or not self.own.refill(rows, room):
+            frozen = self.own.slots.frozen
+            self.own = self.own_spec.pack(rows, self.policy, room, self.ctx)
+            if frozen:
+                self.own.freeze()
 
     def tensors(self) -> list[Tensor]:
         return [*self.prefix.tensors(), *self.own.tensors()]

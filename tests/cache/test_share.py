@@ -16,6 +16,7 @@ from tiny import text
 
 from nanokv import load, parse
 from nanokv.cache.plan import Plan
+from nanokv.model.config import ModelConfig
 from nanokv.sharing import search as share
 from nanokv.sharing.__main__ import main
 from nanokv.sharing.kvsharer import KVSharer
@@ -237,3 +238,9 @@ def test_a_model_trained_with_shared_layers_reads_them_without_being_asked(facto
     reconfigure(path, use_cla=False)
     with pytest.raises(ValueError, match=f"lacks {len(mine)} tensors"):
         load(str(path))
+
+
+def test_layers_of_different_windows_were_not_trained_to_share(tiny):
+    raw = json.loads((tiny("windows")[0] / "config.json").read_text())
+    with pytest.raises(ValueError, match="share a cache that have different sliding windows"):
+        ModelConfig.from_json(raw | {"use_cla": True, "cla_share_factor": 2}, "config.json")

@@ -22,7 +22,7 @@ EXACT = ["full", "full+ragged", "full+turbo:pin=3", "full+rot4:block=8", "full+k
 COPIED = [
     "snapkv:budget=20,window=4,kernel=3",
     "adakv:budget=20,window=4,kernel=3",
-    "knorm:budget=40%+turbo:k=4,v=3,pin=3",
+    "knorm:budget=40%+turbo:k=4,v=3",
     "pyramidinfer:ratio=0.4,recent=6,sink=2,context=4",
 ]
 
@@ -102,6 +102,8 @@ def test_a_prompt_that_is_the_beginning_of_another_shares_all_but_its_last_token
         ("g3", "snapkv:budget=20,window=4,kernel=3", ROWS),  # what stays of the prefix depends on what follows
         ("g3", "full+int4:group=8,residual=8", ROWS),  # the prefix's last group is rounded with what follows
         ("g3", "full+fp8", ROWS),  # a head's scale fits all of the prompt
+        ("g3", "full+turbo:pin=45", ROWS),  # more pinned tokens than the prefix has
+        ("g3", "knorm:budget=20+turbo:pin=30", [ROWS[1], ROWS[1]]),
         ("g3", "h2o:budget=20", [ROWS[1], ROWS[1]]),  # a row may lose any token
         ("g3", "streaming:sink=2,recent=60", [ROWS[1], ROWS[1]]),
         ("mistral", "full", ROWS),  # the model's own window overwrites the prefix
@@ -126,8 +128,8 @@ def test_the_receipt_counts_a_shared_prefix_once(llm_of):
     )  # three layers of two heads of 16 numbers in fp32
     assert sizes[0] == (49 + 5) * per_token + counters
     assert sizes[1] == 48 * per_token + counters + 8 * (6 * per_token + counters)
-    assert "the first 40 tokens once for 5 rows" in str(session.report())
-    assert session.report().as_dict()["shared"] == 40
+    assert "what stays of the first 40 once for 5 rows" in str(session.report())
+    assert session.report().as_dict()["shared"] == 40 and "K 32 V 32 bits/elem" in str(session.report())
 
 
 def test_a_compiled_step_reads_a_shared_prefix(llm_of, monkeypatch):

@@ -148,7 +148,12 @@ ARGUMENTS = [
     (["--interactive", "--question", "x"], "leave out --question"),
     (["-p", "x", "--beams", "0"], "--beams is 0; give at least 1"),
     (["-p", "x", "--beams", "2", "--draft", "lookup"], "--beams searches for one text; leave out --draft"),
-    (["-p", "x", "--draft", "lokup"], "unknown policy 'lokup'"),
+    (["-p", "x", "--draft", "lokup"], "a draft is lookup, or written under a plan, and unknown policy 'lokup'"),
+    (["--interactive", "--draft", "lookup", "--policy", "streaming"], "cannot check drafts: it evicts a token"),
+    (["-p", "x", "--draft", "lookup", "--policy", "full+int4"], "cannot check drafts: it rounds every token"),
+    (["--plan", "--draft", "lookup"], "leave out --draft"),
+    (["-p", "x", "--draft-tokens", "4"], "--draft-tokens is of a draft"),
+    (["-p", "x", "--beams", "2", "--explain"], "leave out --explain"),
     (["-p", "x", "--draft", "h2o"], "h2o+dense cannot write drafts: it scores its tokens at every step"),
     (["-p", "x", "--draft", "lookup", "--policy", "streaming"], "cannot check drafts: it evicts a token at every step"),
     (["-p", "x", "--draft", "lookup", "--draft-model", "MODEL"], "--draft lookup needs no model"),
@@ -438,10 +443,13 @@ def test_a_draft_changes_no_text(draft, model, tmp_path, capsys, monkeypatch):
     assert 0 <= record["accepted"] <= record["drafted"] and record["passes"] > 0
     chats = []
     for more in ([], draft):  # with other plans in between, of which one cannot check drafts
-        monkeypatch.setattr("sys.stdin", io.StringIO("hi\nhi\n/policy full+int8\nhi\n/reset\nhi\n/exit\n"))
+        monkeypatch.setattr("sys.stdin", io.StringIO("hi\nhi\n/policy snapkv\nhi\n/reset\nhi\n/exit\n"))
         status, out, _ = call(capsys, "--model", model, "--interactive", "-n", "9", *more)
         chats.append((status, out))
     assert chats[0] == chats[1] and chats[0][0] == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/policy h2o\nhi\n/policy\n/exit\n"))
+    status, out, err = call(capsys, "--model", model, "--interactive", "-n", "9", *draft)
+    assert out.count("\n") == 2 and "h2o+dense cannot check drafts" in err and err.count("drafts by ") == 2
 
 
 def test_beams_write_one_text(model, tmp_path, capsys):
@@ -449,7 +457,7 @@ def test_beams_write_one_text(model, tmp_path, capsys):
     status, out, err = call(capsys, *base, "--beams", "3", "--json", tmp_path / "x.json")
     record = json.loads((tmp_path / "x.json").read_text())
     assert status == 0 and record["text"] + "\n" == out and record["new_tokens"] == 9 and "rows" not in record
-    assert "the first 70 tokens once for 3 rows" in err
+    assert "what stays of the first 70 once for 3 rows" in err
 
 
 def test_a_draft_of_other_tokens_is_refused(llm_of, model):

@@ -70,6 +70,8 @@ def test_the_best_text_is_the_answer(llm_of):
     ids = found(llm, "full", prompt, 12, 4, ends=())[0][1]
     assert answer.ids == [ids] and answer.texts == [pieces] and answer.reasons == ["length"]
     assert answer.counted == 12 and answer.decode_s > 0
+    with pytest.raises(ValueError, match="a beam search ended this session"):
+        llm.answer(answer.session, [], then=prompt, limit=4)
 
 
 def test_an_interrupted_search_answers_with_the_best_so_far(llm_of):
@@ -85,6 +87,7 @@ def test_an_interrupted_search_answers_with_the_best_so_far(llm_of):
         ({"copies": 2}, "for one new prompt without copies and drafts"),
         ({"sampling": Sampling(temperature=1.0)}, "beam search is greedy and temperature is 1.0"),
         ({"beams": 0}, "beams is 0; give 1 or more"),
+        ({"beams": 97}, "a model of 96 tokens has at most so many"),
     ],
 )
 def test_what_beams_cannot_do_is_told(options, reason, llm_of):

@@ -9,10 +9,10 @@ from itertools import pairwise, product
 import pytest
 import torch
 from helpers import PLANS, first
-from tiny import text
+from tiny import text, write_seeded
 from torch.nn.functional import one_hot
 
-from nanokv import Sampling, parse
+from nanokv import Sampling, load, parse
 from nanokv.speculate import Lookup, Speculation, check_draft, why_not
 from nanokv.stores import EXAMPLES as STORES
 
@@ -82,6 +82,84 @@ WRITERS = [
     "simlayer:threshold=0.45,sink=2,recent=16,window=4+int4:group=4,residual=6",
     "full+quest:chunk=4,budget=8,local=1",
 ]
+
+
+@pytest.mark.parametrize("plan", first(12, CHECKS))
+def test_tried_tokens_have_the_logits_of_single_steps(plan, llm_of):
+    llm, prompt, more = llm_of("g3"), text(50, 3), text(5, 4)
+    steps, tries = (llm.session(20, plan=llm.ready(parse(plan))) for _ in range(2))
+    for session in (steps, tries):
+        session.start([prompt])
+    right = torch.stack([steps.feed(torch.tensor([[token]]))[0] for token in more])
+    found = tries.try_tokens(torch.tensor([more[:2]]))[0], tries.try_tokens(torch.tensor([more[2:]]))[0]
+    torch.testing.assert_close(torch.cat(found), right, atol=2e-4, rtol=1e-4)
+    tries.accept(0)
+    again = torch.stack([tries.feed(torch.tensor([[token]]))[0] for token in more])
+    torch.testing.assert_close(again, right, atol=2e-4, rtol=1e-4)
+
+
+def test_an_error_within_a_draft_leaves_a_session_that_says_so(llm_of, monkeypatch):
+    llm, draft = llm_of("g3"), llm_of("g3").speculation("streaming:sink=2,recent=10")
+    session = llm.session(40)
+    answer = llm.answer(session, [text(50, 3)], limit=9, ignore_eos=True, speculation=draft)
+    with monkeypatch.context() as patch:
+
+        def broken(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr("nanokv.speculate.check_draft", broken)
+        with pytest.raises(KeyboardInterrupt):
+            list(answer)
+    assert not session.intact
+    right = answered(llm, "full", text(50, 3), turn=text(7, 4))[:2]
+    assert answered(llm, "full", text(50, 3), draft, turn=text(7, 4))[:2] == right
+
+
+@pytest.mark.parametrize(("size", "writer_size"), [(96, 128), (128, 96)])
+def test_models_of_one_vocabulary_may_pad_it_differently(size, writer_size, tmp_path):
+    llms = {}
+    for n in (size, writer_size):
+        write_seeded(tmp_path / str(n), vocab_size=n, architectures=["LlamaForCausalLM"], model_type="llama")
+        llms[n] = load(str(tmp_path / str(n)), dtype="float32")
+    llm, sampling = llms[size], Sampling(temperature=3.0)
+    answer = llm.answer(
+        llm.session(60),
+        [text(20)],
+        limit=60,
+        sampling=sampling,
+        ignore_eos=True,
+        speculation=llm.speculation("full", writer=llms[writer_size]),
+    )
+    list(answer)
+    assert len(answer.ids[0]) == 60 and answer.speculation.drafted
+
+
+def test_a_draft_that_has_no_room_is_told_before_anything_is_fed(llm_of, monkeypatch):
+    llm = llm_of("g3")
+    session, draft = llm.session(9), llm.speculation("full")
+    monkeypatch.setattr("nanokv.llm.free_bytes", lambda device: 3000)
+    with pytest.raises(ValueError, match="needs"):
+        llm.answer(session, [text(20)], limit=9, speculation=draft)
+    monkeypatch.undo()
+    rooms = iter([10**9, 3000])
+    monkeypatch.setattr("nanokv.llm.free_bytes", lambda device: next(rooms))
+    with pytest.raises(ValueError, match=r"there is no room for drafts by .+ · full: the cache"):
+        llm.answer(session, [text(20)], limit=9, speculation=draft)
+    assert session.seen == []
+
+
+def test_drafts_go_on_after_a_turn_without_them(llm_of):
+    llm, turn = llm_of("g3"), text(7, 4)
+    texts = []
+    for draft in (None, llm.speculation("full")):
+        session = llm.session(200)
+        for speculation in (draft, None, draft, draft):
+            begin = {"then": turn} if session.seen else {}
+            answer = llm.answer(session, [] if begin else [text(50, 3)], limit=9, speculation=speculation, **begin)
+            list(answer)
+            texts.append(answer.ids)
+    assert texts[:4] == texts[4:]
+    assert draft.drafted
 
 
 @pytest.mark.parametrize("draft", WRITERS)

@@ -24,7 +24,7 @@ class Hosted(Dense):
     on_host = ("k", "v")
     implies = ("dense",)
 
-    def behind_prefix(self) -> None:
+    def behind_prefix(self, n: int) -> None:
         return None
 
     def device_bytes(self, config: Any, dtype: torch.dtype, cost: tuple[float, int], kept: int, ahead: int) -> float:

@@ -37,6 +37,8 @@ class KCache(Hosted):
     on_host = ("v",)
     kernels = ("fetch_chunks",)
 
+    selects_per_step = True
+
     def __post_init__(self):
         if self.sink < 0 or self.recent < 0 or self.n <= self.sink + self.recent:
             raise ValueError(

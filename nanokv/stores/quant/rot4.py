@@ -55,8 +55,8 @@ class Rot4(PerToken):
     def constant_bytes(self, config: Any) -> int:
         return 4 * (config.head_dim & -config.head_dim) ** 2
 
-    def behind_prefix(self) -> StoreSpec | None:
-        return replace(self, pin=0)
+    def behind_prefix(self, n: int) -> StoreSpec | None:
+        return replace(self, pin=0) if self.pin <= n else None
 
     def codecs(self, rows: Sequence[Kept], ctx: Context) -> tuple[Codec, Codec]:
         dim = ctx.config.head_dim

@@ -60,8 +60,8 @@ class Turbo(PerToken):
         dim = config.head_dim
         return 4 * ((dim & -dim) ** 2 + dim + sum(2 * 2**b for b in {self.k, self.v}))
 
-    def behind_prefix(self) -> StoreSpec | None:
-        return replace(self, pin=0)
+    def behind_prefix(self, n: int) -> StoreSpec | None:
+        return replace(self, pin=0) if self.pin <= n else None
 
     def codecs(self, rows: Sequence[Kept], ctx: Context) -> tuple[Codec, Codec]:
         return TurboCodec(self.k, ctx), TurboCodec(self.v, ctx)
