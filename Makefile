@@ -1,4 +1,3 @@
-# What is installed is compiled when it is first imported (--no-compile), which is quicker.
 # Every command starts from a bare clone with python3 (3.10 or newer, with venv) and make, and may be repeated.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -48,11 +47,11 @@ lint: .venv/dev
 .venv/run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "nanokv needs Python 3.10 or newer; set PYTHON=..."; exit 2; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --disable-pip-version-check --no-compile -q -r requirements.txt
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements.txt
 	@touch $@
 
 .venv/dev: .venv/run requirements-dev.txt
-	$(PY) -m pip install --disable-pip-version-check --no-compile -q -r requirements-dev.txt
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
 	@touch $@
 
 clean:
