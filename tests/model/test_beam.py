@@ -47,7 +47,7 @@ def test_texts_and_scores_are_those_of_transformers(model, beams, penalty, ends,
         assert score == pytest.approx(their_score.item(), abs=1e-3)
 
 
-@pytest.mark.parametrize("plan", every(3, ALL))
+@pytest.mark.parametrize("plan", every(7, ALL))
 @pytest.mark.parametrize("shared", [10, 1000])
 def test_every_beams_score_is_what_its_text_scores_alone(plan, shared, llm_of, monkeypatch):
     monkeypatch.setattr(engine, "SHARED_AT_LEAST", shared)

@@ -83,14 +83,14 @@ def dense_of(llm_of):
 def owned_and_shared() -> list:
     """(policy, store, share): every pair, and every pair with a shared layer, most of them in the tier `pairs`.
 
-    Without it run every policy on a dense store, every store under full, and of the other pairs every twelfth.
+    Without it run every policy on a dense store, every store under full, and of the other pairs every twentieth.
     """
     few = [pair for pair in pairs() if pair[0] == "full" or pair[1] == "dense"]
-    others = [pair for pair in pairs() if pair not in few][::12]
+    others = [pair for pair in pairs() if pair not in few][::20]
     alone = [
         pytest.param(*p, {}, id="-".join(p), marks=() if p in few + others else pytest.mark.pairs) for p in pairs()
     ]
-    marks = {pair: () if pair in few[::3] else pytest.mark.pairs for pair in pairs()}
+    marks = {pair: () if pair in few[::5] else pytest.mark.pairs for pair in pairs()}
     return alone + [pytest.param(*p, {2: 0}, id="-".join((*p, "shared")), marks=marks[p]) for p in pairs()]
 
 
