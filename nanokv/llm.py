@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from string import printable
 
@@ -140,6 +140,11 @@ def _source(path: Path, notes: list[str]) -> tuple[ModelConfig, tokenizer.Tokeni
     return config, vocabulary, list(file.tensors())
 
 
+def _token_kinds(vocabulary: tokenizer.Tokenizer, n: int, device: torch.device) -> torch.Tensor:
+    """(n,) uint8: what each token is, as a policy may ask."""
+    return torch.tensor(vocabulary.kinds(n), dtype=torch.uint8, device=device)
+
+
 class LLM:
     def __init__(
         self,
@@ -153,17 +158,13 @@ class LLM:
     ):
         self.calls = calls
         self.name, self.tokenizer, self.plan = name, vocabulary, plan
-        self.models = replace(models, token_kinds=cache(self._token_kinds))
+        kinds = partial(_token_kinds, vocabulary, models.decode.config.vocab_size, models.context.device)
+        self.models = replace(models, token_kinds=cache(kinds))
         self.config, self.why_dtype, self.load_s = models.decode.config, why_dtype, load_s
         self.device = models.context.device
         self.last: Session | None = None
         self.check: Check | None = None  # of the kernels of other plans, where those of the first one passed
         self.notes: list[str] = []  # what the user should know of how the model was found and read
-
-    def _token_kinds(self) -> torch.Tensor:
-        """(vocab,) uint8: what each token is, as a policy may ask."""
-        kinds = self.tokenizer.kinds(self.models.decode.config.vocab_size)
-        return torch.tensor(kinds, dtype=torch.uint8, device=self.device)
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -365,7 +366,8 @@ class LLM:
             here += on_host * (1 if on_cpu else min(1, 2 / layers))
             need += copies * layers * here + (layers if all_dense else 1) * len(p) * dense
         shared = session.shared_tokens(prompts, copies)
-        need -= (n - 1) * layers * per_token * min(shared, fitted.policy.max_kept(shared))
+        fewer = n - min(len(prompts), 2)  # a later prompt has a prefix of its own until it is prefilled
+        need -= fewer * layers * per_token * min(shared, fitted.policy.max_kept(shared))
         free = free_bytes(self.device)
         if need > free:
             fits = max(0, int(free / (layers * per_token * n)) - room)
