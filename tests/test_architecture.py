@@ -64,6 +64,7 @@ def test_importing_nanokv_leaves_the_optional_libraries_out():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.exhaustive
 def test_transformers_still_imports_beside_our_kernels_directory():
     code = "import kernels, transformers; from transformers import LlamaForCausalLM; print(kernels.__version__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -225,6 +225,7 @@ def test_an_empty_value_is_refused(flag, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_output_is_tried_before_an_error_is_told(path, tmp_path):
     done = shell(path, f"--json {tmp_path}/o.json --xray /dev/full")
     assert done.returncode == 2 and b"--xray /dev/full cannot be written" in done.stderr
@@ -248,7 +249,8 @@ def test_nothing_runs_for_nobody(path, what):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("redirection", first(1, [">/dev/full", "| head -c0", ">&-"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("redirection", [">/dev/full", "| head -c0", ">&-"])
 def test_the_benchmarks_file_is_written_whoever_reads_the_tables(path, tmp_path, redirection):
     line = (
         f"{sys.executable} bench.py prose --model {path} --lengths 1000 --plans streaming --quiet --json {tmp_path}/a"

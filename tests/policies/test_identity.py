@@ -124,11 +124,11 @@ def test_the_oracle_notices_one_wrong_token(llm_of):
 
 SCORERS = [n for n, p in POLICIES.items() if isinstance(p, Scorer) and not p.demotes and type(p)() == p]
 SPLITS = first(
-    3,
+    2,
     [
         "layers=squeeze,heads=ada",
-        "select=chunk,chunk=4",
         "heads=ada,every=9",
+        "select=chunk,chunk=4",
         "heads=ada",
         "layers=pyramid",
         "layers=squeeze",

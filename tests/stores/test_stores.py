@@ -277,7 +277,7 @@ RUNS += [
 ]
 
 
-@pytest.mark.parametrize("plan", every(3, RUNS))
+@pytest.mark.parametrize("plan", every(5, RUNS))
 def test_more_room_saving_and_batches_change_nothing(plan, llm_of, tmp_path):
     from nanokv.cache.save import restore, save
 
