@@ -162,7 +162,7 @@ def test_drafts_go_on_after_a_turn_without_them(llm_of):
     assert draft.drafted
 
 
-@pytest.mark.parametrize("draft", WRITERS)
+@pytest.mark.parametrize("draft", every(3, WRITERS))
 def test_a_second_session_writes_drafts(draft, llm_of):
     llm, prompt, turn = llm_of("g3"), text(50, 3), text(7, 4)
     one, two, _, _ = answered(llm, "full", prompt, turn=turn)
@@ -181,7 +181,7 @@ def test_a_smaller_model_may_write_the_drafts(llm_of):
     )
 
 
-@pytest.mark.parametrize("stop_after", range(1, 7))
+@pytest.mark.parametrize("stop_after", every(3, range(1, 7)))
 def test_a_text_that_stops_within_a_draft_goes_on_as_if_there_had_been_none(stop_after, llm_of):
     llm, prompt, turn = llm_of("g3"), text(50, 3), text(7, 4)
     one = answered(llm, "full", prompt, turn=turn)[0]
