@@ -21,7 +21,7 @@ from nanokv.model.llama import Llama
 from nanokv.runner import Runner
 
 TURN_CHUNK = 512  # tokens of a turn that are fed at once
-SHARED_AT_LEAST = 64  # shorter prefixes are stored in each row: a second read per step costs more than they do
+SHARED_AT_LEAST = 64  # shorter prefixes are stored in each row, which saves a second read at every step
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,6 @@ class StoreState(ABC):
     def select(self, index: Tensor) -> StoreState:
         """The state of the tokens at index (1,Hkv,N)."""
 
-    def joined(self, later: StoreState) -> StoreState:
-        """The state of these tokens and the later ones. Of stores in which rows may share a prefix."""
-        raise NotImplementedError
-
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """Named tensors, for a file."""
@@ -197,14 +193,13 @@ class Kept:
         )
 
     def joined(self, later: Kept) -> Kept:
-        """The tokens of both, where all of `later` stand behind these."""
+        """The tokens of both, where all of `later` stand behind these. Without their state, so not to be packed again."""
         k, v, pos = (torch.cat(pair, 2) for pair in ((self.k, later.k), (self.v, later.v), (self.pos, later.pos)))
         order = torch.where(pos < 0, torch.iinfo(torch.int32).max, pos).argsort(-1)  # padding last
         order = order[:, :, : int((self.length + later.length).max())]
         row = order[..., None].expand(*order.shape, k.shape[3])
         k, v, pos = k.gather(2, row), v.gather(2, row), pos.gather(2, order)
-        state = None if self.state is None else self.state.joined(later.state).select(order)
-        return replace(later, k=k, v=v, pos=pos, length=self.length + later.length, state=state)
+        return replace(later, k=k, v=v, pos=pos, length=self.length + later.length, state=None)
 
     def demote_others(self, p: Prompt) -> Kept:
         """The same, with all other tokens of the prompt as `demoted`."""

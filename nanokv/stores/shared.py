@@ -63,7 +63,7 @@ class SharedPrefix:
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         shared = [self._read_prefix(x, pos) for x in q.split(self.rows_at_once)]
-        parts = [tuple(torch.cat(x) for x in zip(*shared, strict=True))]
+        parts = shared if len(shared) == 1 else [tuple(torch.cat(x) for x in zip(*shared, strict=True))]
         if self.own.slots.max_used:
             parts.append(self.own.read(q, pos)[:2])
         return *merge(parts), None
@@ -103,7 +103,7 @@ class SharedPrefix:
         self._hold([held[row] for row in rows], room)
 
     def _hold(self, rows: list[Kept], room: int) -> None:
-        if self.own.slots.cursor.shape[0] != len(rows) or not self.own.refill(rows, room):
+        if not self.own.refill(rows, room):
             frozen = self.own.slots.frozen
             self.own = self.own_spec.pack(rows, self.policy, room, self.ctx)
             if frozen:

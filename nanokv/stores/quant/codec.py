@@ -75,13 +75,6 @@ class CodeState(StoreState):
 
         return CodeState(tuple(tuple(map(pick, planes)) for planes in self.codes), tuple(map(pick, self.scales)))
 
-    def joined(self, later: CodeState) -> CodeState:
-        def join(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-            return None if a is None else torch.cat((a, b), 2)
-
-        planes = (tuple(map(join, *pair)) for pair in zip(self.codes, later.codes, strict=True))
-        return CodeState(tuple(planes), tuple(map(join, self.scales, later.scales)))
-
     def tensors(self) -> dict[str, Tensor]:
         found = {f"{name}s": x for name, x in zip("kv", self.scales, strict=True) if x is not None}
         for name, planes in zip("kv", self.codes, strict=True):
