@@ -96,7 +96,7 @@ def same(a: tuple, b: tuple) -> bool:
 
 
 def n_cases(request) -> range:
-    return range(request.config.getoption("--cases") or 500)
+    return range(request.config.getoption("--cases") or 200)
 
 
 def check(request, name: str, attempt: Callable[[int], str], file_bytes: int = 0) -> None:
@@ -298,7 +298,7 @@ def test_a_damaged_map_of_shared_layers(request, tmp_path, llm_of):
 
 
 def test_any_chat_template(request):
-    renderer = Renderer(seconds=0.15)  # of the same limit as 2, and 500 cases take less time
+    renderer = Renderer(seconds=0.15)  # of the same limit as 2, and the cases take less time
 
     def attempt(i: int) -> str:
         renderer.render(draw_template(random.Random(i)), CONVERSATION, {"bos_token": "<s>"}, True)
