@@ -174,11 +174,11 @@ def attention_scores(
     or "max": how the G query heads of a KV head are joined. over_queries: "sum": attention summed over queries;
     "rising": the same, with weights that rise evenly from 1 for the first query to 1.2 for the last;
     "count_low": how many queries gave less than 1/(number of keys they see); "last_hit": one more than the token of
-    the last query that gave at least that, 0 if none did. noise (seed, tau, h): Gumbel noise is added to the logits,
-    and the sum divided by tau. The noise depends on the seed, the query head counted from h, and the tokens of query
-    and key alone. near: in a sum, only queries that stand fewer than so many tokens behind a key count for it. Returns
-    (B,Hkv,S) fp32, or (B,H,S) with over_group "each", which joins no heads. The (H,w,S)
-    weights exist for one block of queries at a time.
+    the last query that gave at least that, 0 if none did; "max": the most that one query gave. noise (seed, tau, h):
+    Gumbel noise is added to the logits, and the sum divided by tau. The noise depends on the seed, the query head
+    counted from h, and the tokens of query and key alone. near: in a sum, only queries that stand fewer than so many
+    tokens behind a key count for it. Returns (B,Hkv,S) fp32, or (B,H,S) with over_group "each", which joins no heads.
+    The (H,w,S) weights exist for one block of queries at a time.
     """
     return attention_scores_by(_logits, q, k, start, sliding_window, over_group, over_queries, noise, near)
 
@@ -217,6 +217,8 @@ def attention_scores_by(
         uniform = 1 / visible.sum(-1, keepdim=True)
         if over_queries == "count_low":
             scores[:, :, keys] += ((weight < uniform) & visible).sum(2)
+        elif over_queries == "max":
+            scores[:, :, keys] = scores[:, :, keys].maximum(weight.amax(2))
         else:
             hit = torch.where((weight >= uniform) & visible, token + 1.0, 0.0).amax(2)
             scores[:, :, keys] = scores[:, :, keys].maximum(hit)

@@ -390,13 +390,15 @@ def heads(q: Tensor, low: Tensor, high: Tensor) -> list[tuple[list[float], ...]]
 class HeldCache:
     """A cache that computes nothing: the prompt attends in full, and each later token i to the keys and values that a store said it held
     then, in `held[i][layer][head]` = (positions, K (n,D), V (n,D)). `true[layer][head]` collects what the model gave it. turn: all later
-    tokens come at once; they attend to `held[prompt]` and to each other.
+    tokens come at once; they attend to `held[prompt]` and to each other. exact_at_first: layers that read a token as the model gave it in
+    its own step, and then round it.
     """
 
     owns = True
 
-    def __init__(self, config, held, prompt: int, share=None, turn: bool = False):
+    def __init__(self, config, held, prompt: int, share=None, turn: bool = False, exact_at_first=()):
         self.config, self.held, self.prompt, self.share, self.turn = config, held, prompt, share or {}, turn
+        self.exact_at_first = exact_at_first
         self.true = {}
         self.layers = [HeldLayer(self, i) for i in range(config.num_hidden_layers)]
 
@@ -419,6 +421,8 @@ class HeldLayer:
                 when, K, V = torch.arange(i + 1), keys[kv, : i + 1], values[kv, : i + 1]
                 if i in c.held and not c.turn:
                     when, K, V = (x.double() for x in c.held[i][of][kv])
+                    if of in c.exact_at_first:
+                        K[-1], V[-1] = keys[kv, i], values[kv, i]
                 elif c.turn and i >= c.prompt:
                     own = slice(c.prompt, i + 1)
                     when, K, V = (

@@ -19,14 +19,15 @@ class Context:
     device: torch.device
     dtype: torch.dtype
     inv_freq: Tensor  # (D/2,) fp32, the model's rotation
-    sliding_window: int | None = None  # of the layer that this context is for, in tokens
+    layer: int = 0  # that this context is for
+    sliding_window: int | None = None  # of that layer, in tokens
     output_weights: Sequence[Tensor] = ()  # (C, H·D) of each layer, for policies that ask for them
     token_kinds: Callable[[], Tensor] | None = None  # makes (vocab,) uint8, see `Prompt.token_kinds`
     constants: dict[str, Tensor] = field(default_factory=dict)  # tensors that all layers share
 
     def of_layer(self, layer: int) -> Context:
         """This context for one layer's store."""
-        return replace(self, sliding_window=self.config.window(layer))
+        return replace(self, layer=layer, sliding_window=self.config.window(layer))
 
     def shared_constant(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """A tensor that all layers share, made when it is first asked for."""

@@ -44,7 +44,6 @@ class KVCache:
         self.layout = 0  # counts changes of the stores' memory; a step captured at another count is stale
         self.layers: list[Owner | Reader] = []
         plan, policy = self.plan, self.plan.policy
-        plan.store.link(list(stores.values()))
         rows = next(iter(stores.values())).slots.cursor.shape[0]
         for i in range(ctx.config.num_hidden_layers):
             owner, queries = plan.owner(i), None
@@ -70,6 +69,7 @@ class KVCache:
             store = plan.store_of(owner, ctx.config.num_hidden_layers)
             given = plan.policy, plan.slots_ahead(room), ctx.of_layer(owner)
             stores[owner] = SharedPrefix(store, kept, shared, *given) if shared else store.pack(kept, *given)
+            plan.store.link(list(stores.values()))
         return cls(plans, stores, scores, room, ctx, shared)
 
     def next_piece(self, n: int) -> int:

@@ -19,6 +19,7 @@ class Scores:
                     rising: the same, but the last query counts 1.2 times as much as the first one.
                     count_low: how many queries gave the key less than an even share of their attention.
                     last_hit: 1 + the position of the last query that gave it at least an even share; 0 if none did.
+                    max: the most attention that one query gave to the key.
     near            if given, only queries that stand fewer than so many tokens behind a key count for it. For a sum.
     gumbel_seed     if given, the softmax is taken of (logits + Gumbel noise) / temperature.
     query_moments   if given, mean and covariance of the unrotated queries are computed; this many first queries of
@@ -46,7 +47,7 @@ class Scores:
 
     def join(self, old: Tensor, new: Tensor) -> Tensor:
         """Scores of the same keys from two disjoint sets of queries."""
-        return old.maximum(new) if self.over_queries == "last_hit" else old + new
+        return old.maximum(new) if self.over_queries in ("last_hit", "max") else old + new
 
 
 def moments(sums: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:

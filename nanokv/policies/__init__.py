@@ -18,6 +18,7 @@ from nanokv.policies.knorm import Knorm
 from nanokv.policies.lagkv import LagKV
 from nanokv.policies.mikv import MiKV
 from nanokv.policies.pyramidinfer import PyramidInfer
+from nanokv.policies.qaq import QAQ
 from nanokv.policies.random import Random
 from nanokv.policies.scissorhands import Scissorhands
 from nanokv.policies.simlayer import SimLayerKV
@@ -51,6 +52,7 @@ POLICIES: dict[str, Policy] = {
     "lagkv": LagKV(),
     "mikv": MiKV(),
     "zipcache": ZipCache(),
+    "qaq": QAQ(),
 }
 
 
@@ -121,4 +123,5 @@ EXAMPLES: dict[str, Examples] = {
     ),
     "mikv": Examples(["mikv:budget=20,recent=0.3"], "mikv:budget=80"),
     "zipcache": Examples(["zipcache:every=5"], "zipcache:salient=1+mixed:high=16"),
+    "qaq": Examples(["qaq:epsilon=0.1,window=4,every=5"], "qaq:epsilon=1e-9+mixed:high=16"),
 }

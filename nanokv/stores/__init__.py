@@ -6,8 +6,12 @@ from nanokv.cache.protocol import StoreSpec
 from nanokv.stores.dense import Dense
 from nanokv.stores.host.kcache import KCache
 from nanokv.stores.host.offload import Offload
+from nanokv.stores.quant.coupled import Coupled
 from nanokv.stores.quant.fp8 import Fp8
+from nanokv.stores.quant.gear import Gear
 from nanokv.stores.quant.int import Int
+from nanokv.stores.quant.kvquant import KVQuant
+from nanokv.stores.quant.minicache import MiniCache
 from nanokv.stores.quant.mixed import Mixed
 from nanokv.stores.quant.rot4 import Rot4
 from nanokv.stores.quant.turbo import Turbo
@@ -24,9 +28,13 @@ STORES: dict[str, StoreSpec] = {
     "int2": Int(k=2, v=2),
     "kivi4": Int(group=32, residual=32),
     "kivi2": Int(k=2, v=2, group=32, residual=32),
+    "gear": Gear(),
     "fp8": Fp8(),
     "rot4": Rot4(),
     "turbo": Turbo(),
+    "kvquant": KVQuant(),
+    "coupled": Coupled(),
+    "minicache": MiniCache(),
     "mixed": Mixed(),
     "shadow": Shadow(),
     "quest": Quest(),
@@ -44,9 +52,13 @@ EXAMPLES: dict[str, str] = {
     "int2": "int2:group=4,residual=6,pin=3",
     "kivi4": "kivi4:group=4,residual=4,pin=2",
     "kivi2": "kivi2:group=2,residual=1",
+    "gear": "gear:group=8,residual=4,rank=1",
     "fp8": "fp8:pin=2",
     "rot4": "rot4:block=8",
     "turbo": "turbo:k=4,v=3,pin=3",
+    "kvquant": "kvquant:k=4,v=3,pin=2",
+    "coupled": "coupled:channels=2",
+    "minicache": "minicache:start=0.25,retain=0.1",
     "mixed": "mixed",
     "shadow": "shadow:chunk=4,local=1,outliers=2,rank=32,budget=48",  # reads all of 60 tokens
     "quest": "quest:chunk=4,budget=56",

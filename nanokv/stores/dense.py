@@ -132,7 +132,7 @@ class SlotStore:
             m = min(n, self.n_pinned)
             for i, (x, planes, codec) in enumerate(zip((r.k, r.v), self.planes, self.codecs, strict=True)):
                 codec = codec.of_row(b)
-                codes = codec.encode(x) if r.state is None else r.state.codes[i]
+                codes = codec.encode(x, r.pos) if r.state is None else r.state.codes[i]
                 for plane, code in zip(planes, codes, strict=True):
                     if r.state is not None and (code.shape[3], code.dtype) != (plane.shape[3], plane.dtype):
                         raise ValueError("the codes are of another store")
@@ -140,7 +140,7 @@ class SlotStore:
                 if m:
                     slot = torch.arange(m, device=x.device).expand(1, x.shape[1], m)
                     first = [code[:, :, :m] for code in codes]
-                    self.pinned[i][b, :, :m] = self._copies(x[:, :, :m], first, codec, slot, b)[0]
+                    self.pinned[i][b, :, :m] = self._copies(x[:, :, :m], first, r.pos[:, :, :m], codec, slot, b)[0]
 
     def reserve(self, room: int) -> bool:
         return False
@@ -157,7 +157,7 @@ class SlotStore:
             self.append_by_index(k, v, pos)
             return
         slot = s.ring_on_host()  # the host knows the slot: plain copies, no index arithmetic
-        for plane, code in zip((*self.planes[0], *self.planes[1]), self._encode(k, v), strict=True):
+        for plane, code in zip((*self.planes[0], *self.planes[1]), self._encode(k, v, pos[:, None]), strict=True):
             plane[:, :, slot : slot + 1] = code
         for pinned, x in zip(self.pinned, (k, v), strict=False):
             pinned[:, :, min(slot, self.n_pinned)] = x[:, :, 0]
@@ -171,46 +171,50 @@ class SlotStore:
             self.scatter(slot, k, v, pos)
             return s.flat_index(slot)
         index = s.take(pos, self.ctx.ops.take_slots)
-        self._write_at(index, k, v)
+        self._write_at(index, k, v, pos[:, None])
         return index
 
     def scatter(self, slot: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> None:
         """Write the tokens at pos (B,T) into the slots (B,Hkv,T)."""
-        self._write(slot, k, v)
+        self._write(slot, k, v, pos[:, None])
         self.slots.record(self.slots.flat_index(slot), pos)
 
-    def _encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return (*self.codecs[0].encode(k), *self.codecs[1].encode(v))
+    def _encode(self, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
+        return (*self.codecs[0].encode(k, pos), *self.codecs[1].encode(v, pos))
 
-    def _write_at(self, index: Tensor, k: Tensor, v: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Write tokens (B,Hkv,T,D) into the slots of these flat indices (B·Hkv·T,) → their codes."""
-        codes_k, codes_v = self.codecs[0].encode(k), self.codecs[1].encode(v)
+    def _write_at(self, index: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Write tokens (B,Hkv,T,D) at pos (B,·,T) into the slots of these flat indices (B·Hkv·T,) → their codes."""
+        codes_k, codes_v = self.codecs[0].encode(k, pos), self.codecs[1].encode(v, pos)
         for *planes, x, y in zip(*self.planes, codes_k, codes_v, strict=True):
             self.ctx.ops.append(x, y, index, *planes)
         return codes_k, codes_v
 
-    def _write(self, slot: Tensor, k: Tensor, v: Tensor) -> None:
-        codes_k, codes_v = self._write_at(self.slots.flat_index(slot), k, v)
+    def _write(self, slot: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> None:
+        codes_k, codes_v = self._write_at(self.slots.flat_index(slot), k, v, pos)
         if self.pinned:
             first = torch.arange(slot.shape[:2].numel(), device=slot.device).view(*slot.shape[:2], 1)
             index = slot.clamp(max=self.n_pinned) + first * (self.n_pinned + 1)
             codes = zip((k, v), (codes_k, codes_v), self.codecs, strict=True)
-            copies = (self._copies(x, of_x, codec, slot) for x, of_x, codec in codes)
+            copies = (self._copies(x, of_x, pos, codec, slot) for x, of_x, codec in codes)
             self.ctx.ops.append(*copies, index.flatten(), *self.pinned)
 
-    def _copies(self, x: Tensor, codes: Sequence[Tensor], codec: Codec, slot: Tensor, b: int | None = None) -> Tensor:
-        """What `pinned` holds of x (B,Hkv,T,D), whose tokens have these codes and slots (B,Hkv,T); b: x is of this row."""
+    def _copies(
+        self, x: Tensor, codes: Sequence[Tensor], pos: Tensor, codec: Codec, slot: Tensor, b: int | None = None
+    ) -> Tensor:
+        """What `pinned` holds of x (B,Hkv,T,D), whose tokens have these codes, positions (B,·,T) and slots (B,Hkv,T).
+        b: x is of this row.
+        """
         if self.exact_per_head is None:
             return x
         exact_per_head = self.exact_per_head if b is None else self.exact_per_head[b : b + 1]
-        rounded = codec.rotate_back(codec.decode(codes, x.dtype)).to(x.dtype)
+        rounded = codec.rotate_back(codec.decode(codes, pos, x.dtype)).to(x.dtype)
         return torch.where((slot < exact_per_head[..., None])[..., None], x, rounded)
 
     def append_masked(self, k: Tensor, v: Tensor, pos: Tensor, valid: Tensor) -> None:
         """Store tokens (B,Hkv,T) behind what each head holds. valid (B,Hkv,T): which of them count; these come first."""
         s = self.slots
         slot = s.cursor[..., None] + torch.arange(pos.shape[2], device=pos.device)
-        self._write(slot, k, v)
+        self._write(slot, k, v, pos)
         s.record_masked(slot, pos, valid)
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
@@ -263,7 +267,7 @@ class SlotStore:
             k, v = (x[:, :, a:b] for x in self.pinned)
         else:
             k, v = (
-                codec.decode([x[:, :, a:b] for x in half], self.ctx.dtype)
+                codec.decode([x[:, :, a:b] for x in half], s.pos[:, :, a:b], self.ctx.dtype)
                 for codec, half in zip(self.codecs, planes, strict=True)
             )
             q = codec_k.rotate(q)
@@ -283,7 +287,7 @@ class SlotStore:
 
     def unpack(self) -> list[Kept]:
         k, v = (
-            codec.rotate_back(codec.decode(planes, self.ctx.dtype)).to(self.ctx.dtype)
+            codec.rotate_back(codec.decode(planes, self.slots.pos, self.ctx.dtype)).to(self.ctx.dtype)
             for codec, planes in zip(self.codecs, self.planes, strict=True)
         )
         if self.pinned:
@@ -292,10 +296,10 @@ class SlotStore:
         found, sources = self.slots.unpack(k.view(-1, k.shape[-1]), v.view(-1, v.shape[-1]))
         if not self.rounds:
             return found
-        return [r.with_state(self._state(index)) for r, index in zip(found, sources, strict=True)]
+        return [r.with_state(self._state(index, b)) for b, (r, index) in enumerate(zip(found, sources, strict=True))]
 
-    def _state(self, index: Tensor) -> StoreState:
-        """The codes of the tokens in these slots (flat indices (Hkv,N))."""
+    def _state(self, index: Tensor, b: int) -> StoreState:
+        """The codes of the tokens in these slots (flat indices (Hkv,N)) of row b."""
         codes = tuple(tuple(plane.view(-1, plane.shape[3])[index][None] for plane in planes) for planes in self.planes)
         scales = tuple(
             None
@@ -303,7 +307,7 @@ class SlotStore:
             else codec.scale.expand(-1, -1, self.slots.capacity, 1).reshape(-1, 1)[index][None]
             for codec in self.codecs
         )
-        return CodeState(codes, scales)
+        return CodeState(codes, scales, tuple(codec.table_of(b) for codec in self.codecs))
 
     def tensors(self) -> list[Tensor]:
         constants = [x for codec in self.codecs for x in codec.tensors()]
@@ -321,7 +325,8 @@ class SlotStore:
         s = self.slots
         held, pinned = int(s.length.sum()), int(s.length.clamp(max=self.n_pinned).sum())
         exact = pinned * self.ctx.config.head_dim * self.ctx.dtype.itemsize
-        k, v = (int(held * codec.width) + exact for codec in self.codecs)
+        tables = [0 if codec.table is None else codec.table.nbytes for codec in self.codecs]
+        k, v = (int(held * codec.width) + exact + n for codec, n in zip(self.codecs, tables, strict=True))
         per_slot = 4 if s.flat_attention is None else 8
         return k, v, sum(t.nbytes for t in s.tensors()) - (s.total - held) * per_slot
 

@@ -26,6 +26,7 @@ class Codec:
     rounds = False
     unpacks = False  # `decode` makes new tensors
     scale: Tensor | None = None  # (B,Hkv,1,1), of a codec that measures each head once
+    table: Tensor | None = None  # (B,Hkv,W), of a codec that fits W numbers to each head's prompt
 
     def __init__(self, dim: int, dtype: torch.dtype):
         self.planes = [(dim, dtype)]
@@ -34,11 +35,11 @@ class Codec:
         """The codec of one row of the batch."""
         return self
 
-    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(B,Hkv,T,D) → its planes."""
+    def encode(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
+        """x (B,Hkv,T,D) of tokens at pos (B,·,T) → its planes."""
         return (x,)
 
-    def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def decode(self, planes: Sequence[Tensor], pos: Tensor, dtype: torch.dtype) -> Tensor:
         """Planes → the vectors (B,Hkv,T,D) in `dtype`, still rotated; `rotate_back` undoes the rotation."""
         return planes[0]
 
@@ -52,7 +53,11 @@ class Codec:
 
     def tensors(self) -> list[Tensor]:
         """What the codec holds besides the planes, for the receipt."""
-        return [] if self.scale is None else [self.scale]
+        return [x for x in (self.scale, self.table) if x is not None]
+
+    def table_of(self, b: int) -> Tensor | None:
+        """(1,Hkv,W): the table of one row."""
+        return None if self.table is None else self.table[b : b + 1]
 
     @property
     def width(self) -> float:
@@ -62,21 +67,24 @@ class Codec:
 
 @dataclass(frozen=True)
 class CodeState(StoreState):
-    """The codes of a row's tokens: of K and of V the planes (1,Hkv,N,·), and the head's scale repeated per token
-    (1,Hkv,N,1).
+    """The codes of a row's tokens: of K and of V the planes (1,Hkv,N,·), the head's scale repeated per token
+    (1,Hkv,N,1), and the head's table (1,Hkv,W).
     """
 
     codes: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
     scales: tuple[Tensor | None, Tensor | None] = (None, None)
+    tables: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def select(self, index: Tensor) -> CodeState:
         def pick(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
 
-        return CodeState(tuple(tuple(map(pick, planes)) for planes in self.codes), tuple(map(pick, self.scales)))
+        codes = tuple(tuple(map(pick, planes)) for planes in self.codes)
+        return CodeState(codes, tuple(map(pick, self.scales)), self.tables)
 
     def tensors(self) -> dict[str, Tensor]:
         found = {f"{name}s": x for name, x in zip("kv", self.scales, strict=True) if x is not None}
+        found |= {f"{name}t": x for name, x in zip("kv", self.tables, strict=True) if x is not None}
         for name, planes in zip("kv", self.codes, strict=True):
             found |= {f"{name}{i}": plane for i, plane in enumerate(planes)}
         return found
@@ -84,6 +92,8 @@ class CodeState(StoreState):
     def check(self, row: Kept, spec: Any, ctx: Context) -> None:
         shape = row.pos.shape
         scales = [x for x in self.scales if x is not None]
+        if any(x is not None and (x.dim() != 3 or x.shape[:2] != shape[:2]) for x in self.tables):
+            raise ValueError("its tables are of other heads")
         if any(x.dim() != 4 or x.shape[:3] != shape for planes in (*self.codes, scales) for x in planes):
             raise ValueError("the codes are of other tokens")
         if not all(x.dtype in (torch.float32, torch.float64) and x.shape[3] == 1 and (x > 0).all() for x in scales):
@@ -97,7 +107,7 @@ class CodeState(StoreState):
             tuple(tensors[f"{name}{i}"] for i in range(sum(key[0] == name and key[1:].isdigit() for key in tensors)))
             for name in "kv"
         )
-        return cls(codes, (tensors.get("ks"), tensors.get("vs")))
+        return cls(codes, (tensors.get("ks"), tensors.get("vs")), (tensors.get("kt"), tensors.get("vt")))
 
 
 def look_up(table: Tensor, codes: Tensor) -> Tensor:

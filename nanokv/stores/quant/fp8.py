@@ -84,11 +84,11 @@ class Fp8Codec(Codec):
     def of_row(self, b: int) -> Fp8Codec:
         return Fp8Codec(self.scale[b : b + 1], self.kind, self.numbers, self.planes[0][0], self.fused)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
         largest = torch.finfo(self.kind).max
         return ((x.float() / self.scale).clamp(-largest, largest).to(self.kind).view(torch.uint8),)
 
-    def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def decode(self, planes: Sequence[Tensor], pos: Tensor, dtype: torch.dtype) -> Tensor:
         if self.fused:
             return planes[0].view(self.kind)
         return look_up(self.numbers.to(dtype), planes[0]) * self.scale.to(dtype)

@@ -15,7 +15,7 @@ from nanokv.cache.kept import Kept, StoreState
 from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
 
-Planes = tuple[Tensor, Tensor, Tensor]  # words, scale, zero point
+Planes = tuple[Tensor, ...]  # (…,groups,·,·) each: words, scale and zero point, and what a format has beside them
 
 
 class GroupSlots(Slots):
@@ -119,7 +119,7 @@ class GroupState(StoreState):
     def check(self, row: Kept, spec: Any, ctx: Context) -> None:
         heads, dim, group = ctx.config.num_key_value_heads, ctx.config.head_dim, spec.group
         blank = ctx.empty(1, heads, 1, group, dim).zero_()
-        one_group = [x for planes in encode(blank, blank, spec, ctx) for x in planes]
+        one_group = [x for planes in spec.encode(blank, blank, ctx) for x in planes]
         n, groups = self.k.shape[2], self.k_groups[0].shape[2]
         found = [*self.k_groups, *self.v_groups]
         if (
@@ -183,18 +183,13 @@ class GroupState(StoreState):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> GroupState:
-        planes = (tuple(tensors[f"{name}{i}"] for i in range(3)) for name in "kv")
+        planes = (
+            tuple(tensors[f"{name}{i}"] for i in range(sum(key[0] == name and key[1:].isdigit() for key in tensors)))
+            for name in "kv"
+        )
         fields = (tensors[name] for name in ("k", "v", "pos", "cursor", "moved"))
         pinned = tensors["pin"].to(torch.int32).expand_as(tensors["cursor"])  # one number for all heads in older files
         return cls(*fields, pinned, *planes)
-
-
-def encode(k: Tensor, v: Tensor, spec: Any, ctx: Context) -> tuple[Planes, Planes]:
-    """K and V (…,group,D) → words (…,group,·), scale and zero point. These two are (…,1,D) for K and, for V,
-    (…,group,m) for its m groups of channels.
-    """
-    quantize = ctx.ops.quantize
-    return quantize(k, spec.k, spec.group, 1), quantize(v, spec.v, 1, spec.v_group(k.shape[-1]))
 
 
 class GroupedStore:
@@ -216,7 +211,7 @@ class GroupedStore:
         blank = ctx.empty(n, heads, 1, group, dim).zero_()
         self.groups = [
             [x.expand(-1, -1, self.n_groups, -1, -1).clone() for x in planes]
-            for planes in encode(blank, blank, spec, ctx)
+            for planes in spec.encode(blank, blank, ctx)
         ]
         if rows[0].state is None:
             self._fill(rows)
@@ -245,7 +240,7 @@ class GroupedStore:
                 span = slice(pinned, pinned + flushed * group)
                 k, v = (x[0, h, span].unflatten(0, (flushed, group)) for x in (r.k, r.v))
                 if flushed:
-                    for planes, new in zip(self.groups, encode(k, v, self.spec, self.ctx), strict=True):
+                    for planes, new in zip(self.groups, self.spec.encode(k, v, self.ctx), strict=True):
                         for plane, x in zip(planes, new, strict=True):
                             plane[b, h, :flushed] = x
 
@@ -330,7 +325,7 @@ class GroupedStore:
         window = index[2][:, None] + torch.arange(residual + group, device=index.device)  # (n,residual+group)
         slots = b[:, None], h[:, None], window
         k, v, pos = self.k[slots], self.v[slots], s.pos[slots]  # copies
-        encoded = encode(k[:, :group], v[:, :group], self.spec, self.ctx)
+        encoded = self.spec.encode(k[:, :group], v[:, :group], self.ctx)
         for planes, new in zip(self.groups, encoded, strict=True):
             for plane, x in zip(planes, new, strict=True):
                 plane[b, h, to] = x
@@ -355,12 +350,11 @@ class GroupedStore:
         parts = [self._decode(q_sink, pos, *self._exact(0, m, holds))] if m else []
         exact = self._exact(m, n, holds)
         if groups:
-            k, v = ([x[:, :, :groups].flatten(2, 3) for x in planes] for planes in self.groups)
+            k, v = ([x[:, :, :groups] for x in planes] for planes in self.groups)
             span = slice(s.n_exact, s.n_exact + groups * self.spec.group)
             visible, key_pos = None if holds is None else holds[:, :, span], s.pos[:, :, span]
-            bits = self.spec.k, self.spec.v
             beside = exact if m < n else None
-            parts.append(self.ctx.ops.decode_quant(q, k, v, visible, key_pos, pos, s.sliding_window, bits, beside))
+            parts.append(self.spec.attend(self.ctx.ops, q, k, v, visible, key_pos, pos, s.sliding_window, beside))
         elif m < n:
             parts.append(self._decode(q, pos, *exact))
         return *(merge(parts) if len(parts) > 1 else parts[0]), None
@@ -377,12 +371,12 @@ class GroupedStore:
         return self.ctx.ops.decode(q, k, v, visible, key_pos, pos, self.slots.sliding_window)[:2]
 
     def unpack(self) -> list[Kept]:
-        s, dequantize = self.slots, self.ctx.ops.dequantize
-        decoded = []
-        for exact, planes, bits in zip((self.k, self.v), self.groups, (self.spec.k, self.spec.v), strict=True):
-            grouped = dequantize(*planes, bits).to(self.ctx.dtype).flatten(2, 3)
-            decoded.append(torch.cat((exact, grouped), 2).flatten(0, 2))
-        found, _ = s.unpack(*decoded)
+        grouped = self.spec.decode(self.ctx.ops, *self.groups)
+        decoded = [
+            torch.cat((exact, x.to(self.ctx.dtype).flatten(2, 3)), 2).flatten(0, 2)
+            for exact, x in zip((self.k, self.v), grouped, strict=True)
+        ]
+        found, _ = self.slots.unpack(*decoded)
         return [r.with_state(self._state(b)) for b, r in enumerate(found)]
 
     def _state(self, b: int) -> GroupState:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept
 from nanokv.cache.protocol import StoreSpec
 from nanokv.policies.base import Policy
 from nanokv.stores.dense import SLOT_COUNTERS
-from nanokv.stores.quant.grouped import GroupedStore, GroupState
+from nanokv.stores.quant.grouped import GroupedStore, GroupState, Planes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +65,44 @@ class Int(StoreSpec):
 
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
         dim, heads = config.head_dim, config.num_key_value_heads
-        token = dim * (self.k + self.v) / 8 + 4 * dim / self.group + 4 * dim / self.v_group(dim) + 4
+        token = self.grouped_token_bytes(dim, dtype) + 4
         exact = 2 * dim * dtype.itemsize + 4
         window = max(self.pin, sink) + self.residual + self.group
         fixed = window * exact + self.group * token  # a ring needs one group more than its tokens
         return heads * token, int(heads * (fixed + SLOT_COUNTERS + 3 * 4 + 2 * 8))
+
+    def grouped_token_bytes(self, dim: int, dtype: torch.dtype) -> float:
+        """Bytes of one token's K and V in a group."""
+        return dim * (self.k + self.v) / 8 + 4 * dim / self.group + 4 * dim / self.v_group(dim)
+
+    def encode(self, k: Tensor, v: Tensor, ctx: Context) -> tuple[Planes, Planes]:
+        """K and V (…,group,D) → words (…,group,·), scale and zero point. These two are (…,1,D) for K and, for V,
+        (…,group,m) for its m groups of channels.
+        """
+        quantize = ctx.ops.quantize
+        return quantize(k, self.k, self.group, 1), quantize(v, self.v, 1, self.v_group(k.shape[-1]))
+
+    def decode(self, ops: Any, k: Planes, v: Planes) -> tuple[Tensor, Tensor]:
+        """The planes of K and of V → fp32 (…,group,D)."""
+        return ops.dequantize(*k, self.k), ops.dequantize(*v, self.v)
+
+    def attend(
+        self,
+        ops: Any,
+        q: Tensor,
+        k: Planes,
+        v: Planes,
+        visible: Tensor | None,
+        key_pos: Tensor,
+        query_pos: Tensor,
+        sliding_window: int | None,
+        exact: tuple[Tensor, Tensor, Tensor | None, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over groups (B,Hkv,groups,…) and, if given, over exact tokens: (keys, values, visible, positions).
+        The rest is as `decode_quant` has it in kernels/reference.py.
+        """
+        k, v = ([x.flatten(2, 3) for x in planes] for planes in (k, v))
+        return ops.decode_quant(q, k, v, visible, key_pos, query_pos, sliding_window, (self.k, self.v), exact)
 
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> GroupedStore:
         return GroupedStore(rows, policy, room, ctx, self)

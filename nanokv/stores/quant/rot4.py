@@ -70,14 +70,14 @@ class Rot4Codec(Codec):
     def __init__(self, dim: int, block: int, h: Tensor):
         self.block, self.h, self.planes = block, h, [(dim // 4, torch.int16), (dim // block, torch.float16)]
 
-    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
         blocks = hadamard_rotate(x.float(), self.h).unflatten(-1, (-1, self.block))
         # rounded up, so never below the exact scale and never 0
         scale = (blocks.abs().amax(-1) / 8 * (1 + 2**-10) + 2**-24).clamp(max=HALF_MAX).half()
         code = (blocks / scale.float()[..., None]).round().clamp(-8, 7) + 8
         return pack(code.to(torch.uint8).flatten(-2), 4), scale
 
-    def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def decode(self, planes: Sequence[Tensor], pos: Tensor, dtype: torch.dtype) -> Tensor:
         code = unpack(planes[0], 4).to(dtype).unflatten(-1, (-1, self.block)) - 8
         return (code * planes[1].to(dtype)[..., None]).flatten(-2)
 

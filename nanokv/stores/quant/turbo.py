@@ -81,14 +81,14 @@ class TurboCodec(Codec):
         generator = torch.Generator().manual_seed(0)
         self.sign = constant("sign", lambda: torch.randint(0, 2, (dim,), generator=generator) * 2.0 - 1)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
         y = self.rotate(x.float())
         length = y.norm(dim=-1, keepdim=True)
         code = torch.bucketize(y / length.clamp(min=1e-30), self.boundaries).to(torch.uint8)
         length_of_levels = look_up(self.levels, code).norm(dim=-1, keepdim=True)
         return pack(code, self.bits), (length / length_of_levels).clamp(max=HALF_MAX).half()
 
-    def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def decode(self, planes: Sequence[Tensor], pos: Tensor, dtype: torch.dtype) -> Tensor:
         return look_up(self.levels.to(dtype), unpack(planes[0], self.bits)) * planes[1].to(dtype)
 
     def rotate(self, x: Tensor) -> Tensor:

@@ -1,0 +1,93 @@
+"""Formats whose codes refer to a table that is fitted to the prompt: one table per head, for K before its rotation and for V."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanokv.cache.context import Context
+from nanokv.cache.kept import Kept
+from nanokv.model.rope import angles, rotate
+from nanokv.stores.dense import PerToken
+from nanokv.stores.quant.codec import Codec
+
+FIT_TOKENS = 1024  # of a longer prompt, so many evenly spaced tokens are fitted to
+ROUNDS = 10  # of k-means
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted(PerToken):
+    """The part that the formats share: they fit their tables when a prompt is packed, and never again."""
+
+    @abstractmethod
+    def fit(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """One head's keys before rotation and its values, (n,D) fp32 each → the table of K and that of V, (W,) each."""
+
+    @abstractmethod
+    def codec_types(self, ctx: Context) -> tuple[Any, Any]:
+        """For K and for V: what makes a codec of a table (B,Hkv,W)."""
+
+    @abstractmethod
+    def table_bytes(self, dim: int) -> int:
+        """Bytes of one head's two tables."""
+
+    def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
+        token, fixed = super().cost(config, dtype, sink)
+        return token, fixed + config.num_key_value_heads * self.table_bytes(config.head_dim)
+
+    def notice(self, n: int) -> str:
+        return (
+            "" if n >= FIT_TOKENS // 4 else f"the levels of K and V are fitted to {n} tokens, and few tokens fit badly"
+        )
+
+    def codecs(self, rows: Sequence[Kept], ctx: Context) -> tuple[Codec, Codec]:
+        tables = zip(*(self._tables(row, ctx) for row in rows), strict=True)
+        return tuple(make(torch.cat(x)) for make, x in zip(self.codec_types(ctx), tables, strict=True))
+
+    def _tables(self, row: Kept, ctx: Context) -> tuple[Tensor, Tensor]:
+        """(1,Hkv,W) for K and for V of one row."""
+        if row.state is not None:
+            if any(x is None for x in row.state.tables):
+                raise ValueError("the tables of K or of V are missing")
+            return row.state.tables
+        heads, k = [], unrotated_keys(row.k, row.pos, ctx.inv_freq)
+        for h, n in enumerate(row.length[0].tolist()):
+            some = torch.linspace(0, n - 1, min(n, FIT_TOKENS), device=k.device).round().long()
+            heads.append(self.fit(k[0, h, some], row.v[0, h, some].float()))
+        return tuple(torch.stack(x)[None] for x in zip(*heads, strict=True))
+
+
+def unrotated_keys(k: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:
+    """Keys (B,Hkv,T,D) that were rotated to pos (B,·,T), as they were before: fp32."""
+    return rotated_keys(k, -pos, inv_freq)
+
+
+def rotated_keys(k: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:
+    """The inverse."""
+    angle = angles(inv_freq, pos.expand(k.shape[:3]).flatten(0, 1))
+    return rotate(k.float().flatten(0, 1)[:, :, None], angle).view(k.shape)
+
+
+def k_means(x: Tensor, k: int) -> Tensor:
+    """x (b,…,n,c) → k centroids (b,…,k,c) that begin as evenly spaced ones of the n and minimise the squared distance."""
+    n = x.shape[-2]
+    start = torch.linspace(0, n - 1, k, device=x.device).round().long()
+    centroids = x.index_select(-2, start)
+    for _ in range(ROUNDS):
+        index = nearest(x, centroids)[..., None]
+        count = torch.zeros_like(centroids[..., :1]).scatter_add_(-2, index, torch.ones_like(x[..., :1]))
+        total = torch.zeros_like(centroids).scatter_add_(-2, index.expand_as(x), x)
+        centroids = torch.where(count > 0, total / count.clamp(min=1), centroids)
+    return centroids
+
+
+def nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    """(…,n) int64: for each of x (…,n,c) the index of the nearest of the centroids (…,k,c)."""
+    square = centroids.square().sum(-1, keepdim=True)  # |x − c|² without |x|², which is the same for all centroids
+    distance = torch.baddbmm(square.mT.flatten(0, -3), x.flatten(0, -3), centroids.mT.flatten(0, -3), alpha=-2)
+    return distance.argmin(-1).view(x.shape[:-1])
