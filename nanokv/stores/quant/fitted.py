@@ -17,7 +17,7 @@ from nanokv.stores.dense import PerToken
 from nanokv.stores.quant.codec import Codec
 
 FIT_TOKENS = 1024  # of a longer prompt, so many evenly spaced tokens are fitted to
-ROUNDS = 10  # of k-means
+ROUNDS = 5  # of k-means
 
 
 @dataclass(frozen=True, kw_only=True)
