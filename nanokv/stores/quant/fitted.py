@@ -74,7 +74,7 @@ def rotated_keys(k: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:
 
 
 def k_means(x: Tensor, k: int) -> Tensor:
-    """x (b,…,n,c) → k centroids (b,…,k,c) that begin as evenly spaced ones of the n and minimise the squared distance."""
+    """x (…,n,c) → k centroids (…,k,c) that begin as evenly spaced ones of the n and minimise the squared distance."""
     n = x.shape[-2]
     start = torch.linspace(0, n - 1, k, device=x.device).round().long()
     centroids = x.index_select(-2, start)
@@ -88,6 +88,6 @@ def k_means(x: Tensor, k: int) -> Tensor:
 
 def nearest(x: Tensor, centroids: Tensor) -> Tensor:
     """(…,n) int64: for each of x (…,n,c) the index of the nearest of the centroids (…,k,c)."""
-    square = centroids.square().sum(-1, keepdim=True)  # |x − c|² without |x|², which is the same for all centroids
-    distance = torch.baddbmm(square.mT.flatten(0, -3), x.flatten(0, -3), centroids.mT.flatten(0, -3), alpha=-2)
-    return distance.argmin(-1).view(x.shape[:-1])
+    # |x − c|² is least where x·c − |c|²/2 is largest
+    closeness = (x @ centroids.mT).sub_((centroids.square().sum(-1, keepdim=True) / 2).mT)
+    return closeness.argmax(-1)
