@@ -150,7 +150,7 @@ class Session:
         policy, config = self.plan.policy, self.models.prefill.config
         grows = policy.eviction == "none" and not (policy.rescore_every or policy.decode_scores or policy.decide_after)
         windows = any(config.window(i) for i in range(config.num_hidden_layers))
-        if len(prompts) * copies == 1 or not grows or windows:
+        if len(prompts) * copies == 1 or not grows or windows or policy.positions_by_chunk:
             return 0
         n = len(prompts[0])
         if len(prompts) > 1:

@@ -316,7 +316,7 @@ class LLM:
             raise ValueError("the prompt is empty; give a text with -p, --prompt-file or on standard input (-p -)")
         if limit < 1:
             raise ValueError(f"max-new-tokens is {limit}; give at least 1")
-        if longest + limit > max_len and not overflow:
+        if longest + limit > max_len and not overflow and not session.plan.policy.positions_by_chunk:
             raise ValueError(
                 f"{longest} tokens of prompt and {limit} new ones are more than the {max_len} of this model's context; "
                 "shorten one of them, or go on regardless with --allow-overflow"

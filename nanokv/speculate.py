@@ -142,6 +142,8 @@ def why_not(plan: Plan, checks: bool = True) -> str:
         return "scores its tokens at every step"
     if policy.rescore_every:
         return "scores its tokens again, by queries that may turn out wrong"
+    if policy.positions_by_chunk:
+        return "gives keys other positions for each query, one query at a time"
     if policy.decide_after:
         return "decides after the first new token"
     if checks and policy.eviction != "none":

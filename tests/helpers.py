@@ -36,8 +36,14 @@ def every(n: int, values: Iterable) -> list:
     return [x if i % n == 0 else pytest.param(x, marks=pytest.mark.exhaustive) for i, x in enumerate(values)]
 
 
-# of the policies that need no store that rounds; for the others see tests/stores/test_stores.py
-PLANS = [plan for name, examples in EXAMPLES.items() if not POLICIES[name].demotes for plan in examples.small]
+# of the policies that need no store that rounds and leave positions as they are; for the others see
+# tests/stores/test_stores.py and tests/policies/test_positions.py
+PLANS = [
+    plan
+    for name, examples in EXAMPLES.items()
+    if not POLICIES[name].demotes and not POLICIES[name].positions_by_chunk
+    for plan in examples.small
+]
 STEPS = 14
 FIELDS = ModelConfig.__dataclass_fields__
 

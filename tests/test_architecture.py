@@ -247,7 +247,7 @@ STEP = {
         "record_masked",
         "ring_on_host",
     ],
-    "nanokv/cache/decode.py": ["attend", "read", "_sink_queries"],
+    "nanokv/cache/decode.py": ["attend", "read", "_read_by_chunk", "_sink_queries"],
     "nanokv/cache/rescore.py": ["push"],
     "nanokv/stores/dense.py": [
         "append",
@@ -257,6 +257,7 @@ STEP = {
         "append_masked",
         "read",
         "read_parts",
+        "read_by_chunk",
         "_read_span",
         "join",
     ],
@@ -264,6 +265,10 @@ STEP = {
     "nanokv/stores/shared.py": ["append", "read"],
     "nanokv/stores/quant/grouped.py": ["append", "record", "take", "_evict", "slot_of", "read", "_exact", "_decode"],
     "nanokv/stores/quant/mixed.py": ["append", "read"],
+    "nanokv/stores/quant/gear.py": ["attend", "decode"],
+    "nanokv/stores/quant/kvquant.py": ["encode", "decode"],
+    "nanokv/stores/quant/coupled.py": ["encode", "decode"],
+    "nanokv/stores/quant/minicache.py": ["append", "decode", "_write_at"],
     "nanokv/stores/sparse/chunks.py": [
         "append",
         "read",
@@ -277,7 +282,7 @@ STEP = {
     "nanokv/stores/sparse/quest.py": ["score", "gather"],
     "nanokv/stores/host/offload.py": ["prefetch", "staged", "wait", "append", "_planes_to_read", "read"],
 }
-STEP |= {n: ["next_slots", "update_scores", "slot_scores"] for n in FILES if n.startswith("nanokv/policies/")}
+STEP |= {n: ["next_slots", "update_scores", "slot_scores", "shift"] for n in FILES if n.startswith("nanokv/policies/")}
 
 
 @pytest.mark.parametrize("name", STEP)

@@ -19,6 +19,8 @@ class Workload:
     token_bytes: float  # bytes of one token in one owning layer, all KV heads, as the store holds it
     fixed_bytes: int  # bytes per row and owning layer, whatever the length
     pads_heads: bool = False  # whether all heads take the slots of the longest one
+    context: int = 0  # tokens that the model was trained on
+    has_windows: bool = False  # whether some layer has a sliding window
 
     def tokens(self, budget: int | str, least: int, new_slots: int | None = None) -> int:
         """A budget as a number of kept prompt tokens per KV head.

@@ -20,7 +20,7 @@ from nanokv.cache.plan import Plan
 from nanokv.cache.protocol import Store
 from nanokv.cache.report import LayerReport, Report, storages
 from nanokv.cache.rescore import QueryBuffer, held_as_prompt
-from nanokv.model.rope import angles, rotate
+from nanokv.model.rope import rotate_more
 from nanokv.stores.shared import SharedPrefix
 
 
@@ -73,11 +73,11 @@ class KVCache:
         return cls(plans, stores, scores, room, ctx, shared)
 
     def next_piece(self, n: int) -> int:
-        """How many of n tokens may come at once: one if the policy scores each step. Otherwise a piece ends where the
+        """How many of n tokens may come at once: one if the policy scores each step or reads by chunks. Otherwise a piece ends where the
         store's next `maintain` or the policy's next rescore is due, whichever comes first.
         """
         policy = self.plan.policy
-        if n == 1 or policy.decode_scores:
+        if n == 1 or policy.decode_scores or policy.positions_by_chunk:
             return 1
         n = min(n, *(store.until_maintenance or n for store in self.stores.values()))
         return min(n, policy.rescore_every - self.since_rescore) if policy.rescore_every else n
@@ -256,6 +256,8 @@ class Owner:
         own_q = q.to(self.dtype)
         if queries is not None:
             queries.push(own_q, pos)
+        if self.policy.positions_by_chunk:
+            return self._read_by_chunk(own_q, pos).to(q.dtype)
         in_cache = self.policy.positions_in_cache and self.store.slots.n_sink
         out, lse, scores = self.store.read(own_q, pos, self._sink_queries(own_q, pos) if in_cache else None)
         if self.held is not None:
@@ -278,6 +280,15 @@ class Owner:
         rest = tuple(x[:, :, n:] for x in self.held)
         self.held = rest if rest[0].shape[2] else None
 
+    def _read_by_chunk(self, q: Tensor, pos: Tensor) -> Tensor:
+        """Attention of q (B,H,1,D), which is rotated anew for each chunk of keys."""
+        policy = self.policy
+
+        def turned(first: int) -> Tensor:
+            return rotate_more(q, policy.shift(pos, first), self.ctx.inv_freq)
+
+        return self.store.read_by_chunk(turned, policy.chunk_size, pos)
+
     def _sink_queries(self, q: Tensor, pos: Tensor) -> Tensor:
         """The queries rotated back to their place in the cache, as if no evicted token lay between the sinks and the
         others.
@@ -289,7 +300,7 @@ class Owner:
         gap = torch.where(
             s.sink[:, :1] < s.n_sink, 0, gap
         )  # heads whose sinks have left the model's sliding window rotate nothing back
-        return rotate(q.transpose(1, 2), angles(self.ctx.inv_freq, gap)).transpose(1, 2)
+        return rotate_more(q, gap, self.ctx.inv_freq)
 
 
 class Reader:

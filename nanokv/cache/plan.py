@@ -64,7 +64,9 @@ class Plan:
             raise ValueError(f"{self.names[1]}: {reason}")
         plan = replace(self, share=self.share or config.shared_layers)
         owners = config.num_hidden_layers - len(plan.share)
-        work = Workload(config.family, owners, prompt_len, room, rows, *plan.cost(config, dtype), plan.store.pads_heads)
+        windows = any(config.window(i) for i in range(config.num_hidden_layers))
+        cost, shape = plan.cost(config, dtype), (plan.store.pads_heads, config.max_position_embeddings, windows)
+        work = Workload(config.family, owners, prompt_len, room, rows, *cost, *shape)
         return replace(plan, policy=plan.policy.fit(work))
 
     def cost(self, config: ModelConfig, dtype: torch.dtype) -> tuple[float, int]:

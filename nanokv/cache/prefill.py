@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear
 
-from nanokv.backends.base import Ops
+from nanokv.backends.base import Ops, merge
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept, Prompt, seen_later
 from nanokv.cache.plan import Plan
 from nanokv.cache.scores import Scores, moments
 from nanokv.model.config import ModelConfig
-from nanokv.model.rope import inverse_frequencies, unrotated
+from nanokv.model.rope import inverse_frequencies, rotate_more, unrotated
 from nanokv.policies.base import Policy
+
+QUERIES_AT_ONCE = 256  # whose logits for one chunk of keys exist at once
 
 
 class PromptCache:
@@ -113,7 +115,10 @@ class PromptLayer:
             dense.extend(k, v)
         keys, values = dense.keys_and_values()
         start = keys.shape[2] - q.shape[2]
-        out = cache.ops.prefill(q, keys, values, start, cache.config.window(self.index))
+        if cache.plan.policy.positions_by_chunk:
+            out = attend_by_chunk(q, keys, values, start, cache)
+        else:
+            out = cache.ops.prefill(q, keys, values, start, cache.config.window(self.index))
         for statistics in dense.statistics.values():
             statistics.add(self.index, q, pos, keys, dense, cache)
         if self.residual is not None and dense.pass_length is None:
@@ -129,6 +134,29 @@ class PromptLayer:
         self.similarity += cosine_similarity(x.float(), after.float(), dim=-1).sum()
         self.compared += x.shape[1]
         self.residual = None
+
+
+def attend_by_chunk(q: Tensor, k: Tensor, v: Tensor, start: int, cache: PromptCache) -> Tensor:
+    """Attention of the tokens start … start+T−1, whose queries q (1,H,T,D) are rotated anew for each earlier chunk of the
+    keys and values of tokens 0 … start+T−1.
+    """
+    ops, policy, size, end = cache.ops, cache.plan.policy, cache.plan.policy.chunk_size, start + q.shape[2]
+    if end <= size:
+        return ops.prefill(q, k, v, start, None)
+    key_pos, found = torch.arange(size, device=q.device).expand(1, k.shape[1], size), []
+    a = start
+    while a < end:
+        own = a - a % size  # where the queries' chunk begins
+        b = min(end, own + size, a + QUERIES_AT_ONCE)
+        queries, pos = q[:, :, a - start : b - start], torch.arange(a, b, device=q.device)[None]
+        parts = [ops.turn(queries, k[:, :, own:b], v[:, :, own:b], a - own, None)]
+        for first in range(0, own, size):
+            turned = rotate_more(queries, policy.shift(pos, first), cache.inv_freq)
+            chunk = (x[:, :, first : first + size] for x in (k, v))
+            parts.append(ops.decode(turned, *chunk, None, key_pos, pos, None)[:2])
+        found.append(merge(parts)[0])
+        a = b
+    return torch.cat(found, 2)
 
 
 class DenseLayer:

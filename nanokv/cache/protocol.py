@@ -26,9 +26,8 @@ class Layer(Protocol):
     owns: bool  # False: the layer reads another one's keys and values; the model then computes no k and v
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, pos: Tensor) -> Tensor:
-        """Add the new tokens' k and v (B,Hkv,T,D) to the cache and let q (B,H,T,D) attend to all that it holds →
-        (B,H,T,D). q and k are rotated to pos (B,T). k and v are None if `owns` is False.
-        """
+        """Add the new tokens' k and v (B,Hkv,T,D) to the cache and let q (B,H,T,D) attend to all that it holds → (B,H,T,D).
+        q and k are rotated to pos (B,T). k and v are None if `owns` is False."""
 
 
 class Cache(Protocol):
@@ -52,8 +51,7 @@ class Store(Protocol):
         """Store a piece of a turn after it attended: k, v (B,Hkv,T,D), pos (B,T), T > 1. May sync with the host."""
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Attention of q (B,H,T,D) over all stored tokens → out, natural logsumexp (B,H,T), scores if they are wanted.
-        q_sink (B,H,T,D): the same queries rotated to positions in the cache; the sinks are read with these."""
+        """Attention of q (B,H,T,D) → out, natural lse (B,H,T), scores if wanted. Sinks are read by q_sink: q at its place in the cache."""
 
     def maintain(self, written: int) -> bool | None:
         """Do what is due after `written` more tokens. Return True if the store's memory has moved."""
@@ -88,6 +86,7 @@ class StoreSpec(ABC):
     pads_heads = True  # all heads take the slots of the longest one
     has_low_precision_tier = False  # it has a place for `Kept.demoted`
     selects_per_step = False  # a step reads what its query selects, a piece of a turn everything
+    reads_by_chunk = False  # it has `SlotStore.read_by_chunk`
     implies = ()  # stores that a plan may name beside this one without effect: it holds tokens in the same way
     state_type = None  # the StoreState with which its rows are saved
     kernels = ()  # those that it runs beside the kernels of every step
@@ -102,12 +101,13 @@ class StoreSpec(ABC):
 
     def incompatible_policy(self, policy: Policy) -> str:
         """Why this store cannot hold what the policy keeps: the end of a sentence about the policy. Empty if it can."""
-        if policy.demotes and not self.has_low_precision_tier:
-            return "demotes tokens to a low-precision tier, which this store does not have"
+        if policy.positions_by_chunk and not self.reads_by_chunk:
+            return "gives the keys of a chunk other positions for each query, which only the dense store can read"
+        if policy.demotes != self.has_low_precision_tier:
+            none = "demotes nothing, so the low-precision tier would be empty: add demote=true if it ranks tokens"
+            return "demotes tokens to a low-precision tier, which this store does not have" if policy.demotes else none
         if (n := self.eviction_granularity) > 1 and policy.evicts_single_tokens:
             return f"evicts single tokens while decoding, and in this store {n} tokens share a scale and leave together"
-        if self.has_low_precision_tier and not policy.demotes:
-            return "demotes nothing, so the low-precision tier would be empty: add demote=true if it ranks tokens"
         return ""
 
     def incompatible_model(self, config: Any) -> str:
@@ -147,4 +147,4 @@ class StoreSpec(ABC):
         """The store of one layer, with slots for `room` more tokens in every head that grows."""
 
     def link(self, stores: Sequence[Store]) -> None:  # noqa: B027 most stores have nothing to link
-        """Receive all layers' stores, in order, after one was packed. Stores that prefetch the next layer use it."""
+        """Receive the layers' stores so far, in order, after one was packed: for stores that know their neighbours."""

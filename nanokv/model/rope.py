@@ -43,6 +43,11 @@ def rotate(x: Tensor, angle: tuple[Tensor, Tensor]) -> Tensor:
     return reference_rotate(x, *angle)
 
 
+def rotate_more(q: Tensor, shift: Tensor, inv_freq: Tensor) -> Tensor:
+    """Return q (B,H,T,D), already rotated to some positions, as it is `shift` (B,T) positions later."""
+    return rotate(q.transpose(1, 2), angles(inv_freq, shift)).transpose(1, 2)
+
+
 def unrotated(q: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:
     """Return q (B,H,T,D), which was rotated to pos (B,T), as it was before its rotation: fp32."""
-    return rotate(q.transpose(1, 2).float(), angles(inv_freq, -pos)).transpose(1, 2)
+    return rotate_more(q.float(), -pos, inv_freq)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from nanokv.policies.base import Policy
 from nanokv.policies.cascade import CascadingKV
 from nanokv.policies.corm import CORM
+from nanokv.policies.dca import DualChunk
 from nanokv.policies.duo import DuoAttention
 from nanokv.policies.expected import ExpectedAttention
 from nanokv.policies.fastgen import FastGen
@@ -29,6 +30,7 @@ from nanokv.policies.zipcache import ZipCache
 
 POLICIES: dict[str, Policy] = {
     "full": Full(),
+    "dca": DualChunk(),
     "random": Random(),
     "streaming": StreamingLLM(),
     "snapkv": SnapKV(),
@@ -67,6 +69,7 @@ class Examples(NamedTuple):
 
 EXAMPLES: dict[str, Examples] = {
     "full": Examples(["full"], "full"),
+    "dca": Examples(["dca:context=32"], "dca:context=4096"),
     "random": Examples(["random:budget=20,window=4"], "random:budget=80,window=4"),
     "streaming": Examples(["streaming:sink=2,recent=10", "streaming:budget=25%"], "streaming:sink=4,recent=200"),
     "snapkv": Examples(

@@ -7,6 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nanokv.cache.budget import Workload
@@ -41,6 +42,8 @@ class Policy(ABC):
     token_kinds           whether `Prompt.token_kinds` is wanted.
     protected_sinks       how many of the text's first tokens are never evicted.
     positions_in_cache    whether positions count places in the cache (StreamingLLM) instead of places in the text.
+    positions_by_chunk    whether a query reads the keys of each chunk of `chunk_size` tokens after a rotation of its own,
+                          which `shift` tells. For policies that keep all tokens.
     keeps_all_or_edges    whether a layer keeps either the whole prompt or its first and last tokens only.
     keeps_prefix          whether what stays of the text's first tokens is the same whatever follows them.
     demotes               whether evicted tokens go on as `Kept.demoted`, at lower precision.
@@ -59,6 +62,8 @@ class Policy(ABC):
     similarity = token_kinds = False
     protected_sinks = 0
     positions_in_cache = False
+    positions_by_chunk = False
+    chunk_size = 0
     keeps_all_or_edges = False
     keeps_prefix = False
     demotes = False
@@ -97,6 +102,12 @@ class Policy(ABC):
     def replay(self, tokens: Tensor, i: int) -> Tensor:
         """The token ids (n,) of scoring pass i, fed behind the prompt's tokens (T,). The default repeats the prompt."""
         return tokens
+
+    def shift(self, pos: Tensor, first: int) -> Tensor:
+        """How many positions the queries at pos (B,T) are rotated by before they read the chunk of keys that begins at
+        position `first`. Only asked under `positions_by_chunk`.
+        """
+        return torch.zeros_like(pos)
 
     def next_slots(self, s: Slots, pos: Tensor) -> Tensor:
         """(B,Hkv,T): the slots that the new tokens at pos (B,T) take. A store may compute the slots itself

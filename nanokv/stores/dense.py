@@ -5,7 +5,7 @@ independently of the others.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ SLOT_COUNTERS = 4 * 4 + 8  # bytes per row and head: cursor, limit, asked_limit,
 @dataclass(frozen=True, kw_only=True)
 class Dense(StoreSpec):
     """Stores K and V as they are (no paper)."""
+
+    reads_by_chunk = True
 
     def behind_prefix(self, n: int) -> StoreSpec | None:
         return self
@@ -248,6 +250,12 @@ class SlotStore:
         spans = [(x, a, b) for x, a, b in [(q_sink, 0, sinks), (q, sinks, pinned), *others] if a < b]
         planes, each_head = self._planes_to_read(q), each_head or len(spans) > 1 or self.n_pinned > 0
         return [self._read_span(planes, x, pos, a, b, each_head) for x, a, b in spans]
+
+    def read_by_chunk(self, turned: Callable[[int], Tensor], size: int, pos: Tensor) -> Tensor:
+        """Attention (B,H,T,D) where the slots a … a+size−1 are read by the queries turned(a), for a = 0, size, 2·size …"""
+        n, planes = self.slots.max_used, self.planes
+        spans = [(a, min(a + size, n)) for a in range(0, n, size)]
+        return merge([self._read_span(planes, turned(a), pos, a, b, False)[:2] for a, b in spans])[0]
 
     def _planes_to_read(self, q: Tensor) -> list[list[Tensor]]:
         """The planes of K and of V on the device: a store that keeps some on the host overrides this."""

@@ -25,7 +25,7 @@ class Ragged(Dense):
     heads are read one after the other.
     """
 
-    pads_heads = False
+    pads_heads = reads_by_chunk = False
     kernels = ("decode_ragged",)
 
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> RaggedStore:

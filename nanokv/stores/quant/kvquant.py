@@ -180,4 +180,4 @@ def _levels(y: Tensor, bits: int) -> Tensor:
     y = (2**16 * y).round() / 2**16  # or noise would tell apart the ends of the channels' ranges
     ordered = y[y.abs() < 1.01].sort().values
     some = torch.linspace(0, len(ordered) - 1, min(len(ordered), LEVEL_NUMBERS), device=y.device).round().long()
-    return k_means(ordered[some, None], 2**bits)[:, 0]
+    return k_means(ordered[some, None], 2**bits)[:, 0].sort().values  # few numbers may leave them out of order

@@ -105,7 +105,8 @@ class PairStore(SlotStore):
     ):
         """is_upper: of the two layers that are merged; None: this layer is merged with no other."""
         self.spec, self.is_upper = spec, is_upper
-        self.is_merged = is_upper is not None and rows[0].state is not None
+        state = rows[0].state
+        self.is_merged = is_upper is not None and state is not None and state.tables[0] is not None
         codecs = plain_codecs(ctx)
         if is_upper is not None:
             codecs = tuple(PairCodec(ctx, _tables(rows, i) if self.is_merged else None) for i in range(2))

@@ -132,7 +132,7 @@ class Chunked(StoreSpec):
             raise ValueError(f"{given}; budget is a number of tokens such as 256, or percent of the prompt such as 2%")
 
     def incompatible_policy(self, policy: Policy) -> str:
-        if policy.demotes:
+        if policy.demotes or policy.positions_by_chunk:
             return super().incompatible_policy(policy)
         return "" if policy.keeps_all_or_edges else "evicts single tokens of the prompt, and the others form no chunks"
 
