@@ -188,7 +188,7 @@ class Session:
         if parts and tokens.shape[1]:
             self.cache.check_room(tokens.shape[1])
         while tokens.shape[1]:
-            T = self.cache.next_piece(tokens.shape[1])
+            T = self.cache.next_piece(tokens.shape[1], self.seen)
             self.cache.room -= T
             pos = self.pos if T == 1 else self.pos + torch.arange(T, device=self.pos.device)
             if T == 1:
@@ -230,7 +230,7 @@ class Session:
             return
         self.cache.check_room(n)
         while n:
-            T = self.cache.next_piece(n)
+            T = self.cache.next_piece(n, self.seen)
             self.cache.room -= T
             self.cache.store_held(T, self.pos + torch.arange(T, device=self.pos.device))
             self._advance(T)

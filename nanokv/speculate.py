@@ -143,7 +143,7 @@ def why_not(plan: Plan, checks: bool = True) -> str:
     if policy.rescore_every:
         return "scores its tokens again, by queries that may turn out wrong"
     if policy.positions_by_chunk:
-        return "gives keys other positions for each query, one query at a time"
+        return "gives keys other positions for each query, and a draft may reach over the end of a chunk"
     if policy.decide_after:
         return "decides after the first new token"
     if checks and policy.eviction != "none":
@@ -214,7 +214,9 @@ class Speculation:
 
     def _next_tokens(self, session: Session, n: int, vocab: int) -> list[int]:
         """Between one and n tokens."""
-        n = session.cache.next_piece(min(n, self.tokens + 1)) - 1  # within a piece nothing is due in the store
+        n = (
+            session.cache.next_piece(min(n, self.tokens + 1), session.seen) - 1
+        )  # within a piece nothing is due in the store
         draft, q = self.draft.propose(self.text, n, vocab) if n else ([], None)
         fed = torch.tensor([[self.text[-1], *draft]], device=session.pos.device)
         if draft:

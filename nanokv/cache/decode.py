@@ -72,13 +72,16 @@ class KVCache:
             plan.store.link(list(stores.values()))
         return cls(plans, stores, scores, room, ctx, shared)
 
-    def next_piece(self, n: int) -> int:
-        """How many of n tokens may come at once: one if the policy scores each step or reads by chunks. Otherwise a piece ends where the
-        store's next `maintain` or the policy's next rescore is due, whichever comes first.
+    def next_piece(self, n: int, seen: Sequence[int]) -> int:
+        """How many of n tokens may come at once: one if the policy scores each step. Otherwise a piece ends where the
+        store's next `maintain`, the policy's next rescore, or the end of a chunk of positions is due, whichever comes
+        first. seen: tokens of each row's text so far.
         """
         policy = self.plan.policy
-        if n == 1 or policy.decode_scores or policy.positions_by_chunk:
+        if n == 1 or policy.decode_scores:
             return 1
+        if policy.positions_by_chunk:
+            n = min(n, *(policy.chunk_size - s % policy.chunk_size for s in seen))
         n = min(n, *(store.until_maintenance or n for store in self.stores.values()))
         return min(n, policy.rescore_every - self.since_rescore) if policy.rescore_every else n
 
@@ -256,10 +259,11 @@ class Owner:
         own_q = q.to(self.dtype)
         if queries is not None:
             queries.push(own_q, pos)
-        if self.policy.positions_by_chunk:
-            return self._read_by_chunk(own_q, pos).to(q.dtype)
         in_cache = self.policy.positions_in_cache and self.store.slots.n_sink
-        out, lse, scores = self.store.read(own_q, pos, self._sink_queries(own_q, pos) if in_cache else None)
+        if self.policy.positions_by_chunk:
+            out, lse, scores = *self._read_by_chunk(own_q, pos), None
+        else:
+            out, lse, scores = self.store.read(own_q, pos, self._sink_queries(own_q, pos) if in_cache else None)
         if self.held is not None:
             before = self.held[0].shape[2] - q.shape[2]
             out, _ = merge([(out, lse), self.ops.turn(own_q, *self.held, before, self.sliding_window)])
@@ -280,8 +284,8 @@ class Owner:
         rest = tuple(x[:, :, n:] for x in self.held)
         self.held = rest if rest[0].shape[2] else None
 
-    def _read_by_chunk(self, q: Tensor, pos: Tensor) -> Tensor:
-        """Attention of q (B,H,1,D), which is rotated anew for each chunk of keys."""
+    def _read_by_chunk(self, q: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of q (B,H,T,D), which is rotated anew for each chunk of stored keys → out, lse."""
         policy = self.policy
 
         def turned(first: int) -> Tensor:

@@ -251,11 +251,13 @@ class SlotStore:
         planes, each_head = self._planes_to_read(q), each_head or len(spans) > 1 or self.n_pinned > 0
         return [self._read_span(planes, x, pos, a, b, each_head) for x, a, b in spans]
 
-    def read_by_chunk(self, turned: Callable[[int], Tensor], size: int, pos: Tensor) -> Tensor:
-        """Attention (B,H,T,D) where the slots a … a+size−1 are read by the queries turned(a), for a = 0, size, 2·size …"""
+    def read_by_chunk(self, turned: Callable[[int], Tensor], size: int, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention where the slots a … a+size−1 are read by the queries turned(a) (B,H,T,D), for a = 0, size, 2·size …
+        → out, lse.
+        """
         n, planes = self.slots.max_used, self.planes
         spans = [(a, min(a + size, n)) for a in range(0, n, size)]
-        return merge([self._read_span(planes, turned(a), pos, a, b, False)[:2] for a, b in spans])[0]
+        return merge([self._read_span(planes, turned(a), pos, a, b, False)[:2] for a, b in spans])
 
     def _planes_to_read(self, q: Tensor) -> list[list[Tensor]]:
         """The planes of K and of V on the device: a store that keeps some on the host overrides this."""

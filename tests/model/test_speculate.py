@@ -237,7 +237,7 @@ class Chain:
     def __init__(self, table: torch.Tensor):
         self.table, self.pos, self.seen, self.n_tried, self.cache = table, torch.zeros(1, 1), [1], 0, self
 
-    def next_piece(self, n: int) -> int:
+    def next_piece(self, n: int, seen: list[int]) -> int:
         return n
 
     def try_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
