@@ -61,6 +61,11 @@ def stores() -> str:
     return _scores(_read("stores.json"))
 
 
+def rows() -> str:
+    """The same table at 1,000 tokens, for the methods that came last beside some older ones."""
+    return _scores(_read("rows-1000.json", "epyc"))
+
+
 def codes() -> str:
     """The error that rounding makes in the keys and values of a text."""
     rows = []
@@ -241,9 +246,17 @@ def endless() -> str:
 
 def prose() -> str:
     """Perplexity of a text longer than the context, and of a shorter one under shared layers."""
+    return _prose([_read("prose.json"), _read("share.json")])
+
+
+def prose_past_context() -> str:
+    """The same with positions that repeat, beside the positions of the text."""
+    return _prose([_read("prose-12288.json", "epyc")])
+
+
+def _prose(files: Sequence[dict[str, Any]]) -> str:
     rows = []
-    for name in ("prose.json", "share.json"):
-        found = _read(name)["prose"]
+    for found in (file["prose"] for file in files):
         for f in found:
             rows.append(
                 [f"`{f['plan']}`", str(f["tokens"]), f"{f['ppl']:.2f}", f"{f['ppl'] / found[0]['ppl'] - 1:+.1%}"]
@@ -349,6 +362,8 @@ TABLES: dict[str, Callable[[], str]] = {
         kvpress,
         needles,
         needles_qwen,
+        rows,
+        prose_past_context,
         middle,
         ranks,
         placed,

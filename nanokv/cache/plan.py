@@ -63,6 +63,10 @@ class Plan:
         if reason := self.store.incompatible_model(config):
             raise ValueError(f"{self.names[1]}: {reason}")
         plan = replace(self, share=self.share or config.shared_layers)
+        if plan.share and plan.store.merges_layers:
+            raise ValueError(
+                f"{self.names[1]}: layers are merged in pairs, and layers of this plan read another one's storage; use dense"
+            )
         owners = config.num_hidden_layers - len(plan.share)
         windows = any(config.window(i) for i in range(config.num_hidden_layers))
         cost, shape = plan.cost(config, dtype), (plan.store.pads_heads, config.max_position_embeddings, windows)
@@ -100,8 +104,8 @@ class Plan:
     def device_bytes(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> float:
         """An upper bound, once fitted, of one layer's bytes on the device for one row after a prompt of n tokens."""
         kept, ahead = self.policy.max_kept(n), self.slots_ahead(room)
-        demoted = (n - kept + room) * self.store.demoted_token_bytes(config) if self.policy.demotes else 0
-        return self.store.device_bytes(config, dtype, self.cost(config, dtype), kept, ahead) + demoted
+        demoted = n - kept + room if self.policy.demotes else 0
+        return self.store.device_bytes(config, dtype, self.cost(config, dtype), kept, ahead, demoted)
 
     def host_bytes(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> int:
         """The same for the host's memory."""

@@ -85,6 +85,7 @@ class StoreSpec(ABC):
     eviction_granularity = 1  # tokens that share a scale and can only leave together
     pads_heads = True  # all heads take the slots of the longest one
     has_low_precision_tier = False  # it has a place for `Kept.demoted`
+    merges_layers = False  # it holds neighbouring layers together, so no layer may read another one's storage
     selects_per_step = False  # a step reads what its query selects, a piece of a turn everything
     reads_by_chunk = False  # it has `SlotStore.read_by_chunk`
     implies = ()  # stores that a plan may name beside this one without effect: it holds tokens in the same way
@@ -102,7 +103,7 @@ class StoreSpec(ABC):
     def incompatible_policy(self, policy: Policy) -> str:
         """Why this store cannot hold what the policy keeps: the end of a sentence about the policy. Empty if it can."""
         if policy.positions_by_chunk and not self.reads_by_chunk:
-            return "gives the keys of a chunk other positions for each query, which only the dense store can read"
+            return "gives the keys of a chunk other positions for each query, which this store cannot read"
         if policy.demotes != self.has_low_precision_tier:
             none = "demotes nothing, so the low-precision tier would be empty: add demote=true if it ranks tokens"
             return "demotes tokens to a low-precision tier, which this store does not have" if policy.demotes else none
@@ -122,16 +123,14 @@ class StoreSpec(ABC):
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
         """Return (bytes_per_token, fixed_bytes) for one row of one layer. The first `sink` tokens are never evicted."""
 
-    def device_bytes(self, config: Any, dtype: torch.dtype, cost: tuple[float, int], kept: int, ahead: int) -> float:
-        """Bytes on the device for one row of one layer: `kept` prompt tokens and `ahead` free slots, at this cost."""
+    def device_bytes(
+        self, config: Any, dtype: torch.dtype, cost: tuple[float, int], kept: int, ahead: int, demoted: int
+    ) -> float:
+        """Bytes on the device for one row of one layer: `kept`, `demoted` tokens and `ahead` free slots, at this cost."""
         return (kept + ahead) * cost[0] + cost[1]
 
     def host_bytes(self, config: Any, dtype: torch.dtype, kept: int, ahead: int) -> int:
         """The same for the host's memory."""
-        return 0
-
-    def demoted_token_bytes(self, config: Any) -> float:
-        """Bytes of one demoted token."""
         return 0
 
     def constant_bytes(self, config: Any) -> int:

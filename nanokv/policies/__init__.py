@@ -69,7 +69,7 @@ class Examples(NamedTuple):
 
 EXAMPLES: dict[str, Examples] = {
     "full": Examples(["full"], "full"),
-    "dca": Examples(["dca:context=32"], "dca:context=4096"),
+    "dca": Examples(["dca:context=32"], "dca:context=128"),
     "random": Examples(["random:budget=20,window=4"], "random:budget=80,window=4"),
     "streaming": Examples(["streaming:sink=2,recent=10", "streaming:budget=25%"], "streaming:sink=4,recent=200"),
     "snapkv": Examples(

@@ -47,6 +47,7 @@ class Policy(ABC):
     keeps_all_or_edges    whether a layer keeps either the whole prompt or its first and last tokens only.
     keeps_prefix          whether what stays of the text's first tokens is the same whatever follows them.
     demotes               whether evicted tokens go on as `Kept.demoted`, at lower precision.
+    low_bits              how many bits the low-precision tier must have; 0: any number.
     scores_once           whether a token that was once kept or demoted is never scored again.
     default_store         the store of a plan that names none.
     """
@@ -67,6 +68,7 @@ class Policy(ABC):
     keeps_all_or_edges = False
     keeps_prefix = False
     demotes = False
+    low_bits = 0
     scores_once = False
     default_store = "dense"
 

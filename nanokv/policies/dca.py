@@ -14,9 +14,11 @@ from nanokv.policies.full import Full
 @dataclass(frozen=True, kw_only=True)
 class DualChunk(Full):
     """Dual Chunk Attention (An et al. 2024, arXiv:2402.17463, §3). The text is cut into chunks of 5/8 of the model's
-    context. A query reads its own chunk at the true distances. It reads the chunk before at the true distances too, but
-    at 3/4 of the context at most from that chunk's beginning. It reads every earlier chunk as if it stood 3/4 of the context
-    behind that chunk's beginning.
+    context. For each chunk of keys a query takes another position, counted from the chunk's beginning:
+
+        its own chunk       the true one
+        the chunk before    the true one, but at most 3/4 of the context
+        an earlier chunk    3/4 of the context
 
     Keys stay rotated to their absolute positions; the query is rotated for each chunk, which gives the same distances.
     Deviation: the softmax has its usual scale, where the authors' code has YaRN's factor (the paper does not).
@@ -47,6 +49,8 @@ class DualChunk(Full):
             raise ValueError(
                 "dca gives keys new positions, and this model's sliding window counts the true ones; use full"
             )
+        if self.context and self.context > work.context:
+            raise ValueError(f"dca:context={self.context} is more than this model's {work.context}; leave it out")
         return self if self.context else replace(self, context=work.context)
 
     def shift(self, pos: Tensor, first: int) -> Tensor:

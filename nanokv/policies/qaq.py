@@ -19,13 +19,13 @@ class QAQ(Policy):
     queries gives the token. Where codes of `low` bits stay below both, the token goes to the low-precision tier. New
     tokens stay exact and are judged in blocks of `every`.
 
-    Deviations: there are two bit widths, where the paper has one per token, and one for both K and V; the queries'
-    length is measured, squared and of logits divided by √D, where the authors' code has a constant; outliers are left to
-    the rotation of the store's codes.
+    While decoding, tokens are judged among the new ones only, which share out the attention. Deviations: there are two
+    bit widths, where the paper has one per token, and one for both K and V; the queries' length is measured, squared and
+    of logits divided by √D, where the authors' code has a constant; outliers are left to the rotation of the store's codes.
 
     epsilon  error that attention's output may have, per token
-    low      bits of the low-precision tier, as in the store: `mixed:low=`
-    window   last queries whose attention counts; the last window tokens get the high bits
+    low      bits of the low-precision tier; the store must have the same: `mixed:low=`
+    window   last queries whose attention counts; the last window tokens, of the prompt and of a block, get the high bits
     every    new tokens that are judged at once
     """
 
@@ -40,14 +40,18 @@ class QAQ(Policy):
     def __post_init__(self):
         if not (self.epsilon > 0 and math.isfinite(self.epsilon)) or self.low not in (2, 3, 4):
             raise ValueError(f"qaq:epsilon={self.epsilon},low={self.low}; epsilon is more than 0 and low is 2, 3 or 4")
-        if self.window < 1 or self.every < 0:
+        if self.window < 1 or 0 != self.every <= self.window:
             raise ValueError(
-                f"qaq:window={self.window},every={self.every}; window is at least 1, every a number of tokens or 0"
+                f"qaq:window={self.window},every={self.every}; window is at least 1, and every is 0 or more than window"
             )
 
     @property
     def scores(self) -> Scores:
         return Scores(last_queries=self.window, over_group="max", over_queries="max", query_moments=0)
+
+    @property
+    def low_bits(self) -> int:
+        return self.low
 
     @property
     def rescore_every(self) -> int:

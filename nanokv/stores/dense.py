@@ -65,7 +65,7 @@ class PerToken(StoreSpec):
 
     def incompatible_policy(self, policy: Policy) -> str:
         if self.pin and policy.eviction == "score":
-            return "may evict the first tokens while decoding, so none stay exact: leave pin out"
+            return "may evict the first tokens while decoding, so none stay exact: use pin=0"
         return super().incompatible_policy(policy)
 
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:

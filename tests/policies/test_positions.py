@@ -80,6 +80,6 @@ def test_dual_chunk_attention_has_the_papers_positions(context, chunk, llm_of):
 
 def test_dual_chunk_attention_of_a_short_text_is_attention(llm_of):
     llm, prompt = llm_of("g3"), text(60, seed=5)
-    for plan in ("dca:context=96", "dca:context=4096"):  # chunks of 60 tokens and more
+    for plan in ("dca:context=96", "dca:context=512"):  # chunks of 60 tokens and more
         found, right = (llm.session(4, None, parse(p)).start([prompt]) for p in (plan, "full"))
         torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)

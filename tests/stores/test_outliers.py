@@ -147,7 +147,8 @@ def test_kvquant_takes_the_nearest_level_and_keeps_outliers(bits):
             out = sorted(range(dim), key=lambda c: -abs(line[c] - mean))[:2]
             others = [z for c, z in enumerate(line) if c not in out]
             low, high = min(others), max(others)
-            c0, h0 = (float(torch.tensor(z).half()) for z in ((low + high) / 2, (high - low) / 2))
+            c0 = float(torch.tensor((low + high) / 2).half())
+            h0 = float(torch.tensor(max(high - c0, c0 - low) * (1 + 2**-10)).half())
             for c in range(dim):
                 nearest = min(grid, key=lambda g: abs(g - (line[c] - c0) / h0))
                 right = float(x[0, h, t, c].half()) if c in out else nearest * h0 + c0

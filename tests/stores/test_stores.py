@@ -96,13 +96,13 @@ def owned_and_shared() -> list:
 
     Without it run every policy on a dense store, every store under full, and of the other pairs every twentieth.
     """
-    few = [pair for pair in pairs() if pair[0] == "full" or pair[1] == "dense"]
-    others = [pair for pair in pairs() if pair not in few][::20]
-    alone = [
-        pytest.param(*p, {}, id="-".join(p), marks=() if p in few + others else pytest.mark.pairs) for p in pairs()
-    ]
-    marks = {pair: () if pair in few[::5] else pytest.mark.pairs for pair in pairs()}
-    return alone + [pytest.param(*p, {2: 0}, id="-".join((*p, "shared")), marks=marks[p]) for p in pairs()]
+    # tests/policies/test_positions.py has what is read at other positions
+    known = [(keep, store) for keep, store in pairs() if not POLICIES[keep].positions_by_chunk or store != "dense"]
+    few = [pair for pair in known if pair[0] == "full" or pair[1] == "dense"]
+    others = [pair for pair in known if pair not in few][::20]
+    alone = [pytest.param(*p, {}, id="-".join(p), marks=() if p in few + others else pytest.mark.pairs) for p in known]
+    marks = {pair: () if pair in few[::5] else pytest.mark.pairs for pair in known}
+    return alone + [pytest.param(*p, {2: 0}, id="-".join((*p, "shared")), marks=marks[p]) for p in known]
 
 
 @pytest.mark.parametrize(("keep", "store", "share"), owned_and_shared())
@@ -116,6 +116,10 @@ def test_every_pair_runs_or_refuses_and_only_rounding_differs(keep, store, share
         return
     llm, prompt, more = llm_of("g3"), text(60, seed=5), text(STEPS, seed=6)
     plan = of(keep, store, share)
+    if share and STORES[store].merges_layers:
+        with pytest.raises(ValueError, match="merged in pairs"):
+            run(llm, plan, prompt, more)
+        return
     logits, held, session = run(llm, plan, prompt, more)
     lower = lower_layers(session)
     cache = HeldCache(llm.config, held, 60, share, exact_at_first=lower)
@@ -498,7 +502,7 @@ def test_qaq_gives_few_bits_where_the_error_stays_within_its_bound(epsilon):
     mean, cov = torch.randn(1, 4, D, generator=draw), torch.rand(1, 4, D, D, generator=draw)
     pos = torch.arange(n, dtype=torch.int32).expand(1, 2, n)
     p = Prompt(0, 0, 1, n, n, k, v, pos, attention, 5, EAGER, mean, cov)
-    policy = parse(f"qaq:epsilon={epsilon},low=3,window=5").policy
+    policy = parse(f"qaq:epsilon={epsilon},low=3,window=5+mixed:high=4,low=3").policy
     assert policy.scores.over_queries == "max" and policy.scores.over_group == "max"
     found, few = policy.keep(p), 0
     for h in range(2):
@@ -653,7 +657,21 @@ def test_numbers_beyond_fp16_lose_precision_and_nothing_else():
     x = torch.randn(1, 2, 64, 64) * 3e5
     for bits in (2, 4, 8):
         assert reference.dequantize(*reference.quantize(x, bits, 32, 1), bits).isfinite().all()
-    for name in ("rot4", "turbo", "fp8"):
-        codec = STORES[name].codecs([kept(x, x)], context(64))[0]
-        pos = torch.arange(x.shape[2])[None, None]
-        assert codec.decode(codec.encode(x, pos), pos, torch.float32).isfinite().all()
+    pos = torch.arange(x.shape[2])[None, None]
+    for name in ("rot4", "turbo", "fp8", "kvquant", "coupled"):
+        for codec in STORES[name].codecs([kept(x, x)], context(64)):
+            assert codec.decode(codec.encode(x, pos), pos, torch.float32).isfinite().all()
+
+
+@pytest.mark.parametrize("number", [0.0, 5001.9, float("nan")])
+@pytest.mark.parametrize("name", ["kvquant", "coupled", "gear", "minicache"])
+def test_a_text_of_one_number_is_packed(name, number, llm_of):
+    spec, ctx = STORES[name], replace(context(64), config=llm_of("g3").config)
+    ctx = replace(ctx, config=replace(ctx.config, head_dim=64))
+    x = torch.full((1, 2, 200, 64), number)
+    x[..., :32] += 0.01 * torch.randn(32)
+    store = spec.pack([kept(x, x)], POLICIES["full"], 4, ctx)
+    store.append(x[:, :, :1], x[:, :, :1], torch.tensor([[200]]))
+    found = store.unpack()[0]
+    if number == number:
+        torch.testing.assert_close(found.v[:, :, :200], x, atol=0.02 + 5e-4 * number, rtol=0)

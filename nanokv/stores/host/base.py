@@ -23,12 +23,17 @@ class Hosted(Dense):
 
     on_host = ("k", "v")
     implies = ("dense",)
+    reads_by_chunk = False
 
     def behind_prefix(self, n: int) -> None:
         return None
 
-    def device_bytes(self, config: Any, dtype: torch.dtype, cost: tuple[float, int], kept: int, ahead: int) -> float:
-        return super().device_bytes(config, dtype, cost, kept, ahead) - self.host_bytes(config, dtype, kept, ahead)
+    def device_bytes(
+        self, config: Any, dtype: torch.dtype, cost: tuple[float, int], kept: int, ahead: int, demoted: int
+    ) -> float:
+        return super().device_bytes(config, dtype, cost, kept, ahead, demoted) - self.host_bytes(
+            config, dtype, kept, ahead
+        )
 
     def host_bytes(self, config: Any, dtype: torch.dtype, kept: int, ahead: int) -> int:
         return (kept + ahead) * len(self.on_host) * config.num_key_value_heads * config.head_dim * dtype.itemsize

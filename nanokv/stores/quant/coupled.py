@@ -45,8 +45,8 @@ class Coupled(Fitted):
     def widths(self, dim: int) -> tuple[float, float]:
         return dim // self.channels, dim // self.channels
 
-    def table_bytes(self, dim: int) -> int:
-        return 2 * 2 * CENTROIDS * dim  # fp16, of K and of V
+    def table_shapes(self, dim: int) -> tuple[tuple[int, torch.dtype], tuple[int, torch.dtype]]:
+        return (CENTROIDS * dim, torch.float16), (CENTROIDS * dim, torch.float16)
 
     def codec_types(self, ctx: Context) -> tuple[Any, Any]:
         return partial(CoupledCodec, self.channels, ctx, True), partial(CoupledCodec, self.channels, ctx, False)

@@ -14,15 +14,30 @@ from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept
 from nanokv.model.rope import angles, rotate
 from nanokv.stores.dense import PerToken
-from nanokv.stores.quant.codec import Codec
+from nanokv.stores.quant.codec import Codec, CodeState
 
 FIT_TOKENS = 1024  # of a longer prompt, so many evenly spaced tokens are fitted to
 ROUNDS = 5  # of k-means
 
 
+class FittedState(CodeState):
+    """Codes with their tables."""
+
+    def check(self, row: Kept, spec: Any, ctx: Context) -> None:
+        super().check(row, spec, ctx)
+        for x, (width, kind) in zip(self.tables, spec.table_shapes(ctx.config.head_dim), strict=True):
+            if x is None or x.shape[2] != width or x.dtype not in (kind, torch.float64) or not x.isfinite().all():
+                raise ValueError("its tables are missing, of another store, or hold values that are no numbers")
+        spec.check_codes(self.codes, ctx.config.head_dim)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fitted(PerToken):
-    """The part that the formats share: they fit their tables when a prompt is packed, and never again."""
+    """The part that the formats share: they fit their tables to what stays of the prompt when it is packed, and never
+    again, so later turns are rounded by the same tables.
+    """
+
+    state_type = FittedState
 
     @abstractmethod
     def fit(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,17 +48,20 @@ class Fitted(PerToken):
         """For K and for V: what makes a codec of a table (B,Hkv,W)."""
 
     @abstractmethod
-    def table_bytes(self, dim: int) -> int:
-        """Bytes of one head's two tables."""
+    def table_shapes(self, dim: int) -> tuple[tuple[int, torch.dtype], tuple[int, torch.dtype]]:
+        """Width and type of one head's table of K, and of that of V."""
+
+    def check_codes(self, codes: Sequence[Sequence[Tensor]], dim: int) -> None:
+        """ValueError unless the planes of K and of V, from a file, can be codes of heads with so many channels."""
 
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
         token, fixed = super().cost(config, dtype, sink)
-        return token, fixed + config.num_key_value_heads * self.table_bytes(config.head_dim)
+        tables = sum(width * kind.itemsize for width, kind in self.table_shapes(config.head_dim))
+        return token, fixed + config.num_key_value_heads * tables
 
     def notice(self, n: int) -> str:
-        return (
-            "" if n >= FIT_TOKENS // 4 else f"the levels of K and V are fitted to {n} tokens, and few tokens fit badly"
-        )
+        few = f"its tables are fitted to a prompt of {n} tokens, and later ones use them too; few tokens fit badly"
+        return "" if n >= FIT_TOKENS // 4 else few
 
     def codecs(self, rows: Sequence[Kept], ctx: Context) -> tuple[Codec, Codec]:
         tables = zip(*(self._tables(row, ctx) for row in rows), strict=True)
@@ -52,8 +70,6 @@ class Fitted(PerToken):
     def _tables(self, row: Kept, ctx: Context) -> tuple[Tensor, Tensor]:
         """(1,Hkv,W) for K and for V of one row."""
         if row.state is not None:
-            if any(x is None for x in row.state.tables):
-                raise ValueError("the tables of K or of V are missing")
             return row.state.tables
         heads, k = [], unrotated_keys(row.k, row.pos, ctx.inv_freq)
         for h, n in enumerate(row.length[0].tolist()):
@@ -74,7 +90,7 @@ def rotated_keys(k: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:
 
 
 def k_means(x: Tensor, k: int) -> Tensor:
-    """x (…,n,c) → k centroids (…,k,c) that begin as evenly spaced ones of the n and minimise the squared distance."""
+    """x (…,n,c) → k centroids (…,k,c): evenly spaced ones of the n, and then some rounds of Lloyd's algorithm."""
     n = x.shape[-2]
     start = torch.linspace(0, n - 1, k, device=x.device).round().long()
     centroids = x.index_select(-2, start)

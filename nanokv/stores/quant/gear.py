@@ -12,9 +12,11 @@ from torch import Tensor
 
 from nanokv.backends.base import merge
 from nanokv.cache.context import Context
-from nanokv.stores.quant.codec import HALF_MAX
+from nanokv.stores.quant.codec import HALF_MAX, check_places
 from nanokv.stores.quant.grouped import Planes
 from nanokv.stores.quant.int import Int
+
+TOKENS_AT_ONCE = 1024  # that are decoded before attention reads them, where the backend names no number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,12 @@ class Gear(Int):
 
     def incompatible_model(self, config: Any) -> str:
         dim = config.head_dim
-        if max(self.rank, 2 * self.outliers) > dim or max(self.group, dim) > 256:
-            return f"its heads have {dim} channels, where rank and 2·outliers may be {dim} at most, and both group and channels 256"
+        if max(self.rank, 2 * self.outliers) > dim:
+            return f"its heads have {dim} channels; rank={self.rank} and twice outliers={self.outliers} may be no more"
+        if self.outliers and max(self.group, dim) > 256:
+            return (
+                f"an outlier's place is a byte; group={self.group} and this model's {dim} channels may be 256 at most"
+            )
         return super().incompatible_model(config)
 
     def grouped_token_bytes(self, dim: int, dtype: torch.dtype) -> float:
@@ -69,6 +75,10 @@ class Gear(Int):
         rounded = super().decode(ctx.ops, *planes)
         factors = (_factors(x.float() - y, self.rank) for x, y in zip((without_k, without_v), rounded, strict=True))
         return tuple((*a, *b, *c) for a, b, c in zip(planes, (outliers_k, outliers_v), factors, strict=True))
+
+    def check_codes(self, k: Planes, v: Planes) -> None:
+        check_places(k[4], self.group)
+        check_places(v[4], v[6].shape[-1])
 
     def decode(self, ops: Any, k: Planes, v: Planes) -> tuple[Tensor, Tensor]:
         rounded = super().decode(ops, k[:3], v[:3])
@@ -92,7 +102,7 @@ class Gear(Int):
         parts, groups = [], k[0].shape[2]
         if exact is not None:
             parts.append(ops.decode(q, *exact, query_pos, sliding_window)[:2])
-        step = max(1, (ops.unpack_block or groups * self.group) // self.group)
+        step = max(1, (ops.unpack_block or TOKENS_AT_ONCE) // self.group)
         for a in range(0, groups, step):
             some = ([x[:, :, a : a + step] for x in planes] for planes in (k, v))
             block = [x.flatten(2, 3).to(q.dtype) for x in self.decode(ops, *some)]

@@ -137,6 +137,7 @@ class GroupState(StoreState):
             or not all(x.isfinite().all() for x in found if x.is_floating_point())
         ):
             raise ValueError("its groups have other shapes or types, or hold values that are no numbers")
+        spec.check_codes(self.k_groups, self.v_groups)
         in_window = self.cursor - self.pinned - self.n_flushed * group
         slots, known = self._slots(row, spec, ctx.sliding_window)
         length = (self.pos >= 0).sum(-1)

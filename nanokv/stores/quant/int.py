@@ -82,6 +82,9 @@ class Int(StoreSpec):
         quantize = ctx.ops.quantize
         return quantize(k, self.k, self.group, 1), quantize(v, self.v, 1, self.v_group(k.shape[-1]))
 
+    def check_codes(self, k: Planes, v: Planes) -> None:
+        """ValueError unless these planes, from a file and of the right shapes, can be codes."""
+
     def decode(self, ops: Any, k: Planes, v: Planes) -> tuple[Tensor, Tensor]:
         """The planes of K and of V → fp32 (…,group,D)."""
         return ops.dequantize(*k, self.k), ops.dequantize(*v, self.v)

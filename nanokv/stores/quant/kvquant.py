@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from nanokv.backends.base import pack, unpack
 from nanokv.cache.context import Context
-from nanokv.stores.quant.codec import HALF_MAX, Codec
+from nanokv.stores.quant.codec import HALF_MAX, Codec, check_places
 from nanokv.stores.quant.fitted import Fitted, k_means, rotated_keys, unrotated_keys
 
 TAIL = 0.005  # share of a channel's numbers at either end that its range leaves out
+TOKENS_AT_ONCE = 512  # that are encoded together, to bound the memory
 LEVEL_NUMBERS = 4096  # that the levels of a head are fitted to
 
 
@@ -48,31 +50,35 @@ class KVQuant(Fitted):
             )
 
     def incompatible_model(self, config: Any) -> str:
-        if config.head_dim % 8 == 0 and config.head_dim <= 256:
+        if config.head_dim % 8 == 0 and self.outliers < config.head_dim <= 256:
             return ""
-        return (
-            f"a head must have at most 256 channels, and 8 must divide them; this model has {config.head_dim}: use fp8"
-        )
+        return f"a head needs 8, 16, … or 256 channels and more than outliers={self.outliers}, not {config.head_dim}; use fp8"
 
     def widths(self, dim: int) -> tuple[float, float]:
         return dim * self.k / 8 + 3 * self.outliers, dim * self.v / 8 + 3 * self.outliers + 4
 
-    def table_bytes(self, dim: int) -> int:
-        return 4 * (2 * dim + 2**self.k + 2**self.v)
+    def table_shapes(self, dim: int) -> tuple[tuple[int, torch.dtype], tuple[int, torch.dtype]]:
+        return (2 * dim + 2**self.k, torch.float32), (2**self.v, torch.float32)
+
+    def check_codes(self, codes: Sequence[Sequence[Tensor]], dim: int) -> None:
+        for _, _, at in codes:
+            check_places(at, dim)
 
     def codec_types(self, ctx: Context) -> tuple[Any, Any]:
         return partial(KeyCodec, self.k, self.outliers, ctx), partial(ValueCodec, self.v, self.outliers, ctx)
 
     def fit(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         ordered, cut = k.sort(0).values, round(TAIL * (len(k) - 1))
-        center, half = _center_and_half(ordered[cut], ordered[len(k) - 1 - cut])
+        low, high = ordered[cut], ordered[len(k) - 1 - cut]
+        center, half = (low + high) / 2, (high - low) / 2
+        half = torch.where(half > 1e-5, half, 1.0)  # the range of a channel that is the same everywhere
         of_k = _levels((k - center) / half, self.k)
         at = _furthest(v - v.mean(-1, keepdim=True), self.outliers)
         of_v = _levels(_in_range(v, at)[0].scatter(-1, at, 2.0), self.v)
         return torch.cat((center, half, of_k)), of_v
 
 
-class NonUniformCodec(Codec):
+class NonUniformCodec(Codec, ABC):
     """Levels (B,Hkv,2^bits), and of each token some numbers that are exact."""
 
     rounds = unpacks = True
@@ -86,6 +92,16 @@ class NonUniformCodec(Codec):
 
     def of_row(self, b: int) -> Codec:
         return type(self)(self.bits, self.outliers, self.ctx, self.table[b : b + 1])
+
+    def encode(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
+        if x.shape[2] <= TOKENS_AT_ONCE:
+            return self.encode_some(x, pos)
+        parts = zip(x.split(TOKENS_AT_ONCE, 2), pos.split(TOKENS_AT_ONCE, 2), strict=True)
+        return tuple(torch.cat(plane, 2) for plane in zip(*(self.encode_some(*part) for part in parts), strict=True))
+
+    @abstractmethod
+    def encode_some(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
+        """`encode` for at most TOKENS_AT_ONCE tokens."""
 
     def _codes(self, y: Tensor) -> Tensor:
         """y (B,Hkv,T,D) → packed codes of the nearest levels."""
@@ -106,7 +122,7 @@ class KeyCodec(NonUniformCodec):
     numbers and their channels.
     """
 
-    def encode(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
+    def encode_some(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
         x = unrotated_keys(x, pos, self.ctx.inv_freq)
         center, half = self._range()
         y = (x - center) / half
@@ -134,7 +150,7 @@ class ValueCodec(NonUniformCodec):
         super().__init__(bits, outliers, ctx, table)
         self.planes[1] = (2 + outliers, torch.float16)
 
-    def encode(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
+    def encode_some(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
         x = x.float()
         at = _furthest(x - x.mean(-1, keepdim=True), self.outliers)
         y, both = _in_range(x, at)
@@ -147,8 +163,8 @@ class ValueCodec(NonUniformCodec):
 
 
 def _furthest(x: Tensor, n: int) -> Tensor:
-    """(…,n) int64: the channels of the n numbers that are furthest from zero; of numbers that differ by rounding, the first.
-    Without this rule, the largest and smallest number of a channel's range, −1 and 1, would be told apart by noise.
+    """(…,n) int64: the channels of the n numbers that are furthest from zero. Numbers that differ in the last bits count as
+    equal, and the first of them wins: the two ends of a channel's range, −1 and 1, are equally far.
     """
     size = x.abs()
     size = (2**16 * size / size.amax(-1, keepdim=True).clamp(min=1e-6)).round()
@@ -159,25 +175,25 @@ def _half(x: Tensor) -> Tensor:
     return x.clamp(-HALF_MAX, HALF_MAX).half()
 
 
-def _center_and_half(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    half = (high - low) / 2
-    return (high + low) / 2, torch.where(half > 1e-5, half, 1.0)  # a range of one number divides by nothing small
-
-
 def _in_range(x: Tensor, outliers: Tensor) -> tuple[Tensor, Tensor]:
     """x (…,T,D) → each token divided by the range of its numbers that are no outliers, and center and half of that
     range (…,T,2) fp16.
     """
     low, high = (x.scatter(-1, outliers, sign * torch.inf) for sign in (1, -1))
-    both = torch.cat(_center_and_half(low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)), -1)
-    both = _half(both)
-    center, half = both.float().chunk(2, -1)
-    return (x - center) / half, both
+    low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
+    center = _half((low + high) / 2)
+    reach = torch.maximum(high - center.float(), center.float() - low) * (
+        1 + 2**-10
+    )  # of the rounded center; rounds up
+    half = _half(torch.where(reach > 1e-5, reach, 1.0))
+    return (x - center.float()) / half.float(), torch.cat((center, half), -1)
 
 
 def _levels(y: Tensor, bits: int) -> Tensor:
     """(2^bits,) ascending, fitted to those of y that are within −1 … 1."""
     y = (2**16 * y).round() / 2**16  # or noise would tell apart the ends of the channels' ranges
     ordered = y[y.abs() < 1.01].sort().values
+    if not len(ordered):  # nothing here is a number
+        return torch.linspace(-1, 1, 2**bits, dtype=y.dtype, device=y.device)
     some = torch.linspace(0, len(ordered) - 1, min(len(ordered), LEVEL_NUMBERS), device=y.device).round().long()
     return k_means(ordered[some, None], 2**bits)[:, 0].sort().values  # few numbers may leave them out of order

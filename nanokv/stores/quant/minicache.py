@@ -27,7 +27,8 @@ class MiniCache(StoreSpec):
     tokens of the prompt whose keys point furthest apart keep the keys and values of both layers.
 
     Deviations: those are the share `retain` of largest angle, where in the paper a threshold between the smallest and
-    the largest angle selects them; their values are retained too; tokens that follow the prompt are always merged.
+    the largest angle selects them; their values are retained too; tokens that follow the prompt are always merged. A saved
+    cache holds the directions of both layers.
 
     start   the first of the merged layers, as a share of the model's layers
     t       place between the two directions: 0 is the lower layer's, 1 the upper layer's
@@ -38,6 +39,7 @@ class MiniCache(StoreSpec):
     t: float = 0.6
     retain: float = 0.05
     state_type = CodeState
+    merges_layers = True
 
     def __post_init__(self):
         if not (0 <= self.start <= 1 and 0 <= self.t <= 1 and 0 <= self.retain <= 1):
@@ -79,7 +81,7 @@ class PairCodec(Codec):
         self.planes = [(self.dim, ctx.dtype), (1, torch.float32)]
 
     def of_row(self, b: int) -> PairCodec:
-        return self
+        return self  # encoding a row needs no table
 
     def encode(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
         return x, torch.ones_like(x[..., :1], dtype=torch.float32)
@@ -89,7 +91,7 @@ class PairCodec(Codec):
         x = (vector * number).to(dtype)
         if self.table is None or not self.table.shape[2]:
             return x
-        nth = (-1 - number).clamp(min=0).long().expand_as(x)
+        nth = torch.where(number < 0, -1 - number, 0).long().expand_as(x)
         return torch.where(number < 0, self.table.unflatten(2, (-1, self.dim)).gather(2, nth).to(dtype), x)
 
 
@@ -108,6 +110,9 @@ class PairStore(SlotStore):
         state = rows[0].state
         self.is_merged = is_upper is not None and state is not None and state.tables[0] is not None
         codecs = plain_codecs(ctx)
+        if self.is_merged:
+            for row in rows:
+                _check(row.state)
         if is_upper is not None:
             codecs = tuple(PairCodec(ctx, _tables(rows, i) if self.is_merged else None) for i in range(2))
         super().__init__(rows, policy, room, ctx, codecs)
@@ -168,6 +173,14 @@ class PairStore(SlotStore):
         if self.below is not None:
             shared = int(self.slots.length.sum()) * self.ctx.config.head_dim * self.ctx.dtype.itemsize
         return k - shared, v - shared, bookkeeping
+
+
+def _check(state: CodeState) -> None:
+    """ValueError unless each number is a length or names a vector of the table. A file may say anything."""
+    for (vector, number), table in zip(state.codes, state.tables, strict=True):
+        n = 0 if table is None else table.shape[2] // vector.shape[3]
+        if not (number >= -n).all():
+            raise ValueError("it names retained tokens that it does not hold")
 
 
 def _tables(rows: Sequence[Kept], i: int) -> Tensor:

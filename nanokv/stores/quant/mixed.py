@@ -51,6 +51,8 @@ class Mixed(StoreSpec):
     def incompatible_policy(self, policy: Policy) -> str:
         if self.high < 16 and policy.eviction == "score":
             return f"demotes single tokens at any time, so they would be rounded twice: use high=16, not {self.high}"
+        if policy.low_bits not in (0, self.low):
+            return f"bounds the error of {policy.low_bits} bits: give low={policy.low_bits} here too, not {self.low}"
         if policy.decode_scores and policy.decode_scores.gumbel_seed is not None:
             return "scores with noise, which cannot be joined from two tiers: leave demote out"
         if self.high < 16 and policy.rescore_every and not policy.scores_once:
@@ -67,8 +69,15 @@ class Mixed(StoreSpec):
         token, fixed = HIGH[self.high].cost(config, dtype, sink)
         return token, 3 * fixed
 
-    def demoted_token_bytes(self, config: Any) -> float:
-        return Turbo(k=self.low, v=self.low).cost(config, torch.float32, 0)[0]
+    def device_bytes(
+        self, config: Any, dtype: torch.dtype, cost: tuple[float, int], kept: int, ahead: int, demoted: int
+    ) -> float:
+        exact, low = Dense().cost(config, dtype, 0)[0], self.low_tier.cost(config, dtype, 0)[0]
+        return kept * cost[0] + ahead * exact + demoted * low + cost[1]  # new tokens are exact until they are scored
+
+    @property
+    def low_tier(self) -> Turbo:
+        return Turbo(k=self.low, v=self.low)
 
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> MixedStore:
         return MixedStore(rows, policy, room, ctx, self)
@@ -101,12 +110,8 @@ class MixedStore:
         recent, *high, low = ([parts[i] for parts in sets] for i in range(len(sets[0])))
         self.recent = SlotStore([replace(r, demoted=None) for r in recent], policy, room, ctx, plain_codecs(ctx))
         self.high = self._tier(high[0], HIGH[spec.high], 0) if high else None
-        self.low = self._tier(low, self._low_spec, room if self.demotes_while_decoding else 0)
+        self.low = self._tier(low, self.spec.low_tier, room if self.demotes_while_decoding else 0)
         self.slots = self.recent.slots  # the policy decides on these
-
-    @property
-    def _low_spec(self) -> Turbo:
-        return Turbo(k=self.spec.low, v=self.spec.low)
 
     def _tier(self, rows: list[Kept], spec: StoreSpec, room: int) -> SlotStore:
         rows = [replace(r, demoted=None, attention=None, limit=torch.full_like(r.limit, -1)) for r in rows]
@@ -169,7 +174,7 @@ class MixedStore:
         if self.high is not None:
             self.high = self._extended(self.high, HIGH[self.spec.high], kept)
             kept = [_without_tokens(r) for r in rows]
-        self.low = self._extended(self.low, self._low_spec, demoted)
+        self.low = self._extended(self.low, self.spec.low_tier, demoted)
         kept = [replace(r, demoted=None) for r in kept]
         if not self.recent.refill(kept, room):
             frozen, codecs = self.slots.frozen, self.recent.codecs

@@ -234,7 +234,9 @@ class Chunked(StoreSpec):
         per_head = 2 * config.head_dim * dtype.itemsize + 4
         return config.num_key_value_heads * per_head, config.num_key_value_heads * SLOT_COUNTERS
 
-    def device_bytes(self, config: Any, dtype: torch.dtype, cost: tuple[float, int], kept: int, ahead: int) -> float:
+    def device_bytes(
+        self, config: Any, dtype: torch.dtype, cost: tuple[float, int], kept: int, ahead: int, demoted: int
+    ) -> float:
         (token, fixed), (chunks, candidates, top_k) = cost, self.sizes(kept)
         exact, heads = kept - candidates * self.chunk, config.num_key_value_heads
         if not chunks:
