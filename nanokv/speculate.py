@@ -214,9 +214,8 @@ class Speculation:
 
     def _next_tokens(self, session: Session, n: int, vocab: int) -> list[int]:
         """Between one and n tokens."""
-        n = (
-            session.cache.next_piece(min(n, self.tokens + 1), session.seen) - 1
-        )  # within a piece nothing is due in the store
+        # within a piece nothing is due in the store
+        n = session.cache.next_piece(min(n, self.tokens + 1), session.seen) - 1
         draft, q = self.draft.propose(self.text, n, vocab) if n else ([], None)
         fed = torch.tensor([[self.text[-1], *draft]], device=session.pos.device)
         if draft:

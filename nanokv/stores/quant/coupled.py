@@ -1,4 +1,4 @@
-"""One or two bits per number: neighbouring channels share a code, which names the nearest of 256 centroids."""
+"""One to four bits per number: neighbouring channels share a code, which names the nearest of 256 centroids."""
 
 from __future__ import annotations
 

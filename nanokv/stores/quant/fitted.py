@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept
-from nanokv.model.rope import angles, rotate
+from nanokv.model.rope import rotate_more
 from nanokv.stores.dense import PerToken
 from nanokv.stores.quant.codec import Codec, CodeState
 
@@ -85,8 +85,8 @@ def unrotated_keys(k: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:
 
 def rotated_keys(k: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:
     """The inverse."""
-    angle = angles(inv_freq, pos.expand(k.shape[:3]).flatten(0, 1))
-    return rotate(k.float().flatten(0, 1)[:, :, None], angle).view(k.shape)
+    heads = k.float().flatten(0, 1)[:, None]  # each head has positions of its own, like a row
+    return rotate_more(heads, pos.expand(k.shape[:3]).flatten(0, 1), inv_freq).view(k.shape)
 
 
 def k_means(x: Tensor, k: int) -> Tensor:

@@ -182,10 +182,8 @@ def _in_range(x: Tensor, outliers: Tensor) -> tuple[Tensor, Tensor]:
     low, high = (x.scatter(-1, outliers, sign * torch.inf) for sign in (1, -1))
     low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
     center = _half((low + high) / 2)
-    reach = torch.maximum(high - center.float(), center.float() - low) * (
-        1 + 2**-10
-    )  # of the rounded center; rounds up
-    half = _half(torch.where(reach > 1e-5, reach, 1.0))
+    reach = torch.maximum(high - center.float(), center.float() - low)  # the center was rounded
+    half = _half(torch.where(reach > 1e-5, reach * (1 + 2**-10), 1.0))  # never below the reach
     return (x - center.float()) / half.float(), torch.cat((center, half), -1)
 
 
