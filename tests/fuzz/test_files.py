@@ -96,7 +96,7 @@ def same(a: tuple, b: tuple) -> bool:
 
 
 def n_cases(request) -> range:
-    return range(request.config.getoption("--cases") or 200)
+    return range(request.config.getoption("--cases") or 100)
 
 
 def check(request, name: str, attempt: Callable[[int], str], file_bytes: int = 0) -> None:

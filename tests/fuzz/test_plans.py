@@ -95,7 +95,7 @@ def test_what_was_once_wrong(fault, llm_of, tmp_path, monkeypatch):
 
 def pytest_generate_tests(metafunc):
     if "seed" in metafunc.fixturenames:
-        metafunc.parametrize("seed", range(metafunc.config.getoption("--cases") or 24))
+        metafunc.parametrize("seed", range(metafunc.config.getoption("--cases") or 12))
 
 
 def test_a_random_plan_gives_a_row_the_same_logits_whatever_happens_around_it(seed, llm_of, tmp_path, monkeypatch):

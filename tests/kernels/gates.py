@@ -177,7 +177,7 @@ def main(arch: int, names: list[str]) -> None:
     found, every = {}, kernels(torch.bfloat16, fp8=arch >= 89)
     fn, recorder, more = every["decode _decode_split"]
     every = {name: every[name] for name in names or every}
-    every["too large"] = fn, recorder, more | {"BLOCK_N": 64, "BLOCK_M": 64, "num_warps": 1}  # must be found to spill
+    every["too large"] = fn, recorder, more | {"BLOCK_N": 32, "BLOCK_M": 32, "num_warps": 1}  # must be found to spill
     for name, (fn, recorder, more) in every.items():
         m = machine(fn, recorder, arch, more)
         warps, tokens = recorder.options.get("num_warps", 4), recorder.options.get("BLOCK_N")

@@ -459,7 +459,7 @@ MORE = [
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("plan", [*PLANS, *MORE])
-def test_the_backend_gives_the_oracles_logits(plan, llm_of, tiny):
+def test_the_backend_gives_the_oracles_logits(plan, llm_of, tiny, steps=4):
     """Through model, caches and stores; a code may fall to its neighbour where sums are ordered otherwise."""
     fast = load(str(tiny("g3")[0]), dtype="float32", backend="triton", device=DEVICE)
     assert fast.models.ops.name == "triton"
@@ -467,7 +467,7 @@ def test_the_backend_gives_the_oracles_logits(plan, llm_of, tiny):
     for llm in (llm_of("g3"), fast):
         session = llm.session(6, plan=parse(plan))
         out = [session.start([text(44, seed=5)])]
-        out += [session.feed(torch.tensor([[t]], device=llm.device)) for t in text(4, seed=6)]
+        out += [session.feed(torch.tensor([[t]], device=llm.device)) for t in text(steps, seed=6)]
         found.append(torch.cat(out).cpu())
     close = 2e-3 if "+" in plan else 2e-4
     torch.testing.assert_close(*found, atol=close, rtol=close)
@@ -500,7 +500,7 @@ def test_a_turn_whose_last_piece_is_one_token(plan, llm_of, tiny):
 
 def test_the_backend_reads_and_writes_as_the_oracle_does(llm_of, tiny):
     """One plan through model, cache and store; the others are in -m exhaustive."""
-    test_the_backend_gives_the_oracles_logits("snapkv:budget=20,window=4,kernel=3", llm_of, tiny)
+    test_the_backend_gives_the_oracles_logits("snapkv:budget=20,window=4,kernel=3", llm_of, tiny, 2)
 
 
 def test_the_backend_is_refused_on_a_cpu(monkeypatch):

@@ -92,15 +92,15 @@ PROMPTS = (
     "In 1969, the first people landed on the Moon. Their names were",
     "Explain in simple words why the sky is blue.",
 )
-CASES = [(prompt, chat) for chat in (False, True) for prompt in PROMPTS]
-FEW = [(PROMPTS[4], True)]
+CASES = [(prompt, chat, 64) for chat in (False, True) for prompt in PROMPTS]
+FEW = [(PROMPTS[4], True, 24)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("prompt", "chat"), [*FEW, *(pytest.param(*c, marks=pytest.mark.exhaustive) for c in CASES if c not in FEW)]
+    ("prompt", "chat", "n"), [*FEW, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in CASES)]
 )
-def test_smollm2_writes_the_same_64_tokens_as_transformers(prompt, chat, smollm):
+def test_smollm2_writes_the_same_tokens_as_transformers(prompt, chat, n, smollm):
     import transformers
 
     from weights.fetch import locate
@@ -112,9 +112,9 @@ def test_smollm2_writes_the_same_64_tokens_as_transformers(prompt, chat, smollm)
     ids = words.encode(plain, special=not chat)
     with torch.no_grad():
         theirs = oracle.generate(
-            torch.tensor([ids]), max_new_tokens=64, do_sample=False, eos_token_id=-1, pad_token_id=0
+            torch.tensor([ids]), max_new_tokens=n, do_sample=False, eos_token_id=-1, pad_token_id=0
         )
-    turn = smollm.answer(smollm.session(64), [ids], limit=64, ignore_eos=True)
+    turn = smollm.answer(smollm.session(n), [ids], limit=n, ignore_eos=True)
     list(turn)
     assert turn.ids[0] == theirs[0, len(ids) :].tolist()
 
