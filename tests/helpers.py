@@ -125,8 +125,12 @@ def compress(plan: Plan | str, config: ModelConfig, T: int, seed: int = 0, chunk
     """Run random q, k, v through a PromptCache → (kept per layer, q per layer (H,T,D), k per layer (Hkv,T,D))."""
     plan = (parse(plan) if isinstance(plan, str) else plan).fit(config, torch.float32, T, 8)
     dice = torch.Generator().manual_seed(seed)
-    cache = PromptCache(plan, config, torch.arange(T), EAGER)
     H, Hkv, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+    ctx = None
+    if plan.policy.scores.output_weights:
+        weights = torch.randn(L, 24, H * 16, generator=torch.Generator().manual_seed(seed + 1))
+        ctx = Context(config, EAGER, torch.device("cpu"), torch.float32, torch.ones(8), output_weights=weights)
+    cache = PromptCache(plan, config, torch.arange(T), EAGER, ctx)
     for i, layer in enumerate(cache.layers):  # there is no residual stream
         layer.similarity, layer.compared = float(i), 1
     q, k, v = (torch.randn(L, 1, n, T + plan.policy.decide_after, 16, generator=dice) * 1.5 for n in (H, Hkv, Hkv))

@@ -450,3 +450,81 @@ def fastgen(q, k, kinds: list[int], recovery: float, frequent: int, local: int, 
     if sum(rows[i][j] for i in range(T) for j in range(i + 1) if j in often or i - j < local) / T >= recovery:
         return sorted(often | set(range(T - local, T)))
     return list(range(T))
+
+
+def output_norms(v: Tensor, w_o: Tensor, heads: int) -> list[list[float]]:
+    """|W_o v|₁ of each value (Hkv,T,D), mean over the query heads that read it; w_o (C, H·D)."""
+    Hkv, T, D = v.shape
+    group, out = heads // Hkv, []
+    for h in range(Hkv):
+        of_head = [w_o.double()[:, g * D : (g + 1) * D] for g in range(h * group, (h + 1) * group)]
+        out.append([sum((w @ v[h, j].double()).abs().sum().item() for w in of_head) / group for j in range(T)])
+    return out
+
+
+def critical(score: list[float], norms: list[float], n: int, first: float, epsilon: float, always: list[int]):
+    """CriticalKV's two stages in one head, where n tokens stay. score: mean attention of the observation window."""
+    mine = top(score, int(first * n), always)
+    rest = [j for j in range(len(score)) if j not in mine]
+    rest.sort(key=lambda j: (-(score[j] + epsilon) * norms[j], j))
+    return sorted(mine + rest[: n - len(mine)])
+
+
+def defensive(weight: Tensor, norms: list[list[float]], budget: int, window: int, kernel: int, mass: float):
+    """DefensiveKV's scores. weight (H,window,T) → for each KV head a list; inf for the window, 2 for what is taken first."""
+    H, _, T = weight.shape
+    Hkv, n, out = len(norms), T - window, []
+    for h in range(Hkv):
+        group = weight.double()[h * (H // Hkv) : (h + 1) * (H // Hkv)]
+        most = [max(group[g, i, j].item() for g in range(len(group)) for i in range(window)) for j in range(n)]
+        pooled = []
+        for j in range(n):
+            near = [most[i] for i in range(j - kernel // 2, j + kernel // 2 + 1) if 0 <= i < n]
+            pooled.append(sum(near) / kernel)
+        least = sum(pooled) / n
+        score = [max(x, least) * norms[h][j] / sum(of[j] for of in norms) for j, x in enumerate(pooled)]
+        share = [group[:, :, j].sum().item() / (len(group) * window) for j in range(T)]
+        held, taken = sum(share[n:]), 0
+        for j in sorted(range(n), key=lambda j: (-share[j], j)):
+            held += share[j]
+            if held >= mass or taken == budget - window:
+                break
+            score[j], taken = 2.0, taken + 1
+        out.append(score + [math.inf] * window)
+    return out
+
+
+def compactor(q, k, v, inv: Tensor, sink: int, recent: int, block: int, sketch: int, blend: float, seed: int):
+    """Compactor's scores for one layer. q (H,T,D), k, v (Hkv,T,D) rotated, inv (D/2,) → for each KV head a list; inf at both ends."""
+    (H, T, D), Hkv, a, b = q.shape, len(k), sink, q.shape[1] - recent
+    projection = torch.randn(Hkv, D, sketch, generator=torch.Generator().manual_seed(seed)).double() / math.sqrt(sketch)
+    leverage, attention = [], []
+    for h in range(Hkv):
+        rows = []
+        for j in range(a, b):
+            x, y = k[h, j, : D // 2].double(), k[h, j, D // 2 :].double()
+            cos, sin = (j * inv.double()).cos(), (j * inv.double()).sin()
+            rows.append(torch.cat((x * cos + y * sin, y * cos - x * sin)))
+        x = torch.stack(rows)
+        x = (x - x.mean(0)) @ projection[h]
+        inverse = (x.T @ x + 0.01 * torch.eye(sketch, dtype=torch.float64)).inverse()
+        leverage.append([(row @ inverse @ row).item() for row in x])
+        paid = [0.0] * T
+        for first in range(a, b, block):
+            mine = range(first, min(first + block, b))
+            for g in range(h * (H // Hkv), (h + 1) * (H // Hkv)):
+                for i in mine:
+                    weight = (k[h, mine.start : mine.stop].double() @ q[g, i].double()).softmax(0)
+                    for j in mine:
+                        paid[j] += weight[j - first].item() / (H // Hkv)
+        paid = [0.0] + [paid[j] * v[h, j].double().norm().item() for j in range(a, b)] + [0.0]
+        attention.append([sum(paid[j : j + 3]) / 3 for j in range(b - a)])
+    parts = []
+    for x in (leverage, attention):
+        every = [s for of_head in x for s in of_head]
+        mean, spread = statistics.fmean(every), statistics.stdev(every)
+        parts.append([[(s - mean) / spread for s in of_head] for of_head in x])
+    return [
+        [math.inf] * sink + [blend * x + y for x, y in zip(*both, strict=True)] + [math.inf] * recent
+        for both in zip(*parts, strict=True)
+    ]

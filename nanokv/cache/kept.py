@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TOKENS_AT_ONCE = 4096  # that are projected at once where a norm is measured
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of keys and values
 
 
@@ -90,6 +91,20 @@ class Prompt:
     def recent(self, n: int) -> Tensor:
         """bool (1,Hkv,N): the entry is one of the text's last n tokens."""
         return self.pos >= max(0, self.seen - n)
+
+    def output_norms(self) -> Tensor:
+        """(1,Hkv,N) fp32: |W_o v|₁, how much a value changes the layer's output if it gets all attention; the mean over the
+        query heads that read it. For policies whose `scores` ask for the output projection.
+        """
+        heads, n, dim = self.v.shape[1:]
+        weights = self.w_o.unflatten(1, (heads, -1, dim))  # (C,Hkv,G,D)
+        found = self.v.new_empty(1, heads, n, dtype=torch.float32)
+        for h in range(heads):
+            for a in range(0, n, TOKENS_AT_ONCE):
+                v = self.v[0, h, a : a + TOKENS_AT_ONCE].to(weights.dtype)
+                norms = [(v @ w.T).float().abs().sum(-1) for w in weights[:, h].unbind(1)]
+                found[0, h, a : a + TOKENS_AT_ONCE] = sum(norms) / len(norms)
+        return found
 
 
 @dataclass(frozen=True)

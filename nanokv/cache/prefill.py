@@ -19,7 +19,7 @@ from nanokv.backends.base import Ops, merge
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept, Prompt, seen_later
 from nanokv.cache.plan import Plan
-from nanokv.cache.scores import Scores, moments
+from nanokv.cache.scores import Scores, block_scores, moments
 from nanokv.model.config import ModelConfig
 from nanokv.model.rope import inverse_frequencies, rotate_more, unrotated
 from nanokv.policies.base import Policy
@@ -264,6 +264,8 @@ class Statistics:
             return
         if wanted.query_moments is not None:
             self._add_moments(reader, q, pos, start, dense.length, cache.inv_freq)
+        if wanted.block is not None:
+            self._add_blocks(reader, q, keys, dense.length)
         if cache.plan.policy.passes or wanted.last_queries == 0:
             return
         if wanted.last_queries is None:  # all queries score the keys, as they come
@@ -296,6 +298,24 @@ class Statistics:
             n = old.shape[2]
             new[:, :, :n] = self.wanted.join(old, new[:, :, :n])
         self.scores[reader] = new
+
+    def _add_blocks(self, reader: int, q: Tensor, keys: Tensor, length: int) -> None:
+        """Score the keys of each block whose queries are all there, of a text of `length` tokens, and hold the others."""
+        size, (first, last) = self.wanted.block, self.wanted.block_edges
+        if reader not in self.scores:
+            self.scores[reader] = torch.zeros(1, keys.shape[1], length, device=q.device)
+        elif reader in self.held_queries:
+            q = _cat(self.held_queries.pop(reader), q)
+        now, end = keys.shape[2], length - last
+        held_from = now - q.shape[2]
+        a = max(first, held_from)
+        while a < end and min(a + size, end) <= now:
+            b = min(a + size, end)
+            mine = q[:, :, a - held_from : b - held_from]
+            self.scores[reader][:, :, a:b] = block_scores(mine, keys[:, :, a:b])
+            a = b
+        if a < min(now, end):
+            self.held_queries[reader] = q[:, :, a - held_from :].clone()
 
     def _add_moments(self, reader: int, q: Tensor, pos: Tensor, start: int, length: int, inv_freq: Tensor) -> None:
         """Add to the moments of the queries before rotation. If the text is too short to skip any, all count."""

@@ -24,6 +24,9 @@ class Scores:
     gumbel_seed     if given, the softmax is taken of (logits + Gumbel noise) / temperature.
     query_moments   if given, mean and covariance of the unrotated queries are computed; this many first queries of
                     the text are left out.
+    block           if given, the text is cut into blocks of so many tokens, and the queries of a block score its keys, also
+                    those behind them, by the softmax of logits that are not divided by √D. Nothing else is scored then.
+    block_edges     how many first and last tokens of the text lie in no block.
     output_weights  whether the policy gets the output projection, to measure |W_o v|.
     """
 
@@ -34,6 +37,8 @@ class Scores:
     gumbel_seed: int | None = None
     temperature: float = 1.0
     query_moments: int | None = None
+    block: int | None = None
+    block_edges: tuple[int, int] = (0, 0)
     output_weights: bool = False
 
     def noise(self, head: int) -> tuple[int, float, int] | None:
@@ -56,3 +61,11 @@ def moments(sums: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
     """
     mean = torch.cat([q / n for q, _, n in sums])
     return mean, torch.cat([qq / n for _, qq, n in sums]) - mean[..., None] * mean[..., None, :]
+
+
+def block_scores(q: Tensor, k: Tensor) -> Tensor:
+    """The queries (1,H,n,D) and keys (1,Hkv,n,D) of one block → scores (1,Hkv,n): the sum over the queries, the mean over the
+    query heads of a KV head.
+    """
+    grouped = q.unflatten(1, (k.shape[1], -1)).float()
+    return (grouped @ k[:, :, None].float().mT).softmax(-1).sum(3).mean(2)

@@ -6,8 +6,11 @@ from typing import NamedTuple
 
 from nanokv.policies.base import Policy
 from nanokv.policies.cascade import CascadingKV
+from nanokv.policies.compactor import Compactor
 from nanokv.policies.corm import CORM
+from nanokv.policies.critical import CriticalKV
 from nanokv.policies.dca import DualChunk
+from nanokv.policies.defensive import DefensiveKV
 from nanokv.policies.duo import DuoAttention
 from nanokv.policies.expected import ExpectedAttention
 from nanokv.policies.fastgen import FastGen
@@ -38,6 +41,8 @@ POLICIES: dict[str, Policy] = {
     "squeeze": SnapKV(layers="squeeze"),
     "adakv": SnapKV(heads="ada"),
     "chunkkv": SnapKV(select="chunk", kernel=1),
+    "critical": CriticalKV(),
+    "defensive": DefensiveKV(),
     "simlayer": SimLayerKV(),
     "pyramidinfer": PyramidInfer(),
     "h2o": H2O(),
@@ -52,6 +57,7 @@ POLICIES: dict[str, Policy] = {
     "keydiff": KeyDiff(),
     "expected": ExpectedAttention(),
     "lagkv": LagKV(),
+    "compactor": Compactor(),
     "mikv": MiKV(),
     "zipcache": ZipCache(),
     "qaq": QAQ(),
@@ -87,6 +93,14 @@ EXAMPLES: dict[str, Examples] = {
         ["adakv:budget=20,window=4,kernel=3", "adakv:budget=20,window=4,kernel=3+dense"], "adakv:budget=80,window=4"
     ),
     "chunkkv": Examples(["chunkkv:budget=20,window=4,kernel=3,chunk=6"], "chunkkv:budget=80,window=4"),
+    "critical": Examples(
+        ["critical:budget=20,window=4,kernel=3", "critical:budget=30%,window=4,kernel=1,heads=ada,every=6"],
+        "critical:budget=80,window=4",
+    ),
+    "defensive": Examples(
+        ["defensive:budget=20,window=4,kernel=3", "defensive:budget=30%,window=4,layers=compete"],
+        "defensive:budget=80,window=4",
+    ),
     "simlayer": Examples(
         [
             "simlayer:threshold=0.45,sink=2,recent=16,window=4",
@@ -123,6 +137,10 @@ EXAMPLES: dict[str, Examples] = {
     ),
     "lagkv": Examples(
         ["lagkv:budget=20,sink=2,lag=8", "lagkv:budget=40%,sink=3,lag=5,heads=ada,every=6"], "lagkv:budget=80"
+    ),
+    "compactor": Examples(
+        ["compactor:budget=20,sink=2,recent=3,block=16", "compactor:budget=40%,sink=0,block=7,blend=0.5,heads=ada"],
+        "compactor:budget=80",
     ),
     "mikv": Examples(["mikv:budget=20,recent=0.3"], "mikv:budget=80"),
     "zipcache": Examples(["zipcache:every=5"], "zipcache:salient=1+mixed:high=16"),

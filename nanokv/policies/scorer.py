@@ -37,6 +37,7 @@ class Scorer(Policy):
             share `squeeze` of the budget, the others what that leaves. Deviations: the classes are the best ones
             (k-means in one dimension, exactly), not those of a random start; the sum is exactly that of `flat`, also
             where some layers would get more than the prompt has; an output projection's bias does not count.
+            compete: the heads of all layers compete for one budget, as with heads=ada those of a layer.
     heads   flat, or ada: the heads of a layer compete for its budget (Ada-KV, Feng et al. 2024, arXiv:2407.11550, §3).
             Each head is guaranteed `floor` of its share and at least one token. Deviation: the guaranteed tokens are
             taken first, so the sum is exact; the authors blend two budgets and round.
@@ -54,7 +55,7 @@ class Scorer(Policy):
     """
 
     budget: int | str = 1024
-    layers: str = "flat"  # flat | pyramid | squeeze
+    layers: str = "flat"  # flat | pyramid | squeeze | compete
     heads: str = "flat"  # flat | ada
     select: str = "token"  # token | chunk
     every: int = 0
@@ -68,7 +69,7 @@ class Scorer(Policy):
 
     def __post_init__(self):
         for key, allowed in (
-            ("layers", ("flat", "pyramid", "squeeze")),
+            ("layers", ("flat", "pyramid", "squeeze", "compete")),
             ("heads", ("flat", "ada")),
             ("select", ("token", "chunk")),
         ):
@@ -79,10 +80,13 @@ class Scorer(Policy):
                 f"beta={self.beta},floor={self.floor},chunk={self.chunk},squeeze={self.squeeze}; beta ≥ 1, chunk ≥ 1, "
                 "floor and squeeze 0 … 1"
             )
-        if self.layers == "squeeze" and self.every:
+        if self.cross_layer and self.every:
             raise ValueError(
-                f"every={self.every}: layers=squeeze looks at the prompt only, so nothing is scored again; use layers=flat"
+                f"every={self.every}: layers={self.layers} looks at the prompt only, so nothing is scored again; use "
+                "layers=flat"
             )
+        if self.layers == "compete" and self.heads != "ada":
+            raise ValueError(f"layers=compete,heads={self.heads}: heads that compete across layers need heads=ada")
         if self.every < 0:
             raise ValueError(f"every={self.every}; give a number of tokens, or 0 for never")
         if self.every and not self.decode_scores and self.every < self.scores.buffered_queries:
@@ -116,7 +120,7 @@ class Scorer(Policy):
 
     @property
     def cross_layer(self) -> bool:
-        return self.layers == "squeeze"
+        return self.layers in ("squeeze", "compete")
 
     @property
     def similarity(self) -> bool:
@@ -148,6 +152,8 @@ class Scorer(Policy):
         return self.best(p, self.layer_budget(p))
 
     def keep_all(self, prompts: list[Prompt]) -> list[Kept]:
+        if self.layers == "compete":
+            return self._compete(prompts)
         if self.layers != "squeeze":
             return super().keep_all(prompts)
         similarity, n = [p.similarity for p in prompts], prompts[0].n_visible
@@ -176,23 +182,45 @@ class Scorer(Policy):
                 budgets[i] = total // len(layers) + (k < total % len(layers))
         return [budgets[i] for i in range(n)]
 
+    def _compete(self, prompts: list[Prompt]) -> list[Kept]:
+        """The best tokens of all layers and heads: `budget` of them per head on average."""
+        longest = max(len(p) for p in prompts)
+        if longest <= self.budget:
+            return [Kept.all(p) for p in prompts]
+        scores = [self._ranking(p) for p in prompts]
+        joined = torch.cat([pad(x, (0, longest - x.shape[-1]), value=-torch.inf) for x in scores], 1)
+        budgets = self._head_budgets(joined, self.budget).split([x.shape[1] for x in scores], 1)
+        return [self._top(p, score, n) for p, score, n in zip(prompts, scores, budgets, strict=True)]
+
     def best(self, p: Prompt, n: int, evict: bool = False, attention: Tensor | None = None) -> Kept:
         """The best tokens, n per head (with heads=ada: n on average).
 
         evict: while decoding, each head stays at its number, and a new token takes the slot of an old one. attention
         (1,Hkv,N): scores that go with the tokens.
         """
-        kept = self._best(p, n, evict, attention)
+        if len(p) <= n:
+            kept = Kept.all(p, n if evict else -1, attention=attention)
+            return kept.demote_others(p) if self.demote else kept
+        score = self._ranking(p)
+        return self._top(p, score, self._head_budgets(score, n) if self.heads == "ada" else n, evict, attention)
+
+    def _ranking(self, p: Prompt) -> Tensor:
+        """(1,Hkv,N): rounded scores, of whole chunks where these are kept or evicted; −inf for padding."""
+        score = rounded(self.score(p)).masked_fill(~p.valid, -torch.inf)
+        return self._chunk_means(score) if self.select == "chunk" else score
+
+    def _top(
+        self, p: Prompt, score: Tensor, n: int | Tensor, evict: bool = False, attention: Tensor | None = None
+    ) -> Kept:
+        """The n tokens (a number, or (1,Hkv)) of each head that rank highest."""
+        kept = Kept.top(p, self.refine(p, score, n), n, n if evict else -1, attention=attention)
         return kept.demote_others(p) if self.demote else kept
 
-    def _best(self, p: Prompt, n: int, evict: bool, attention: Tensor | None) -> Kept:
-        if len(p) <= n:
-            return Kept.all(p, n if evict else -1, attention=attention)
-        score = rounded(self.score(p)).masked_fill(~p.valid, -torch.inf)
-        if self.select == "chunk":
-            score = self._chunk_means(score)
-        per_head = self._head_budgets(score, n) if self.heads == "ada" else n
-        return Kept.top(p, score, per_head, per_head if evict else -1, attention=attention)
+    def refine(self, p: Prompt, score: Tensor, n: int | Tensor) -> Tensor:
+        """The scores by which each head's n tokens are chosen, for methods that choose in two stages: score (1,Hkv,N) has
+        decided how many tokens a head gets.
+        """
+        return score
 
     @abstractmethod
     def score(self, p: Prompt) -> Tensor:
@@ -200,7 +228,7 @@ class Scorer(Policy):
 
     def layer_budget(self, p: Prompt) -> int:
         """How many tokens a head of this layer keeps, on average over its heads."""
-        if self.layers == "flat" or p.owners == 1:
+        if self.layers != "pyramid" or p.owners == 1:
             return self.budget
         least = self.min_budget(p.seen)
         extra, last = self.budget - least, p.owners - 1
@@ -256,6 +284,10 @@ class EvictingScorer(Scorer):
         super().__post_init__()
         if self.every:
             raise ValueError(f"every={self.every}: this policy evicts at each token and never rescores; leave it out")
+        if self.layers == "compete":
+            raise ValueError(
+                f"layers={self.layers}: this policy evicts at each token, so budgets must be fixed; leave it out"
+            )
 
     def keep(self, p: Prompt) -> Kept:
         return self.best(p, self.layer_budget(p), evict=True, attention=self.initial_scores(p))

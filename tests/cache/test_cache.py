@@ -85,7 +85,7 @@ def test_a_budget_in_bytes_holds_for_the_whole_cache(policy, budget, llm_of):
 
 
 @pytest.mark.parametrize("model", first(1, ["mistral", "g3"]))
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", every(2, PLANS))
 def test_valid_slots_are_a_prefix_and_hold_what_the_rule_says(plan, model, llm_of):
     llm, prompts = llm_of(model), [text(60, seed=5), text(7, seed=8)]
     session = llm.session(40, None, parse(plan))
@@ -143,7 +143,7 @@ def test_where_nothing_is_evicted_a_turn_is_exact(plan, model, llm_of):
     torch.testing.assert_close(second, logits[:, 14], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", every(2, PLANS))
 def test_more_room_in_the_middle_changes_nothing(plan, llm_of):
     llm, prompt, more = llm_of("g3"), text(60, seed=5), text(14, seed=6)
     logits, _ = run(llm, plan, [prompt], [more])

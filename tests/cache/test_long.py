@@ -28,7 +28,7 @@ BOUNDED = {
 }
 
 
-@pytest.mark.parametrize("plan", every(2, BOUNDED))
+@pytest.mark.parametrize("plan", every(4, BOUNDED))
 def test_a_budget_holds_over_400_tokens_in_memory_that_does_not_grow(plan, llm_of):
     """Far past the model's context of 512. Sums over heads and layers where these compete."""
     llm = llm_of("g3")

@@ -13,7 +13,7 @@ import sys
 from dataclasses import fields
 
 import pytest
-from helpers import ROOT, edit, reconfigure, shard
+from helpers import ROOT, edit, first, reconfigure, shard
 
 import generate
 from nanokv import device
@@ -432,7 +432,9 @@ def test_the_repl_has_its_commands(model, capsys, monkeypatch):
         assert part in err
 
 
-@pytest.mark.parametrize("draft", [["--draft", "lookup"], ["--draft", "streaming:sink=2,recent=8"], ["--draft-model"]])
+@pytest.mark.parametrize(
+    "draft", first(2, [["--draft", "lookup"], ["--draft-model"], ["--draft", "streaming:sink=2,recent=8"]])
+)
 def test_a_draft_changes_no_text(draft, model, tmp_path, capsys, monkeypatch):
     draft = [*draft, str(model)] if draft == ["--draft-model"] else draft
     base, file = ["--model", model, "-p", "one two three, one two three, one", "-n", "20"], tmp_path / "x.json"

@@ -50,8 +50,8 @@ def test_what_a_terminal_cannot_show_is_replaced(path, encoding):
     assert b"kv: " in done.stderr and b"Traceback" not in done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", first(1, ["--list-policies", "--help", "--list-models", "--plan"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("command", ["--list-policies", "--help", "--list-models", "--plan"])
 def test_lists_and_help_are_shown_in_an_ascii_terminal(path, command):
     done = shell("smollm2-135m", command, "ascii")
     assert done.returncode == 0 and len(done.stdout) > 500, done.stderr
@@ -93,8 +93,8 @@ def test_help_without_a_place_is_refused_in_a_sentence(path):
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("encoding", first(1, ["ascii", "utf-8"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_one_line_in_another_encoding_does_not_end_a_conversation(path, encoding):
     settings = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))

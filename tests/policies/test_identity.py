@@ -73,7 +73,7 @@ def test_a_budget_as_large_as_the_prompt_changes_nothing(name, llm_of):
     torch.testing.assert_close(full, same, atol=2e-5 if apart else 0, rtol=0)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", every(2, PLANS))
 @pytest.mark.parametrize("n", first(1, [1, 3]))
 def test_prompts_shorter_than_window_or_sinks_work(plan, n, llm_of):
     llm, prompt, more = llm_of("g3"), text(n, seed=11), text(STEPS, seed=12)
@@ -145,9 +145,17 @@ def test_every_scorer_takes_every_split_of_its_budget(name, split, llm_of):
     never = isinstance(part, EvictingScorer) or (not part.decode_scores and part.scores.buffered_queries > 9)
     if "every" in split:  # an option may be given once
         example = re.sub(r",every=\d+", "", example)
-    never_squeezed = name == "scissorhands" and "squeeze" in split  # it rescores
-    if (name == "tova" and "ada" in split) or (never and "every" in split) or never_squeezed:
-        with pytest.raises(ValueError, match=r"leave it out|use heads=flat|too often|use layers=flat"):
+    refuses = {
+        "scissorhands": "squeeze",  # it rescores
+        "tova": "ada",
+        "critical": "chunk",
+        "defensive": "every",
+        "compactor": "every",
+    }
+    if (never and "every" in split) or refuses.get(name, "none") in split:
+        with pytest.raises(
+            ValueError, match=r"leave it out|use heads=flat|too often|use layers=flat|use select|use every"
+        ):
             parse(f"{example},{split}")
         return
     llm, prompt, more = llm_of("g3"), text(60, seed=5), text(STEPS, seed=6)
@@ -160,7 +168,7 @@ def test_every_scorer_takes_every_split_of_its_budget(name, split, llm_of):
         assert sum(map(sum, counts)) == 3 * 2 * (plan.policy.budget - left)
     assert (len({sum(c) for c in counts}) > 1) == ("layers" in split)  # layers differ
     if split != "layers=squeeze,heads=ada":  # where both hold, heads may come out alike
-        assert any(len(set(c)) > 1 for c in counts) == ("ada" in split)  # heads of a layer differ
+        assert any(len(set(c)) > 1 for c in counts) == (plan.policy.heads == "ada")  # heads of a layer differ
 
 
 SHARED = [

@@ -434,3 +434,25 @@ def test_expected_attention_looks_again_by_the_queries_since_the_prompt():
             )  # the oracle leaves the first three queries out
             score = oracle.expected(mean_of, k[i, h, before], v[i, 0, h, before], inv, 3, 50, now=T + 128)
             assert after == [before[n] for n in oracle.top(score, 20)]
+
+
+@pytest.mark.parametrize("chunk", [None, 13])
+@pytest.mark.parametrize(
+    ("budget", "sink", "recent", "block", "blend"),
+    [(20, 2, 3, 16, None), (30, 0, 0, 100, 0.5), (20, 8, 4, 1, 0.0), (41, 3, 1, 7, 2.0)],
+)
+def test_compactor_adds_leverage_and_the_attention_within_blocks(budget, sink, recent, block, blend, chunk):
+    T, config = 60, shape()
+    text = f"compactor:budget={budget},sink={sink},recent={recent},block={block},blend={blend},sketch=12,seed=3"
+    plan = parse(text).fit(config, torch.float32, T, 8)
+    q, k, v = (torch.randn(3, 1, n, T, 16, generator=torch.Generator().manual_seed(2)) for n in (6, 2, 2))
+    cache = PromptCache(plan, config, torch.arange(T), EAGER)
+    for a in range(0, T, chunk or T):
+        part = slice(a, min(a + (chunk or T), T))
+        for i, layer in enumerate(cache.layers):
+            layer.attend(q[i, :, :, part], k[i, :, :, part], v[i, :, :, part], torch.arange(T)[None, part])
+    weight = 1 - budget / T if blend is None else blend
+    for i in range(3):
+        inv = inverse_frequencies(config)
+        right = oracle.compactor(q[i, 0], k[i, 0], v[i, 0], inv, sink, recent, block, 12, weight, 3)
+        assert [positions(cache.kept[i], h) for h in range(2)] == [oracle.top(s, budget) for s in right]

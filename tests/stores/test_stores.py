@@ -94,14 +94,14 @@ def dense_of(llm_of):
 def owned_and_shared() -> list:
     """(policy, store, share): every pair, and every pair with a shared layer, most of them in the tier `pairs`.
 
-    Without it run every policy on a dense store, every store under full, and of the other pairs every twentieth.
+    Without it run every policy on a dense store, every store under full, and of the other pairs every fortieth.
     """
     # tests/policies/test_positions.py has what is read at other positions
     known = [(keep, store) for keep, store in pairs() if not POLICIES[keep].positions_by_chunk or store != "dense"]
     few = [pair for pair in known if pair[0] == "full" or pair[1] == "dense"]
-    others = [pair for pair in known if pair not in few][::20]
+    others = [pair for pair in known if pair not in few][::40]
     alone = [pytest.param(*p, {}, id="-".join(p), marks=() if p in few + others else pytest.mark.pairs) for p in known]
-    marks = {pair: () if pair in few[::5] else pytest.mark.pairs for pair in known}
+    marks = {pair: () if pair in few[::10] else pytest.mark.pairs for pair in known}
     return alone + [pytest.param(*p, {2: 0}, id="-".join((*p, "shared")), marks=marks[p]) for p in known]
 
 
@@ -324,7 +324,7 @@ def test_more_room_saving_and_batches_change_nothing(plan, llm_of, tmp_path):
         torch.testing.assert_close(*(s.feed(torch.tensor([[3]])) for s in (alone, later)), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("plan", RUNS)
+@pytest.mark.parametrize("plan", every(2, RUNS))
 @pytest.mark.parametrize("n", first(1, [1, 3]))
 def test_prompts_of_few_tokens_work(plan, n, llm_of):
     llm, prompt, more = llm_of("mistral"), text(n, seed=11), text(STEPS, seed=12)
