@@ -56,11 +56,11 @@ def begin(llm: LLM, plans: Sequence[Plan], ids: Sequence[int], room: int) -> Ite
     fitted = [plan.fit(llm.config, models.context.dtype, len(ids), room) for plan in plans]
     groups: dict[tuple, list[int]] = {}
     for i, plan in enumerate(fitted):
-        alone = plan.policy.decide_after or plan.policy.passes
+        alone = plan.policy.decide_after or plan.policy.passes(len(ids))
         groups.setdefault((i,) if alone else tuple(sorted(plan.share.items())), []).append(i)
     for members in groups.values():
         policy = fitted[members[0]].policy
-        if policy.decide_after or policy.passes:
+        if policy.decide_after or policy.passes(len(ids)):
             yield members[0], lambda i=members[0]: _start_session(llm, plans[i], ids, room)
             continue
         tokens = torch.tensor(ids, device=llm.device)

@@ -34,7 +34,8 @@ class Models:
     decode: Llama
     ops: Ops
     runner: Runner  # runs the decode steps
-    token_kinds: Callable[[], Tensor] | None = None  # for `Context`
+    token_kinds: Callable[[], Tensor] | None = None  # for `Context`, as is the next
+    encode: Callable[[str], Sequence[int]] | None = None
 
     @property
     def context(self) -> Context:
@@ -47,6 +48,7 @@ class Models:
             model.inv_freq,
             output_weights=model.output_weights(),
             token_kinds=self.token_kinds,
+            encode=self.encode,
         )
 
 
@@ -65,9 +67,9 @@ def prefill(
         hidden = _feed(model, cache, ids[a : a + step], a)
         if progress:
             progress(min(step, len(ids) - a))
-    for i in range(policy.passes):
-        replay = policy.replay(ids, i)
-        cache.begin_pass(len(replay))
+    for i in range(policy.passes(len(ids))):
+        replay = policy.replay(ids, i, cache.encode)
+        cache.begin_pass(len(replay), policy.scored(len(ids), i))
         for a in range(0, len(replay), step):
             _feed(model, cache, replay[a : a + step], len(ids) + a)
     return model.logits(hidden[:, -1])

@@ -159,7 +159,7 @@ class LLM:
         self.calls = calls
         self.name, self.tokenizer, self.plan = name, vocabulary, plan
         kinds = partial(_token_kinds, vocabulary, models.decode.config.vocab_size, models.context.device)
-        self.models = replace(models, token_kinds=cache(kinds))
+        self.models = replace(models, token_kinds=cache(kinds), encode=vocabulary.encode_more)
         self.config, self.why_dtype, self.load_s = models.decode.config, why_dtype, load_s
         self.device = models.context.device
         self.last: Session | None = None
@@ -360,7 +360,7 @@ class LLM:
         for p in prompts:
             fitted = plan.fit(config, dtype, len(p), room, n)
             policy = fitted.policy
-            all_dense = session.chunk or policy.decide_after or policy.cross_layer or policy.passes
+            all_dense = session.chunk or policy.decide_after or policy.cross_layer or policy.passes(len(p))
             here, on_host = (f(config, dtype, len(p), room) for f in (fitted.device_bytes, fitted.host_bytes))
             # on a CPU the host's memory is the same one; elsewhere two layers of it are in the staging buffer
             here += on_host * (1 if on_cpu else min(1, 2 / layers))

@@ -23,6 +23,7 @@ class Context:
     sliding_window: int | None = None  # of that layer, in tokens
     output_weights: Sequence[Tensor] = ()  # (C, H·D) of each layer, for policies that ask for them
     token_kinds: Callable[[], Tensor] | None = None  # makes (vocab,) uint8, see `Prompt.token_kinds`
+    encode: Callable[[str], Sequence[int]] | None = None  # text → token ids, for policies that write instructions
     constants: dict[str, Tensor] = field(default_factory=dict)  # tensors that all layers share
 
     def of_layer(self, layer: int) -> Context:

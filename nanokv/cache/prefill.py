@@ -36,14 +36,14 @@ class PromptCache:
         """ids (T,): the prompt's tokens. ctx: the `Context` of the `KVCache` that this prompt will go into; if given, each
         finished layer is prepacked for its store.
         """
-        if plan.policy.passes and plan.policy.decide_after:
+        self.n_passes = self.passes_left = plan.policy.passes(len(ids))
+        if self.n_passes and plan.policy.decide_after:
             raise ValueError(f"{plan.names[0]} asks for scoring passes and for later tokens; a policy may ask for one")
         self.plan, self.config, self.ops, self.ctx = plan, config, ops, ctx
         self.ids = ids
         self.length = len(ids) + plan.policy.decide_after  # tokens after the prompt may belong to it
         self.wanted = wanted_by([plan.policy])
         self.wants_similarity = plan.policy.similarity
-        self.passes_left = plan.policy.passes
         self.inv_freq = inverse_frequencies(config).to(ids.device)
         self.kept: dict[int, Kept] = {}
         self.dense: dict[int, DenseLayer] = {}  # layers whose keys and values are still whole
@@ -61,13 +61,19 @@ class PromptCache:
             self.dense[owner] = DenseLayer(self.length, self.wanted)
         return self.dense[owner]
 
-    def begin_pass(self, n: int) -> None:
-        """The next n tokens are queries of a scoring pass: they see the whole prompt, and their own keys are dropped
-        afterwards.
+    def begin_pass(self, n: int, scored: Sequence[int] | None = None) -> None:
+        """The next n tokens are queries of a scoring pass: they see the whole prompt, score the keys at `scored` (None: all),
+        and their own keys are dropped afterwards.
         """
         self.passes_left -= 1
+        index = None if scored is None else torch.tensor(scored, device=self.ids.device)
         for layer in self.dense.values():
-            layer.begin_pass(n)
+            layer.begin_pass(n, index)
+
+    def encode(self, text: str) -> Tensor:
+        """The token ids of a text; none without a tokenizer."""
+        ids = self.ctx.encode(text) if self.ctx and self.ctx.encode else []
+        return torch.tensor(ids, dtype=self.ids.dtype, device=self.ids.device)
 
     def run_block(self, block: Callable, x: Tensor, pos: Tensor, angle: Any, layer: PromptLayer) -> Tensor:
         """Run one block of the model on x (1,T,C), the residual stream, which its layer may compare with what comes of
@@ -169,9 +175,10 @@ class DenseLayer:
         self.statistics = {scores: Statistics(scores) for scores in wanted}
         self.pass_length: int | None = None  # tokens of the scoring pass in progress
         self.pass_kv: tuple[Tensor, Tensor] | None = None  # its keys and values so far
+        self.scored: Tensor | None = None  # positions of the keys that it scores; None: all
 
-    def begin_pass(self, n: int) -> None:
-        self.pass_length, self.pass_kv = n, None
+    def begin_pass(self, n: int, scored: Tensor | None) -> None:
+        self.pass_length, self.pass_kv, self.scored = n, None, scored
 
     def extend(self, k: Tensor, v: Tensor) -> None:
         n = k.shape[2]
@@ -260,13 +267,13 @@ class Statistics:
         if dense.pass_length is not None:
             # every reader has the same queries, so only the first reader counts them
             self.pass_queries += q.shape[2] if reader == min(self.scores, default=reader) else 0
-            self._join(reader, self._score(reader, q, keys, start, cache)[:, :, : dense.length])
+            self._join(reader, self._score_in_pass(reader, q, keys, dense, cache))
             return
         if wanted.query_moments is not None:
             self._add_moments(reader, q, pos, start, dense.length, cache.inv_freq)
         if wanted.block is not None:
             self._add_blocks(reader, q, keys, dense.length)
-        if cache.plan.policy.passes or wanted.last_queries == 0:
+        if cache.n_passes or wanted.last_queries == 0:
             return
         if wanted.last_queries is None:  # all queries score the keys, as they come
             self._join(reader, self._score(reader, q, keys, start, cache))
@@ -277,6 +284,15 @@ class Statistics:
             self.scores[reader] = self._score(reader, last, keys, dense.length - last.shape[2], cache)
         else:
             self.held_queries[reader] = last.clone()  # a view would keep the whole chunk's queries alive
+
+    def _score_in_pass(self, reader: int, q: Tensor, keys: Tensor, dense: DenseLayer, cache: PromptCache) -> Tensor:
+        """The prompt's scores by queries of a scoring pass."""
+        n, start = dense.length, keys.shape[2] - q.shape[2]
+        if dense.scored is None:
+            return self._score(reader, q, keys, start, cache)[:, :, :n]
+        keys = _cat(keys[:, :, dense.scored], keys[:, :, n:])
+        found = self._score(reader, q, keys, start - n + len(dense.scored), cache)[:, :, : len(dense.scored)]
+        return found.new_zeros(*found.shape[:2], n).index_copy_(2, dense.scored, found)
 
     def _score(self, reader: int, q: Tensor, k: Tensor, start: int, cache: PromptCache) -> Tensor:
         """(1,Hkv,N): each query's softmax over the keys that it sees, summed over the queries and reduced over the G query
@@ -289,7 +305,7 @@ class Statistics:
 
     def joins_groups_last(self, cache: PromptCache) -> bool:
         """Whether scores arrive in pieces and must be summed before the maximum over a group's heads is taken."""
-        in_pieces = cache.plan.policy.passes > 0 or self.wanted.last_queries is None
+        in_pieces = cache.n_passes > 0 or self.wanted.last_queries is None
         return in_pieces and self.wanted.over_group == "max" and self.wanted.over_queries == "sum"
 
     def _join(self, reader: int, new: Tensor) -> None:

@@ -19,6 +19,7 @@ from nanokv.policies.h2o import H2O
 from nanokv.policies.keydiff import KeyDiff
 from nanokv.policies.keyformer import Keyformer
 from nanokv.policies.knorm import Knorm
+from nanokv.policies.kvzip import KVzip
 from nanokv.policies.lagkv import LagKV
 from nanokv.policies.mikv import MiKV
 from nanokv.policies.pyramidinfer import PyramidInfer
@@ -58,6 +59,7 @@ POLICIES: dict[str, Policy] = {
     "expected": ExpectedAttention(),
     "lagkv": LagKV(),
     "compactor": Compactor(),
+    "kvzip": KVzip(),
     "mikv": MiKV(),
     "zipcache": ZipCache(),
     "qaq": QAQ(),
@@ -141,6 +143,10 @@ EXAMPLES: dict[str, Examples] = {
     "compactor": Examples(
         ["compactor:budget=20,sink=2,recent=3,block=16", "compactor:budget=40%,sink=0,block=7,blend=0.5,heads=ada"],
         "compactor:budget=80",
+    ),
+    "kvzip": Examples(
+        ["kvzip:budget=20,sink=2,piece=25", "kvzip:budget=40%,sink=0,layers=flat,heads=flat"],
+        "kvzip:budget=80",
     ),
     "mikv": Examples(["mikv:budget=20,recent=0.3"], "mikv:budget=80"),
     "zipcache": Examples(["zipcache:every=5"], "zipcache:salient=1+mixed:high=16"),

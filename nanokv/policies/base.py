@@ -5,6 +5,7 @@ decoding.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +35,6 @@ class Policy(ABC):
                           limit overwrites its oldest token behind the sinks. score: `next_slots` picks the lowest.
     rescore_every         tokens between two calls of `keep` on what is held while decoding; 0: never.
     decide_after          how many tokens after the prompt still attend to all of it before `keep` is called.
-    passes                number of extra forward passes over `replay`. Attention scores come from their queries instead of
-                          the prompt's, and their keys are dropped.
     cross_layer           whether `keep_all` is called once for all layers, instead of `keep` for each. Until then the
                           keys and values of the whole prompt stay in memory.
     similarity            whether `Prompt.similarity` is wanted.
@@ -58,7 +57,6 @@ class Policy(ABC):
     eviction = "none"
     rescore_every = 0
     decide_after = 0
-    passes = 0
     cross_layer = False
     similarity = token_kinds = False
     protected_sinks = 0
@@ -101,9 +99,22 @@ class Policy(ABC):
         """What stays of every layer that owns storage, in their order: for budgets and choices across layers."""
         return [self.keep(p) for p in prompts]
 
-    def replay(self, tokens: Tensor, i: int) -> Tensor:
-        """The token ids (n,) of scoring pass i, fed behind the prompt's tokens (T,). The default repeats the prompt."""
+    def passes(self, prompt_len: int) -> int:
+        """How many forward passes follow that of the prompt only to score it. Attention scores then come from the queries of
+        these passes instead of the prompt's, and their keys are dropped.
+        """
+        return 0
+
+    def replay(self, tokens: Tensor, i: int, encode: Callable[[str], Tensor]) -> Tensor:
+        """The token ids (n,) of scoring pass i, fed behind the prompt's tokens (T,). The default repeats the prompt.
+
+        encode turns a text into token ids; without a tokenizer into none.
+        """
         return tokens
+
+    def scored(self, prompt_len: int, i: int) -> Sequence[int] | None:
+        """The positions of the prompt, ascending, that share the softmax of pass i with the pass itself; None: all."""
+        return None
 
     def shift(self, pos: Tensor, first: int) -> Tensor:
         """How many positions the queries at pos (B,T) are rotated by before they read the chunk of keys that begins at

@@ -151,6 +151,7 @@ def test_every_scorer_takes_every_split_of_its_budget(name, split, llm_of):
         "critical": "chunk",
         "defensive": "every",
         "compactor": "every",
+        "kvzip": "every",
     }
     if (never and "every" in split) or refuses.get(name, "none") in split:
         with pytest.raises(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import oracle
 import pytest
 import torch
+from helpers import positions
 from tiny import text
 
 from nanokv import parse
@@ -41,14 +43,16 @@ def start(llm, policy: Policy, prompt=PROMPT, chunk: int | None = None, **more) 
 class Replay(Policy):
     """KVzip's idea in small: the prompt is fed again behind itself, and the attention of that second reading counts."""
 
-    passes = 2
     scores = Scores(last_queries=None, over_group="max")
 
     def keep(self, p):
         SEEN.append(p)
         return Kept.top(p, p.attention.sum(0, keepdim=True), 20)
 
-    def replay(self, tokens, i):
+    def passes(self, prompt_len):
+        return 2
+
+    def replay(self, tokens, i, encode):
         return torch.cat((tokens[:3], tokens)) if i == 0 else tokens[10:30]
 
 
@@ -119,6 +123,34 @@ def test_passes_and_a_late_decision_exclude_each_other(llm_of):
 
     with pytest.raises(ValueError, match="may ask for one"):
         start(llm_of("g3"), Both())
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize(("sink", "piece"), [(2, 25), (0, 60), (4, 59)])
+def test_kvzip_keeps_what_repeating_the_prompt_reads(sink, piece, chunk, llm_of):
+    llm = llm_of("g3")
+    config, encode = llm.config, llm.tokenizer.encode_more
+    session = start(llm, parse(f"kvzip:budget=20,sink={sink},piece={piece}").policy, chunk=chunk)
+    scores = [[0.0] * 60 for _ in range(3 * 2)]
+    for first in range(0, 60, piece):
+        request = encode("\n\nRepeat the previous context exactly.\n")
+        if first:
+            request = encode("\n\nRepeat the part of the previous context exactly, starting with ")
+            request = request + PROMPT[max(0, first - 8) : first] + encode("\n")
+        mine = [j for j in range(60) if j < min(sink, first) or first <= j < first + piece]
+        replay = request + PROMPT[first : first + piece]
+        for layer in range(3):
+            q, k = (x.double() for x in queries_and_keys(llm, PROMPT + replay, layer))
+            for h in range(config.num_attention_heads):
+                for i in range(60, 60 + len(replay)):
+                    cols = mine + list(range(60, i + 1))
+                    weight = (k[h // 3, cols] @ q[h, i] * config.head_dim**-0.5).softmax(0).tolist()
+                    of = scores[2 * layer + h // 3]
+                    for j, w in zip(mine, weight, strict=False):
+                        of[j] = max(of[j], w)
+    right = oracle.ada(scores, 20, 0.0, list(range(sink)))
+    kept = [positions(x, h) for s in session.cache.stores.values() for x in s.unpack() for h in range(2)]
+    assert kept == right and len({len(x) for x in kept}) > 1
 
 
 # ---- choices across layers ------------------------------------------------------------------------------------------------
