@@ -67,7 +67,7 @@ def prefill(
         hidden = _feed(model, cache, ids[a : a + step], a)
         if progress:
             progress(min(step, len(ids) - a))
-    for i in range(policy.passes(len(ids))):
+    for i in range(cache.n_passes):
         replay = policy.replay(ids, i, cache.encode)
         cache.begin_pass(len(replay), policy.scored(len(ids), i))
         for a in range(0, len(replay), step):

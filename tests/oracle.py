@@ -466,7 +466,7 @@ def critical(score: list[float], norms: list[float], n: int, first: float, epsil
     """CriticalKV's two stages in one head, where n tokens stay. score: mean attention of the observation window."""
     mine = top(score, int(first * n), always)
     rest = [j for j in range(len(score)) if j not in mine]
-    rest.sort(key=lambda j: (-(score[j] + epsilon) * norms[j], j))
+    rest.sort(key=lambda j: (j not in always, -(score[j] + epsilon) * norms[j], j))
     return sorted(mine + rest[: n - len(mine)])
 
 
@@ -522,7 +522,7 @@ def compactor(q, k, v, inv: Tensor, sink: int, recent: int, block: int, sketch: 
     parts = []
     for x in (leverage, attention):
         every = [s for of_head in x for s in of_head]
-        mean, spread = statistics.fmean(every), statistics.stdev(every)
+        mean, spread = statistics.fmean(every), statistics.pstdev(every)
         parts.append([[(s - mean) / spread for s in of_head] for of_head in x])
     return [
         [math.inf] * sink + [blend * x + y for x, y in zip(*both, strict=True)] + [math.inf] * recent

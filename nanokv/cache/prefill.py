@@ -273,32 +273,34 @@ class Statistics:
             self._add_moments(reader, q, pos, start, dense.length, cache.inv_freq)
         if wanted.block is not None:
             self._add_blocks(reader, q, keys, dense.length)
+            return
         if cache.n_passes or wanted.last_queries == 0:
             return
         if wanted.last_queries is None:  # all queries score the keys, as they come
-            self._join(reader, self._score(reader, q, keys, start, cache))
+            self._join(reader, self._score(reader, q, keys, start, cache, cache.config.window(reader)))
             return
         before, n = self.held_queries.get(reader), wanted.last_queries
         last = q[:, :, -n:] if before is None else _cat(before, q)[:, :, -n:]
         if dense.complete:
-            self.scores[reader] = self._score(reader, last, keys, dense.length - last.shape[2], cache)
+            window = cache.config.window(reader)
+            self.scores[reader] = self._score(reader, last, keys, dense.length - last.shape[2], cache, window)
         else:
             self.held_queries[reader] = last.clone()  # a view would keep the whole chunk's queries alive
 
     def _score_in_pass(self, reader: int, q: Tensor, keys: Tensor, dense: DenseLayer, cache: PromptCache) -> Tensor:
-        """The prompt's scores by queries of a scoring pass."""
+        """The prompt's scores by queries of a scoring pass; of a part of its keys as if there were no sliding window."""
         n, start = dense.length, keys.shape[2] - q.shape[2]
         if dense.scored is None:
-            return self._score(reader, q, keys, start, cache)[:, :, :n]
+            return self._score(reader, q, keys, start, cache, cache.config.window(reader))[:, :, :n]
         keys = _cat(keys[:, :, dense.scored], keys[:, :, n:])
-        found = self._score(reader, q, keys, start - n + len(dense.scored), cache)[:, :, : len(dense.scored)]
+        found = self._score(reader, q, keys, start - n + len(dense.scored), cache, None)[:, :, : len(dense.scored)]
         return found.new_zeros(*found.shape[:2], n).index_copy_(2, dense.scored, found)
 
-    def _score(self, reader: int, q: Tensor, k: Tensor, start: int, cache: PromptCache) -> Tensor:
+    def _score(self, reader: int, q: Tensor, k: Tensor, start: int, cache: PromptCache, window: int | None) -> Tensor:
         """(1,Hkv,N): each query's softmax over the keys that it sees, summed over the queries and reduced over the G query
         heads of each KV head. kernels/reference.py, `attention_scores`, has the formula.
         """
-        wanted, window = self.wanted, cache.config.window(reader)
+        wanted = self.wanted
         over_group = "each" if self.joins_groups_last(cache) else wanted.over_group
         how = over_group, wanted.over_queries, wanted.noise(0), wanted.near
         return cache.ops.attention_scores(q, k, start, window, *how)

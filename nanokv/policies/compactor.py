@@ -63,11 +63,13 @@ class Compactor(Scorer):
         return max(1, self.sink + self.recent)
 
     def score(self, p: Prompt) -> Tensor:
-        stays = p.sinks(self.sink) | p.recent(self.recent)
-        a, b = int((~stays[0, 0]).nonzero()[0]), len(p) - self.recent  # the tokens that are scored
+        a = int(p.sinks(self.sink)[0, 0].sum())
+        b = max(a, len(p) - self.recent)  # the tokens a … b−1 are scored
+        if a == b:
+            return torch.full(p.pos.shape, torch.inf, device=p.k.device)
         raw = unrotated(p.k[:, :, a:b], p.pos[:, 0, a:b], p.inv_freq)
         attention = p.attention.sum(0, keepdim=True)[..., a:b] * p.v[:, :, a:b].float().norm(dim=-1)
-        blend = 1 - self.layer_budget(p) / len(p) if self.blend is None else self.blend
+        blend = max(0, 1 - self.layer_budget(p) / len(p)) if self.blend is None else self.blend
         score = blend * standardised(self._leverage(raw)) + standardised(avg_pool1d(attention, 3, 1, 1))
         return pad(score, (a, len(p) - b), value=torch.inf)
 
@@ -75,11 +77,11 @@ class Compactor(Scorer):
         """(1,Hkv,N) of keys k (1,Hkv,N,D)."""
         dice = torch.Generator().manual_seed(self.seed)
         projection = torch.randn(k.shape[1], k.shape[3], self.sketch, generator=dice).to(k.device)
-        x = (k - k.mean(2, keepdim=True)) @ (projection / math.sqrt(self.sketch))
-        square = x.mT @ x + 0.01 * torch.eye(self.sketch, device=k.device)
-        return (x * torch.linalg.solve(square, x.mT).mT).sum(-1)
+        x = ((k - k.mean(2, keepdim=True)) @ (projection / math.sqrt(self.sketch))).double()
+        square = x.mT @ x + 0.01 * torch.eye(self.sketch, dtype=x.dtype, device=x.device)
+        return (x * torch.linalg.solve(square, x.mT).mT).sum(-1).clamp(min=0).float()
 
 
 def standardised(x: Tensor) -> Tensor:
     """x with mean 0 and standard deviation 1 over all heads and tokens."""
-    return (x - x.mean()) / x.std().clamp(min=1e-6)
+    return (x - x.mean()) / x.std(correction=0).clamp(min=1e-6)

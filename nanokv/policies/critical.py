@@ -21,7 +21,8 @@ class CriticalKV(SnapKV):
     decide how many tokens a head gets.
 
     As in kvpress the norm is averaged over the query heads of a KV head. Where several layers read the same keys, W_o
-    is that of the layer that owns them.
+    is that of the layer that owns them. Deviation from kvpress: the guaranteed `floor` of heads=ada is a number of
+    tokens, which both stages choose, where kvpress keeps the best by the plain score.
 
     first    the share of the budget that the plain scores decide
     epsilon  added to each score in the second stage
@@ -47,5 +48,5 @@ class CriticalKV(SnapKV):
         n = torch.as_tensor(n, device=score.device).expand(score.shape[:2])
         rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         is_first = rank < (n * self.first).int()[..., None]
-        by_value = rounded((score / p.n_queries + self.epsilon) * p.output_norms())
+        by_value = rounded((score / (p.n_queries * len(p.attention)) + self.epsilon) * p.output_norms())
         return by_value.masked_fill(is_first, torch.inf).masked_fill(~p.valid, -torch.inf)

@@ -20,17 +20,17 @@ class DefensiveKV(Scorer):
     """DefensiveKV (Feng et al. 2025, arXiv:2510.13334): a token's score is the most attention that one query of the
     observation window gives it, over all query heads of the KV head, pooled over `kernel` neighbours. No score is less
     than the mean over the head, so that the worst case of a token that looks useless is not taken for zero. It is then
-    multiplied with |W_o v|₁, as a share of the sum over the heads.
+    multiplied with |W_o v|₁, as a share of the sum over the KV heads; with one KV head this changes nothing.
 
-    Taken first, whatever their score, are the tokens of most attention on average that with the window itself hold the
-    share `mass` of it. The heads of a layer compete without a guaranteed share; layers=compete is the paper's
+    Taken first, whatever their score, are the tokens of most attention on average, as long as they and the window hold
+    less than the share `mass` of it. The heads of a layer compete without a guaranteed share; layers=compete is the paper's
     LayerDefensiveKV. Deviations from the authors' code: scores are pooled after the maximum, where theirs pools each
     query's before it and scales them back to their sum; the window's share of attention is its own, where theirs is
     that of as many tokens before it.
 
     window  queries of the observation window; their own tokens always stay
     kernel  neighbouring tokens over which scores are averaged; odd
-    mass    the share of attention that the tokens taken first hold together with the window
+    mass    the share of attention that the tokens taken first and the window stay below
     """
 
     window: int = 32
@@ -45,6 +45,8 @@ class DefensiveKV(Scorer):
                 f"defensive:window={self.window},kernel={self.kernel},mass={self.mass} is out of range; window ≥ 1, "
                 "kernel odd and ≥ 1, mass 0 … 1"
             )
+        if self.select == "chunk":
+            raise ValueError("defensive:select=chunk: some tokens are taken first, one by one; use select=token")
         if self.every:
             raise ValueError(
                 f"defensive:every={self.every}: values are compared between heads, token by token, so all must be held; "
@@ -69,7 +71,7 @@ class DefensiveKV(Scorer):
         most = avg_pool1d(most, self.kernel, stride=1, padding=self.kernel // 2).masked_fill(recent, 0)
         most = most.maximum(most.sum(-1, keepdim=True) / (~recent).sum(-1, keepdim=True).clamp(min=1))
         norms = p.output_norms()
-        score = most * norms / norms.sum(1, keepdim=True)
+        score = most * norms / norms.sum(1, keepdim=True).clamp(min=torch.finfo(norms.dtype).tiny)
         return score.masked_fill(self._taken_first(p, recent), FORCED).masked_fill(recent, torch.inf)
 
     def _taken_first(self, p: Prompt, recent: Tensor) -> Tensor:

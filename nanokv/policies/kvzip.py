@@ -25,9 +25,11 @@ class KVzip(Scorer):
     question is needed, so one compressed cache serves many.
 
     The heads of all layers compete for the budget, as in the released code. The passes cost about as much as the prompt
-    did, or twice that where attention dominates, and the whole prompt's cache is in memory until they end.
+    did, or twice that where attention dominates, and the whole prompt's cache is in memory until they end. They stand
+    behind the prompt, so one that nearly fills the model's context is scored from positions past it. Sessions without
+    a tokenizer repeat without a request.
     Deviations from the authors' code: the request stands behind the prompt as it is, without the end of a chat
-    template's turn; each head keeps at least one token; scores are fp32.
+    template's turn; each head keeps at least one token; scores are fp32, as if the model had no sliding window.
 
     sink   first tokens that always stay
     piece  tokens that are repeated in one pass
@@ -54,7 +56,8 @@ class KVzip(Scorer):
         return max(1, self.sink)
 
     def passes(self, prompt_len: int) -> int:
-        return -(-prompt_len // self.piece)
+        keeps_all = isinstance(self.budget, int) and prompt_len <= self.budget and self.layers != "squeeze"
+        return 0 if keeps_all else -(-prompt_len // self.piece)
 
     def replay(self, tokens: Tensor, i: int, encode: Callable[[str], Tensor]) -> Tensor:
         first = i * self.piece

@@ -186,7 +186,7 @@ class Scorer(Policy):
         """The best tokens of all layers and heads: `budget` of them per head on average."""
         longest = max(len(p) for p in prompts)
         if longest <= self.budget:
-            return [Kept.all(p) for p in prompts]
+            return [self.best(p, self.budget) for p in prompts]
         scores = [self._ranking(p) for p in prompts]
         joined = torch.cat([pad(x, (0, longest - x.shape[-1]), value=-torch.inf) for x in scores], 1)
         budgets = self._head_budgets(joined, self.budget).split([x.shape[1] for x in scores], 1)
@@ -205,7 +205,7 @@ class Scorer(Policy):
         return self._top(p, score, self._head_budgets(score, n) if self.heads == "ada" else n, evict, attention)
 
     def _ranking(self, p: Prompt) -> Tensor:
-        """(1,Hkv,N): rounded scores, of whole chunks where these are kept or evicted; −inf for padding."""
+        """(1,Hkv,N): rounded scores, under select=chunk each chunk's mean; −inf for padding."""
         score = rounded(self.score(p)).masked_fill(~p.valid, -torch.inf)
         return self._chunk_means(score) if self.select == "chunk" else score
 
@@ -217,9 +217,7 @@ class Scorer(Policy):
         return kept.demote_others(p) if self.demote else kept
 
     def refine(self, p: Prompt, score: Tensor, n: int | Tensor) -> Tensor:
-        """The scores by which each head's n tokens are chosen, for methods that choose in two stages: score (1,Hkv,N) has
-        decided how many tokens a head gets.
-        """
+        """The scores (1,Hkv,N) that choose each head's n tokens, once `score` has decided n. Two-stage methods override it."""
         return score
 
     @abstractmethod
@@ -240,13 +238,14 @@ class Scorer(Policy):
         return least + budgets[p.rank] + (p.rank in rounded_up)
 
     def _head_budgets(self, score: Tensor, n: int) -> Tensor:
-        """(1,Hkv) int32: how many of the layer's Hkv·n best tokens each head has. The guaranteed floor is allocated
-        first.
+        """(1,heads) int32: how many of the heads·n best tokens each head of score (1,heads,N) has. The guaranteed floor is
+        allocated first.
         """
+        heads = score.shape[1]
         guaranteed = score.argsort(dim=-1, descending=True, stable=True)[..., : max(1, int(self.floor * n))]
-        best = score.scatter(-1, guaranteed, torch.inf).flatten(1).argsort(dim=-1, descending=True, stable=True)
-        head = best[:, : score.shape[1] * n] // score.shape[2]
-        return torch.stack([(head == h).sum(-1) for h in range(score.shape[1])], -1).to(torch.int32)
+        score = score.scatter(-1, guaranteed, torch.inf).masked_fill(score == -torch.inf, -torch.inf)
+        best = score.flatten().argsort(descending=True, stable=True)[: heads * n]
+        return torch.bincount(best // score.shape[2], minlength=heads)[None].to(torch.int32)
 
     def _chunk_means(self, score: Tensor) -> Tensor:
         """Each token's score replaced by its chunk's mean. Tokens that must stay do not count in the mean and keep
