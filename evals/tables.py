@@ -66,6 +66,11 @@ def rows() -> str:
     return _scores(_read("rows-1000.json", "epyc"))
 
 
+def without_question() -> str:
+    """The policies that judge a prompt without its question, on a 0.5B model."""
+    return _scores(_read("values-1000.json", "epyc"))
+
+
 def codes() -> str:
     """The error that rounding makes in the keys and values of a text."""
     rows = []
@@ -354,6 +359,7 @@ TABLES: dict[str, Callable[[], str]] = {
         compatible,
         quality,
         stores,
+        without_question,
         codes,
         paces,
         sparse,
