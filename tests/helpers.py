@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,6 +35,13 @@ def first(n: int, values: Iterable) -> list:
 def every(n: int, values: Iterable) -> list:
     """Values for a parametrized test: every n-th runs in `make test`, the others with `pytest -m exhaustive`."""
     return [x if i % n == 0 else pytest.param(x, marks=pytest.mark.exhaustive) for i, x in enumerate(values)]
+
+
+def one_each(plans: list[str]) -> list:
+    """Plans for a parametrized test: the first of each policy runs in `make test`, the others with `pytest -m exhaustive`."""
+    names = [re.split(r"[:+]", plan)[0] for plan in plans]
+    marks = [() if name not in names[:i] else pytest.mark.exhaustive for i, name in enumerate(names)]
+    return [pytest.param(plan, marks=mark) for plan, mark in zip(plans, marks, strict=True)]
 
 
 # of the policies that need no store that rounds and leave positions as they are; for the others see

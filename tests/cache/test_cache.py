@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from helpers import PLANS, every, first, run, storages
+from helpers import PLANS, every, first, one_each, run, storages
 from oracle import streaming
 from tiny import text
 
@@ -20,7 +20,7 @@ from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", one_each(PLANS))
 @pytest.mark.parametrize("model", first(1, ["windows", "g3"]))
 def test_the_receipt_equals_the_storages_the_cache_reaches(plan, model, llm_of):
     from nanokv.cache.context import Context
@@ -37,7 +37,7 @@ def test_the_receipt_equals_the_storages_the_cache_reaches(plan, model, llm_of):
     assert [x.kept for x in report.layers] == [session.cache.stores[i].slots.length.tolist() for i in range(3)]
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", one_each(PLANS))
 def test_live_bytes_are_those_of_a_cache_without_spare_room(plan, llm_of):
     llm, prompt = llm_of("g3"), text(60, seed=5)
     roomy, tight = llm.session(50, None, parse(plan)), llm.session(2, None, parse(plan))
@@ -85,7 +85,7 @@ def test_a_budget_in_bytes_holds_for_the_whole_cache(policy, budget, llm_of):
 
 
 @pytest.mark.parametrize("model", first(1, ["mistral", "g3"]))
-@pytest.mark.parametrize("plan", every(2, PLANS))
+@pytest.mark.parametrize("plan", every(3, PLANS))
 def test_valid_slots_are_a_prefix_and_hold_what_the_rule_says(plan, model, llm_of):
     llm, prompts = llm_of(model), [text(60, seed=5), text(7, seed=8)]
     session = llm.session(40, None, parse(plan))
@@ -115,7 +115,7 @@ def test_a_ring_never_overwrites_sinks_and_holds_the_most_recent(llm_of):
         assert held == streaming(0, 3, 7, now=session.seen[0] - 1)
 
 
-@pytest.mark.parametrize("plan", every(2, PLANS))
+@pytest.mark.parametrize("plan", every(3, PLANS))
 @pytest.mark.parametrize("turn", first(1, [33, 2]))
 def test_a_turn_leaves_the_slots_that_single_tokens_leave(plan, turn, llm_of):
     llm, prompt, more = llm_of("g3"), text(60, seed=5), text(turn, seed=6)
@@ -143,7 +143,7 @@ def test_where_nothing_is_evicted_a_turn_is_exact(plan, model, llm_of):
     torch.testing.assert_close(second, logits[:, 14], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("plan", every(2, PLANS))
+@pytest.mark.parametrize("plan", every(3, PLANS))
 def test_more_room_in_the_middle_changes_nothing(plan, llm_of):
     llm, prompt, more = llm_of("g3"), text(60, seed=5), text(14, seed=6)
     logits, _ = run(llm, plan, [prompt], [more])

@@ -217,6 +217,7 @@ def test_a_model_is_fetched_whole_once_and_then_found_without_asking_the_hub(hub
     assert hub.log == []
 
 
+@pytest.mark.exhaustive
 def test_two_processes_that_want_a_model_at_once_fetch_it_once(hub):
     command = [sys.executable, "-c", f"from weights.fetch import locate; print(locate('{REPO}'))"]
     both = [subprocess.Popen(command, cwd=ROOT, env=hub.env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -257,6 +258,7 @@ def test_a_shard_that_the_hub_lacks_is_named_before_any_weights_are_fetched(hub,
     assert not any(f.startswith("model-") for f in files_asked(hub))
 
 
+@pytest.mark.exhaustive
 def test_a_tensor_that_its_shard_lacks_is_named(hub, tmp_path, checkpoint, tensors):
     hub.files = sharded(checkpoint, tensors)
     hub.files["model-00002-of-00002.safetensors"] = save({"other": torch.zeros(1)})

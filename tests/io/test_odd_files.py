@@ -14,7 +14,7 @@ import pytest
 import torch
 from fuzz.gguf_parts import _places, write_gguf
 from fuzz.templates import CONVERSATION, HOSTILE
-from helpers import edit, reconfigure, shard
+from helpers import edit, every, reconfigure, shard
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import text, write_seeded
@@ -205,7 +205,7 @@ def test_a_panic_of_the_tokenizers_library_is_an_error_like_others(path):
         assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("template", HOSTILE, ids=lambda t: t[:50])
+@pytest.mark.parametrize("template", every(2, HOSTILE), ids=lambda t: t[:50])
 def test_a_template_is_bounded_in_time_and_memory(template):
     """tests/fuzz/test_files.py tries these under a limit of memory, too."""
     try:

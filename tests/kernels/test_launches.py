@@ -41,7 +41,7 @@ def runs_on_kernels(plan: str) -> bool:
     return not policy.decide_after and "keyformer" not in plan
 
 
-@pytest.mark.parametrize("plan", [*CEILINGS, *every(2, [p for p in PLANS if p not in CEILINGS and runs_on_kernels(p)])])
+@pytest.mark.parametrize("plan", [*CEILINGS, *every(4, [p for p in PLANS if p not in CEILINGS and runs_on_kernels(p)])])
 def test_a_step_with_kernels_waits_for_nothing_and_copies_no_keys(plan):
     found = counted(plan, triton(META))
     assert found.largest < keys_of_a_layer() / 4, found.in_blocks
@@ -53,7 +53,7 @@ def test_a_step_with_kernels_waits_for_nothing_and_copies_no_keys(plan):
         assert found.in_blocks.total() <= CEILINGS[plan] * CONFIG.num_hidden_layers, found.in_blocks
 
 
-@pytest.mark.parametrize("store", [store for keep, store in pairs() if keep == "full"])
+@pytest.mark.parametrize("store", every(2, [store for keep, store in pairs() if keep == "full"]))
 def test_a_step_over_any_store_waits_for_nothing(store):
     plan = of("mikv" if store == "mixed" else "full", store)
     assert counted(plan, triton(META)).in_blocks["triton rotate"] == CONFIG.num_hidden_layers

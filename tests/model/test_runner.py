@@ -119,9 +119,9 @@ def test_a_cache_that_is_not_frozen_compiles_as_it_grows(llm_of, monkeypatch):
     assert max(differences) < 1e-4 and counts[-1] > 3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    "plan",
-    first(1, ["snapkv:budget=20,window=4,heads=ada,every=4+ragged", "full", "snapkv:budget=20,window=4,every=4"]),
+    "plan", ["snapkv:budget=20,window=4,heads=ada,every=4+ragged", "full", "snapkv:budget=20,window=4,every=4"]
 )
 def test_a_compiled_step_follows_its_cache_into_new_memory(plan, llm_of):
     """More room, or another look."""
@@ -139,6 +139,7 @@ def test_a_compiled_step_follows_its_cache_into_new_memory(plan, llm_of):
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_a_turn_of_several_tokens_goes_on_from_a_compiled_cache(llm_of):
     llm, logits = llm_of("g3"), []
     for models in (
