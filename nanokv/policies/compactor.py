@@ -75,8 +75,8 @@ class Compactor(Scorer):
 
     def _leverage(self, k: Tensor) -> Tensor:
         """(1,Hkv,N) of keys k (1,Hkv,N,D)."""
-        dice = torch.Generator().manual_seed(self.seed)
-        projection = torch.randn(k.shape[1], k.shape[3], self.sketch, generator=dice).to(k.device)
+        generator = torch.Generator().manual_seed(self.seed)
+        projection = torch.randn(k.shape[1], k.shape[3], self.sketch, generator=generator).to(k.device)
         x = ((k - k.mean(2, keepdim=True)) @ (projection / math.sqrt(self.sketch))).double()
         square = x.mT @ x + 0.01 * torch.eye(self.sketch, dtype=x.dtype, device=x.device)
         return (x * torch.linalg.solve(square, x.mT).mT).sum(-1).clamp(min=0).float()

@@ -26,7 +26,7 @@ class ExpectedAttention(Scorer):
     sink     first tokens that always stay
     future   positions over which the rotation is averaged
     epsilon  added to each share before it is multiplied with the norm, so that the norm decides among tokens that
-             no query is expected to read. The best published results have epsilon=0.01,heads=ada
+             no query is expected to read. kvpress's leaderboard sets epsilon=0.01,heads=ada
     """
 
     sink: int = 4

@@ -24,11 +24,10 @@ class KVzip(Scorer):
     over all query heads of the KV head, in a softmax over the first `sink` tokens, the piece and the pass. No later
     question is needed, so one compressed cache serves many.
 
-    The heads of all layers compete for the budget, as in the released code. The passes cost about as much as the prompt
-    did, or twice that where attention dominates, and the whole prompt's cache is in memory until they end. They stand
-    behind the prompt, so one that nearly fills the model's context is scored from positions past it. Sessions without
-    a tokenizer repeat without a request.
-    Deviations from the authors' code: the request stands behind the prompt as it is, without the end of a chat
+    The heads of all layers compete for the budget, as in the released code. The passes feed about as many tokens as the
+    prompt has, and the whole prompt's cache is in memory until they end. They stand behind the prompt, so one that
+    nearly fills the model's context is scored from positions past it. Sessions without a tokenizer repeat without a
+    request. Deviations from the authors' code: the request stands behind the prompt as it is, without the end of a chat
     template's turn; each head keeps at least one token; scores are fp32, as if the model had no sliding window.
 
     sink   first tokens that always stay
