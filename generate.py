@@ -272,7 +272,8 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
     if args.save_cache and not args.load_cache:
         options = {**options, "on_compressed": lambda: save(llm, session, Path(args.save_cache))}
     hidden = not cli.shows_progress(args.quiet)
-    with tqdm(total=len(prompt), desc="prefill", unit="tok", leave=False, disable=hidden) as bar:
+    to_feed = len(prompt) + sum(session.pass_lengths(prompt) if prompt else [])
+    with tqdm(total=to_feed, desc="prefill", unit="tok", leave=False, disable=hidden) as bar:
         prompts = [] if args.load_cache else [prompt]
         result = llm.answer(session, prompts, then=question, copies=args.num_samples, progress=bar.update, **options)
     error = cli.print_answer(result, go_on=bool(args.json or args.xray or args.save_cache))

@@ -4,6 +4,7 @@ only; it knows no strings, no method and no file.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,10 @@ from nanokv.cache.decode import KVCache
 from nanokv.cache.kept import Kept
 from nanokv.cache.plan import Plan
 from nanokv.cache.prefill import PromptCache
-from nanokv.cache.report import Report
+from nanokv.cache.report import Report, ScoringPasses
+from nanokv.device import wait_for
 from nanokv.model.llama import Llama
+from nanokv.policies.base import Policy
 from nanokv.runner import Runner
 
 TURN_CHUNK = 512  # tokens of a turn that are fed at once
@@ -59,7 +62,7 @@ def prefill(
     token (1,vocab).
 
     Afterwards `cache.kept` holds what stays; under a policy with `decide_after`, only after that many more tokens
-    went through it. `progress(n)` is called after every n tokens.
+    went through it. `progress(n)` is called after every n tokens, also of scoring passes.
     """
     ids, policy = cache.ids, cache.plan.policy
     step = chunk or len(ids)
@@ -67,12 +70,25 @@ def prefill(
         hidden = _feed(model, cache, ids[a : a + step], a)
         if progress:
             progress(min(step, len(ids) - a))
-    for i in range(cache.n_passes):
-        replay = policy.replay(ids, i, cache.encode)
-        cache.begin_pass(len(replay), policy.scored(len(ids), i))
-        for a in range(0, len(replay), step):
-            _feed(model, cache, replay[a : a + step], len(ids) + a)
-    return model.logits(hidden[:, -1])
+    logits = model.logits(hidden[:, -1])
+    if cache.n_passes:
+        wait_for(ids.device)
+        t0, held, n = time.perf_counter(), cache.dense_bytes, 0
+        for i, replay in enumerate(replays(policy, ids, cache.ctx)):
+            cache.begin_pass(len(replay), policy.scored(len(ids), i))
+            for a in range(0, len(replay), step):
+                _feed(model, cache, replay[a : a + step], len(ids) + a)
+                if progress:
+                    progress(min(step, len(replay) - a))
+            n += len(replay)
+        wait_for(ids.device)
+        cache.passes_cost = ScoringPasses(n, time.perf_counter() - t0, held)
+    return logits
+
+
+def replays(policy: Policy, ids: Tensor, ctx: Context) -> list[Tensor]:
+    """The token ids of each scoring pass that a fitted policy asks for after the prompt ids (T,)."""
+    return [policy.replay(ids, i, ctx.token_ids) for i in range(policy.passes(len(ids)))]
 
 
 def _feed(model: Llama, cache: PromptCache, tokens: Tensor, start: int) -> Tensor:
@@ -95,6 +111,7 @@ class Session:
         self.pos: Tensor | None = None  # (B,1): the position of each row's next token
         self.seen: list[int] = []  # the same positions as Python numbers: how long each row's text is
         self.plans: list[Plan] = []  # the plan as fitted to each row's prompt
+        self.passes: list[ScoringPasses] = []  # what they cost, for each prompt that had some
         # only policies that rescore need the token ids of the text
         self.tokens: (
             list[Tensor] | None
@@ -109,6 +126,12 @@ class Session:
         if self.plans:
             return self.plans[0]
         return self.plan.fit(self.models.prefill.config, self.context.dtype, prompt_len, self.room, rows)
+
+    def pass_lengths(self, prompt: Sequence[int], rows: int = 1) -> list[int]:
+        """How many tokens each of the scoring passes feeds that the policy asks for after this prompt."""
+        policy = self.plan.fit(self.models.prefill.config, self.context.dtype, len(prompt), self.room, rows).policy
+        ids = torch.tensor(prompt, device=self.context.device)
+        return [len(tokens) for tokens in replays(policy, ids, self.context)]
 
     @torch.inference_mode()
     def start(
@@ -131,6 +154,7 @@ class Session:
                     if progress:
                         progress(shared)
                 out = prefill(self.models.prefill, cache, self.chunk, progress)
+                self.passes += [cache.passes_cost] if cache.passes_cost else []
                 if shared and caches:  # the first row holds the prefix
                     cache.kept = {i: kept.since(shared) for i, kept in cache.kept.items()}
                 logits += [out] * (copies // repeats)

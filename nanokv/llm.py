@@ -321,6 +321,13 @@ class LLM:
                 f"{longest} tokens of prompt and {limit} new ones are more than the {max_len} of this model's context; "
                 "shorten one of them, or go on regardless with --allow-overflow"
             )
+        for p in () if overflow else prompts:
+            if (again := max(session.pass_lengths(p), default=0)) and len(p) + again > max_len:
+                raise ValueError(
+                    f"{session.plan.names[0]} scores a prompt of {len(p)} tokens with up to {again} more behind it, and this "
+                    f"model's context is {max_len}; shorten the prompt or the policy's pieces (piece=), or go on regardless "
+                    "with --allow-overflow"
+                )
         if session.is_searched:
             raise ValueError("a beam search ended this session; start a new one")
         if beams > self.config.vocab_size:
@@ -364,7 +371,9 @@ class LLM:
             here, on_host = (f(config, dtype, len(p), room) for f in (fitted.device_bytes, fitted.host_bytes))
             # on a CPU the host's memory is the same one; elsewhere two layers of it are in the staging buffer
             here += on_host * (1 if on_cpu else min(1, 2 / layers))
-            need += copies * layers * here + (layers if all_dense else 1) * len(p) * dense
+            again = max(session.pass_lengths(p, n), default=0)  # a scoring pass has keys and values of its own
+            prompt = (layers if all_dense else 1) * len(p) + (layers if session.chunk else 1) * again
+            need += copies * layers * here + prompt * dense
         shared = session.shared_tokens(prompts, copies)
         fewer = n - min(len(prompts), 2)  # a later prompt has a prefix of its own until it is prefilled
         need -= fewer * layers * per_token * min(shared, fitted.policy.max_kept(shared))

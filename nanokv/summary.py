@@ -6,6 +6,7 @@ It reads a finished answer and its session. It prints nothing and writes no file
 from __future__ import annotations
 
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from nanokv.answer import Answer
 from nanokv.cache.report import mib
 from nanokv.device import peak_bytes
+from nanokv.engine import Session
 from nanokv.llm import LLM
 from nanokv.speculate import Speculation
 
@@ -41,6 +43,7 @@ def end_block(llm: LLM, answer: Answer) -> str:
     lines = [
         f"load {llm.load_s:.2f} s{compile_time}",
         f"prefill {answer.prompt_tokens} tok, {answer.prefill_s:.2f} s, {prefill_rate:.0f} tok/s",
+        *([scoring_passes(session)] if session.passes else []),
         f"decode {answer.counted} tok, {answer.decode_s:.2f} s, {decode_rate:.1f} tok/s{without}; "
         f"{beams}ended by {', '.join(dict.fromkeys(answer.reasons))}",
         *([drafts(answer.speculation)] if answer.speculation else []),
@@ -56,6 +59,16 @@ def end_block(llm: LLM, answer: Answer) -> str:
             f"{mib(unused)} of the cache are empty slots: room for more new tokens (-n), or padding up to the longest head or row"
         )
     return "\n".join([*lines, str(report)])
+
+
+def scoring_passes(session: Session) -> str:
+    """What the passes cost that only scored the prompts."""
+    tokens, seconds = (sum(getattr(x, k) for x in session.passes) for k in ("tokens", "seconds"))
+    held = max(x.bytes for x in session.passes)
+    return (
+        f"{session.plan.names[0]} scored with {tokens} more tok, {seconds:.2f} s of these; the whole prompt's cache, "
+        f"{mib(held)}, was alive until then"
+    )
 
 
 def drafts(of: Speculation) -> str:
@@ -89,6 +102,8 @@ def as_record(llm: LLM, answer: Answer) -> dict[str, Any]:
     }
     if answer.beams > 1:
         common["beams"] = {"n": answer.beams, "score": answer.score}
+    if passes := answer.session.passes:
+        common["scoring_passes"] = [asdict(x) for x in passes]
     if made := answer.speculation:
         common["draft"] = {"by": made.draft.name, **{k: getattr(made, k) for k in ("passes", "drafted", "accepted")}}
     rows = [

@@ -151,7 +151,7 @@ def compress(plan: Plan | str, config: ModelConfig, T: int, seed: int = 0, chunk
         for i, layer in enumerate(cache.layers):
             layer.attend(q[i, :, :, t : t + 1], k[i, :, :, t : t + 1], v[i, :, :, t : t + 1], torch.tensor([[t]]))
     for p in range(cache.n_passes):
-        n = len(plan.policy.replay(cache.ids, p, cache.encode))
+        n = len(plan.policy.replay(cache.ids, p, lambda text: cache.ids[:0]))
         cache.begin_pass(n, plan.policy.scored(T, p))
         again = [torch.randn(L, 1, heads, n, 16, generator=dice) for heads in (H, Hkv, Hkv)]
         for i, layer in enumerate(cache.layers):

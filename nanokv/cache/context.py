@@ -36,6 +36,10 @@ class Context:
             self.constants[name] = make().to(self.device)
         return self.constants[name]
 
+    def token_ids(self, text: str) -> Tensor:
+        """The token ids (n,) of a text; none without a tokenizer."""
+        return torch.tensor(self.encode(text) if self.encode else [], dtype=torch.int64, device=self.device)
+
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 

@@ -19,6 +19,7 @@ from nanokv.backends.base import Ops, merge
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept, Prompt, seen_later
 from nanokv.cache.plan import Plan
+from nanokv.cache.report import ScoringPasses
 from nanokv.cache.scores import Scores, block_scores, moments
 from nanokv.model.config import ModelConfig
 from nanokv.model.rope import inverse_frequencies, rotate_more, unrotated
@@ -48,6 +49,7 @@ class PromptCache:
         self.kept: dict[int, Kept] = {}
         self.dense: dict[int, DenseLayer] = {}  # layers whose keys and values are still whole
         self.n_given = 0  # tokens that need not be fed
+        self.passes_cost: ScoringPasses | None = None  # known after the scoring passes
         self.layers = [PromptLayer(self, i) for i in range(config.num_hidden_layers)]
 
     def begin_with(self, row: Mapping[int, Kept], n: int) -> None:
@@ -55,6 +57,11 @@ class PromptCache:
         for owner, kept in row.items():
             self.dense_layer(owner).extend(kept.k[:, :, :n], kept.v[:, :, :n])
         self.n_given = n
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the keys and values that are still whole."""
+        return sum(x.nbytes for layer in self.dense.values() for x in layer.keys_and_values())
 
     def dense_layer(self, owner: int) -> DenseLayer:
         if owner not in self.dense:
@@ -69,11 +76,6 @@ class PromptCache:
         index = None if scored is None else torch.tensor(scored, device=self.ids.device)
         for layer in self.dense.values():
             layer.begin_pass(n, index)
-
-    def encode(self, text: str) -> Tensor:
-        """The token ids of a text; none without a tokenizer."""
-        ids = self.ctx.encode(text) if self.ctx and self.ctx.encode else []
-        return torch.tensor(ids, dtype=self.ids.dtype, device=self.ids.device)
 
     def run_block(self, block: Callable, x: Tensor, pos: Tensor, angle: Any, layer: PromptLayer) -> Tensor:
         """Run one block of the model on x (1,T,C), the residual stream, which its layer may compare with what comes of
@@ -130,6 +132,7 @@ class PromptLayer:
         if self.residual is not None and dense.pass_length is None:
             self._compare(out)
         if self.is_last_reader and dense.complete:
+            dense.end_pass()
             cache.compress(self.owner)
         return out
 
@@ -179,6 +182,9 @@ class DenseLayer:
 
     def begin_pass(self, n: int, scored: Tensor | None) -> None:
         self.pass_length, self.pass_kv, self.scored = n, None, scored
+
+    def end_pass(self) -> None:
+        self.pass_length, self.pass_kv, self.scored = None, None, None
 
     def extend(self, k: Tensor, v: Tensor) -> None:
         n = k.shape[2]

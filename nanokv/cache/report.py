@@ -9,6 +9,15 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class ScoringPasses:
+    """What the forward passes cost that only scored a prompt."""
+
+    tokens: int
+    seconds: float
+    bytes: int  # of the prompt's keys and values in all layers, which stay uncompressed until the passes end
+
+
+@dataclass(frozen=True)
 class LayerReport:
     layer: int
     owner: int  # the layer whose storage this one reads

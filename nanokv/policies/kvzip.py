@@ -13,7 +13,7 @@ from nanokv.cache.scores import Scores
 from nanokv.policies.scorer import Scorer
 
 FIRST = "\n\nRepeat the previous context exactly.\n"
-LATER = "\n\nRepeat the part of the previous context exactly, starting with "
+LATER = "\n\nRepeat the part of the previous context exactly, starting with"
 OVERLAP = 8  # how many tokens of the piece before tell where to start
 
 
@@ -25,10 +25,10 @@ class KVzip(Scorer):
     question is needed, so one compressed cache serves many.
 
     The heads of all layers compete for the budget, as in the released code. The passes feed about as many tokens as the
-    prompt has, and the whole prompt's cache is in memory until they end. They stand behind the prompt, so one that
-    nearly fills the model's context is scored from positions past it. Sessions without a tokenizer repeat without a
-    request. Deviations from the authors' code: the request stands behind the prompt as it is, without the end of a chat
-    template's turn; each head keeps at least one token; scores are fp32, as if the model had no sliding window.
+    prompt has, and the whole prompt's cache is in memory until they end. They stand behind the prompt, so they need room
+    in the model's context. Sessions without a tokenizer repeat without a request. Deviations from the authors' code: the
+    request stands behind the prompt as it is, without the end of a chat template's turn; each head keeps at least one
+    token; scores are fp32, as if the model had no sliding window.
 
     sink   first tokens that always stay
     piece  tokens that are repeated in one pass

@@ -15,6 +15,7 @@ from pathlib import Path
 FILE = Path(__file__).with_suffix(".json")
 TESTS = Path(__file__).resolve().parent.parent
 KEPT, TOKENS = 58, 90
+HIDDEN = 1 - (KEPT - 1 / 12) / TOKENS  # of all 6 heads' tokens, which kvpress rounds together: 32 of 90
 SNAP = {"window_size": 8, "kernel_size": 13}
 # our plan: kvpress's class and settings; and the class of a press inside it
 PRESSES = {
@@ -27,6 +28,15 @@ PRESSES = {
     # 2 sinks, 24 tokens without a next partition, and 8 of each of 4 partitions
     f"lagkv:budget={KEPT},sink=2,lag=16": ("LagKVPress", {"n_sink": 2, "lag_size": 16}, None),
     f"adakv:budget={KEPT},window=8,kernel=13,pool=avg": ("AdaKVPress", {}, ("SnapKVPress", SNAP)),
+    f"critical:budget={KEPT},window=8,kernel=13,pool=avg": ("CriticalKVPress", {}, ("SnapKVPress", SNAP)),
+    f"critical:budget={KEPT},window=8,kernel=13,pool=avg,heads=ada": ("CriticalAdaKVPress", {}, ("SnapKVPress", SNAP)),
+    # three full blocks; kvpress lets the padding of one that is not full attend
+    f"compactor:budget={KEPT},block=26,sketch=12,blend=0.5": (
+        "CompactorPress",
+        {"chunk_size": 26, "sketch_dimension": 12, "blending": 0.5},
+        None,
+    ),
+    f"kvzip:budget={KEPT},piece=45": ("KVzipPress", {"chunk_size": 45, "compression_ratio": HIDDEN}, None),
 }
 
 
@@ -45,10 +55,12 @@ def main() -> int:
 
     from evals.peers import Net
 
+    same_projection(kvpress.LeverageScorePress)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         write_seeded(path, model_type="llama", architectures=["LlamaForCausalLM"])
+        (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
         net, ids, ratio = Net(str(path), torch.float32, torch.device("cpu")), prompt(), 1 - (KEPT + 0.5) / TOKENS
         net.start(ids)
         dense = [layer.keys[0].clone() for layer in net.cache.layers]
@@ -58,21 +70,34 @@ def main() -> int:
                     getattr(kvpress, inner[0])(compression_ratio=ratio, **inner[1]), **settings
                 )
             else:
-                press = getattr(kvpress, name)(compression_ratio=ratio, **settings)
+                press = getattr(kvpress, name)(**{"compression_ratio": ratio, **settings})
             net.start(ids, press=press)
             layers = zip(net.net.model.layers, net.cache.layers, dense, strict=True)
-            found[plan] = [kept(layer.self_attn, cache.keys[0], whole, inner) for layer, cache, whole in layers]
+            found[plan] = [kept(layer.self_attn, cache.keys[0], whole) for layer, cache, whole in layers]
     versions = {name: version(name) for name in ("kvpress", "transformers", "torch")}
     FILE.write_text(json.dumps({"made_with": versions, "kept": found}) + "\n", encoding="utf-8")
     print(f"wrote {FILE.name} with {versions}")
     return 0
 
 
-def kept(attention, keys, whole, inner) -> list[list[int]]:
-    """Positions per KV head. kvpress's Ada-KV frees nothing: it remembers which keys to hide."""
+def same_projection(press) -> None:
+    """Let kvpress draw the projection of the keys that our seed 0 draws."""
     import torch
 
-    if inner:
+    scores = press.compute_leverage_scores
+
+    def seeded(*args):
+        torch.manual_seed(0)
+        return scores(*args)
+
+    press.compute_leverage_scores = staticmethod(seeded)
+
+
+def kept(attention, keys, whole) -> list[list[int]]:
+    """Positions per KV head. Where heads keep different numbers, kvpress frees nothing: it remembers which keys to hide."""
+    import torch
+
+    if getattr(attention, "masked_key_indices", None):
         _, heads, hidden = attention.masked_key_indices
         return [sorted(set(range(TOKENS)) - set(hidden[heads == h].tolist())) for h in range(len(whole))]
     distance = torch.cdist(keys, whole, compute_mode="donot_use_mm_for_euclid_dist")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import oracle
 import pytest
@@ -20,6 +20,7 @@ from nanokv.engine import Session
 from nanokv.policies.base import Policy
 from nanokv.policies.scorer import Scorer
 from nanokv.stores.quant.int import Int
+from nanokv.summary import as_record, end_block
 
 PROMPT = text(60, seed=5)
 SEEN: list = []  # what the toys were shown
@@ -135,7 +136,7 @@ def test_kvzip_keeps_what_repeating_the_prompt_reads(sink, piece, chunk, llm_of)
     for first in range(0, 60, piece):
         request = encode("\n\nRepeat the previous context exactly.\n")
         if first:
-            request = encode("\n\nRepeat the part of the previous context exactly, starting with ")
+            request = encode("\n\nRepeat the part of the previous context exactly, starting with")
             request = request + PROMPT[max(0, first - 8) : first] + encode("\n")
         mine = [j for j in range(60) if j < min(sink, first) or first <= j < first + piece]
         replay = request + PROMPT[first : first + piece]
@@ -151,6 +152,54 @@ def test_kvzip_keeps_what_repeating_the_prompt_reads(sink, piece, chunk, llm_of)
     right = oracle.ada(scores, 20, 0.0, list(range(sink)))
     kept = [positions(x, h) for s in session.cache.stores.values() for x in s.unpack() for h in range(2)]
     assert kept == right and len({len(x) for x in kept}) > 1
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_passes_are_counted_shown_and_reported(chunk, llm_of):
+    llm, seen = llm_of("g3"), []
+    session = llm.session(4, chunk, parse("kvzip:budget=20,piece=25"))
+    lengths, request = session.pass_lengths(PROMPT), len("..Repeat the previous context exactly..")
+    assert len(lengths) == 3 and lengths[0] == request + 25
+    answer = llm.answer(session, [PROMPT], limit=4, progress=seen.append)
+    "".join(piece for _, piece in answer)
+    assert sum(seen) == 60 + sum(lengths)
+    (cost,) = session.passes
+    config = llm.config
+    assert cost.tokens == sum(lengths) and 0 < cost.seconds < answer.prefill_s
+    assert cost.bytes == 60 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * 4
+    assert f"kvzip scored with {cost.tokens} more tok" in end_block(llm, answer)
+    assert as_record(llm, answer)["scoring_passes"] == [asdict(cost)]
+    plain = llm.session(4, chunk, parse("snapkv:budget=20,window=4"))
+    answer = llm.answer(plain, [PROMPT], limit=4)
+    "".join(piece for _, piece in answer)
+    assert not plain.passes and "scoring_passes" not in as_record(llm, answer)
+
+
+def test_passes_count_for_the_context_and_the_memory(llm_of, monkeypatch):
+    llm = llm_of("g3")  # a context of 512 tokens
+    prompt = text(300, seed=6)
+
+    def begin(plan, **more):
+        return llm.answer(llm.session(4, plan=parse(plan)), [prompt], limit=4, **more)
+
+    with pytest.raises(ValueError, match=r"up to 339 more behind it.*piece="):
+        begin("kvzip:budget=20")
+    begin("kvzip:budget=20", overflow=True)
+    begin("kvzip:budget=20,piece=100")
+    begin("kvzip:budget=300")  # keeps all, so nothing is scored
+    per_token = int(Plan().cost(llm.config, torch.float32)[0])
+    needs = {}
+    for chunk, layers in ((None, 1), (50, 3)):
+        session = llm.session(4, chunk, parse("kvzip:budget=20,piece=100"))
+        for free in range(0, 10**6, per_token):
+            monkeypatch.setattr("nanokv.llm.free_bytes", lambda device, free=free: free)
+            try:
+                llm.check_memory(session, [prompt], 4)
+            except ValueError:
+                continue
+            needs[chunk] = free - layers * max(session.pass_lengths(prompt)) * per_token
+            break
+    assert abs(needs[None] - needs[50]) <= per_token and needs[50] > 3 * 300 * per_token
 
 
 # ---- choices across layers ------------------------------------------------------------------------------------------------
