@@ -528,3 +528,35 @@ def compactor(q, k, v, inv: Tensor, sink: int, recent: int, block: int, sketch: 
         [math.inf] * sink + [blend * x + y for x, y in zip(*both, strict=True)] + [math.inf] * recent
         for both in zip(*parts, strict=True)
     ]
+
+
+def merged(k: Tensor, v: Tensor, kept: list[int]) -> Tensor:
+    """One head's kept values (n,D) after each evicted value joined that of the most similar kept key."""
+    total, weights = {j: v[j].double() for j in kept}, dict.fromkeys(kept, 1.0)
+    for i in sorted(set(range(len(k))) - set(kept)):
+        cosine = {j: float(k[i].double() @ k[j].double() / (k[i].double().norm() * k[j].double().norm())) for j in kept}
+        best = max(kept, key=cosine.get)
+        norm, its = float(v[i].double().norm()), float(v[best].double().norm())
+        weight = max(0.0, cosine[best]) * norm / (norm + its)
+        total[best] = total[best] + weight * v[i].double()
+        weights[best] += weight
+    return torch.stack([total[j] / weights[j] for j in kept])
+
+
+def refitted(q: Tensor, k: Tensor, v: Tensor, kept: list[int], ridge: float) -> Tensor:
+    """One head's kept values (n,D) by the normal equations, for queries q (heads,w,D) of the last w positions."""
+    T, w = len(k), q.shape[1]
+    rows, wanted = [], []
+    for one in q.double():
+        for i, x in enumerate(one):
+            logits = k.double() @ x / math.sqrt(k.shape[1])
+            sees = [j for j in range(T) if j <= T - w + i]
+            mine = [j for j in kept if j <= T - w + i]
+            row = torch.zeros(T, dtype=torch.float64)
+            row[mine] = logits[mine].softmax(0)
+            rows.append(row[kept])
+            wanted.append(logits[sees].softmax(0) @ v[sees].double())
+    a, wanted = torch.stack(rows), torch.stack(wanted)
+    pull = ridge * float((a @ a.T).diagonal().mean())
+    square = a.T @ a + pull * torch.eye(len(kept), dtype=torch.float64)
+    return torch.linalg.inv(square) @ (a.T @ wanted + pull * v[kept].double())

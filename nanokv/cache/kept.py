@@ -75,6 +75,7 @@ class Prompt:
     tokens: Tensor | None = None  # (seen,) int64 token ids of the text; None where a cache was loaded from a file
     token_kinds: Tensor | None = None  # (seen,) uint8: 1 for a special token, 2 for punctuation; only if asked for
     near_attention: Tensor | None = None  # as `attention`, of the policy's `near_scores`
+    queries: Tensor | None = None  # (readers,H,w,D) the prompt's last queries, rotated; only if asked for
 
     def __len__(self) -> int:
         return self.k.shape[2]

@@ -45,6 +45,7 @@ class PromptCache:
         self.length = len(ids) + plan.policy.decide_after  # tokens after the prompt may belong to it
         self.wanted = wanted_by([plan.policy])
         self.wants_similarity = plan.policy.similarity
+        self.n_queries = plan.policy.observation_queries
         self.inv_freq = inverse_frequencies(config).to(ids.device)
         self.kept: dict[int, Kept] = {}
         self.dense: dict[int, DenseLayer] = {}  # layers whose keys and values are still whole
@@ -129,6 +130,8 @@ class PromptLayer:
             out = cache.ops.prefill(q, keys, values, start, cache.config.window(self.index))
         for statistics in dense.statistics.values():
             statistics.add(self.index, q, pos, keys, dense, cache)
+        if cache.n_queries and dense.pass_length is None:
+            dense.hold_queries(self.index, q, cache.n_queries)
         if self.residual is not None and dense.pass_length is None:
             self._compare(out)
         if self.is_last_reader and dense.complete:
@@ -176,6 +179,7 @@ class DenseLayer:
         self.k: Tensor | None = None  # (1,Hkv,length,D); not a copy if the prompt came in one piece
         self.v: Tensor | None = None
         self.statistics = {scores: Statistics(scores) for scores in wanted}
+        self.queries: dict[int, Tensor] = {}  # reader → its last queries so far (1,H,w,D), for policies that see them
         self.pass_length: int | None = None  # tokens of the scoring pass in progress
         self.pass_kv: tuple[Tensor, Tensor] | None = None  # its keys and values so far
         self.scored: Tensor | None = None  # positions of the keys that it scores; None: all
@@ -185,6 +189,10 @@ class DenseLayer:
 
     def end_pass(self) -> None:
         self.pass_length, self.pass_kv, self.scored = None, None, None
+
+    def hold_queries(self, reader: int, q: Tensor, n: int) -> None:
+        before = self.queries.get(reader)
+        self.queries[reader] = (q if before is None else _cat(before, q))[:, :, -n:].clone()
 
     def extend(self, k: Tensor, v: Tensor) -> None:
         n = k.shape[2]
@@ -248,6 +256,9 @@ class DenseLayer:
             tokens=cache.ids,
             token_kinds=kinds,
             near_attention=near,
+            queries=torch.cat([q[:, :, -policy.observation_queries :] for q in self.queries.values()])
+            if policy.observation_queries
+            else None,
         )
 
 

@@ -69,3 +69,13 @@ def block_scores(q: Tensor, k: Tensor) -> Tensor:
     """
     grouped = q.unflatten(1, (k.shape[1], -1)).float()
     return (grouped @ k[:, :, None].float().mT).softmax(-1).sum(3).mean(2)
+
+
+def rounded(score: Tensor) -> Tensor:
+    """Scores in fp32, rounded to 12 bits of mantissa, a relative step of 1/4096.
+
+    The same token has the same key norm at each of its places, but fp32 sums differ in their last bits, and not in the
+    same way when the token stands alone or in a batch. Rounded, such scores are equal, and the earlier token wins.
+    """
+    bits = score.to(torch.float32).view(torch.int32)
+    return ((bits + 0x400) & ~0x7FF).view(torch.float32)

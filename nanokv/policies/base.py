@@ -37,6 +37,7 @@ class Policy(ABC):
     decide_after          how many tokens after the prompt still attend to all of it before `keep` is called.
     cross_layer           whether `keep_all` is called once for all layers, instead of `keep` for each. Until then the
                           keys and values of the whole prompt stay in memory.
+    observation_queries   how many of the prompt's last queries come as `Prompt.queries`.
     similarity            whether `Prompt.similarity` is wanted.
     token_kinds           whether `Prompt.token_kinds` is wanted.
     protected_sinks       how many of the text's first tokens are never evicted.
@@ -58,6 +59,7 @@ class Policy(ABC):
     rescore_every = 0
     decide_after = 0
     cross_layer = False
+    observation_queries = 0
     similarity = token_kinds = False
     protected_sinks = 0
     positions_in_cache = False

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from nanokv.cache.kept import Prompt
-from nanokv.cache.scores import Scores
-from nanokv.policies.scorer import rounded
+from nanokv.cache.scores import Scores, rounded
 from nanokv.policies.snapkv import SnapKV
 
 

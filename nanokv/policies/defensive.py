@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from nanokv.cache.kept import Prompt
-from nanokv.cache.scores import Scores
-from nanokv.policies.scorer import Scorer, rounded
+from nanokv.cache.scores import Scores, rounded
+from nanokv.policies.scorer import Scorer
 
 FORCED = 2.0  # the score of tokens that are taken first; all others have at most 1
 

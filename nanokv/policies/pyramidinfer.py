@@ -10,9 +10,8 @@ from torch import Tensor
 
 from nanokv.cache.budget import Workload, check_budget
 from nanokv.cache.kept import Kept, Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import Scores, rounded
 from nanokv.policies.base import Policy
-from nanokv.policies.scorer import rounded
 
 
 @dataclass(frozen=True, kw_only=True)

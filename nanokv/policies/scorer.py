@@ -17,8 +17,10 @@ from torch.nn.functional import pad
 
 from nanokv.cache.budget import Workload, check_budget, in_bytes
 from nanokv.cache.kept import Kept, Prompt
+from nanokv.cache.scores import rounded
 from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
+from nanokv.policies.finish import merged, refitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,10 @@ class Scorer(Policy):
     chunk   of select=chunk: tokens in a chunk
     demote  whether evicted tokens move to the low-precision tier of the store `mixed` (MiKV, Yang et al. 2024,
             arXiv:2402.18096)
+    merge   none, or nearest: evicted values are averaged into kept ones (see `merged`)
+    refit   none, or lsq: kept values are solved so that the layer's output stays (see `refitted`)
+    refit_queries  of refit=lsq: for how many of the prompt's last queries
+    ridge   of refit=lsq: how strongly the values stay as they are
     """
 
     budget: int | str = 1024
@@ -64,6 +70,10 @@ class Scorer(Policy):
     floor: float = 0.2
     chunk: int = 20
     demote: bool = False
+    merge: str = "none"  # none | nearest
+    refit: str = "none"  # none | lsq
+    refit_queries: int = 32
+    ridge: float = 0.01
 
     new_slots = None  # how many slots generated tokens get beside the budget; None: as many as are generated
 
@@ -72,6 +82,8 @@ class Scorer(Policy):
             ("layers", ("flat", "pyramid", "squeeze", "compete")),
             ("heads", ("flat", "ada")),
             ("select", ("token", "chunk")),
+            ("merge", ("none", "nearest")),
+            ("refit", ("none", "lsq")),
         ):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}={getattr(self, key)} is unknown; {key} is {' or '.join(allowed)}")
@@ -87,6 +99,14 @@ class Scorer(Policy):
             )
         if self.layers == "compete" and self.heads != "ada":
             raise ValueError(f"layers=compete,heads={self.heads}: heads that compete across layers need heads=ada")
+        if self.refit_queries < 1 or self.ridge <= 0:
+            raise ValueError(f"refit_queries={self.refit_queries},ridge={self.ridge}; refit_queries ≥ 1, ridge above 0")
+        for key in ("merge", "refit"):
+            if getattr(self, key) != "none" and (self.every or self.demote):
+                raise ValueError(
+                    f"{key}={getattr(self, key)}: values are changed once, when tokens of the prompt are evicted; leave "
+                    "every= and demote= out"
+                )
         if self.every < 0:
             raise ValueError(f"every={self.every}; give a number of tokens, or 0 for never")
         if self.every and not self.decode_scores and self.every < self.scores.buffered_queries:
@@ -117,6 +137,10 @@ class Scorer(Policy):
     @property
     def rescore_every(self) -> int:
         return self.every
+
+    @property
+    def observation_queries(self) -> int:
+        return self.refit_queries if self.refit == "lsq" else 0
 
     @property
     def cross_layer(self) -> bool:
@@ -214,6 +238,10 @@ class Scorer(Policy):
     ) -> Kept:
         """The n tokens (a number, or (1,Hkv)) of each head that rank highest."""
         kept = Kept.top(p, self.refine(p, score, n), n, n if evict else -1, attention=attention)
+        if self.merge == "nearest":
+            kept = merged(p, kept)
+        if self.refit == "lsq":
+            kept = refitted(p, kept, self.ridge)
         return kept.demote_others(p) if self.demote else kept
 
     def refine(self, p: Prompt, score: Tensor, n: int | Tensor) -> Tensor:
@@ -258,16 +286,6 @@ class Scorer(Policy):
         if self.heads == "flat":
             mean = mean.mean(1, keepdim=True).expand_as(mean)
         return torch.where(free, mean.repeat_interleave(self.chunk, -1)[..., :n], score)
-
-
-def rounded(score: Tensor) -> Tensor:
-    """Scores in fp32, rounded to 12 bits of mantissa, a relative step of 1/4096.
-
-    The same token has the same key norm at each of its places, but fp32 sums differ in their last bits, and not in the
-    same way when the token stands alone or in a batch. Rounded, such scores are equal, and the earlier token wins.
-    """
-    bits = score.to(torch.float32).view(torch.int32)
-    return ((bits + 0x400) & ~0x7FF).view(torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,10 @@ CANDIDATES = {
     "heads": ["flat", "ada"],
     "select": ["token", "chunk"],
     "every": ["0", "3", "5", "8"],
+    "merge": ["none", "nearest"],
+    "refit": ["none", "lsq"],
+    "refit_queries": ["1", "5", "32"],
+    "ridge": ["0.01", "0.1"],
     "chunk": ["2", "4", "6"],
     "sink": ["0", "1", "2", "4"],
     "recent": ["3", "8", "16"],
@@ -76,6 +80,8 @@ DEFAULT_MATTERS = (
     "demote",
     "variant",
     "every",
+    "merge",
+    "refit",
 )  # an option that is left out is often meant
 STEPS = 24
 LENGTHS = (1, 2, 5, 13, 24, 37, 45, 52, 60, 64)  # tokens of a prompt
