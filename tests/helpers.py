@@ -16,10 +16,12 @@ from tiny import TINY
 from nanokv import parse
 from nanokv.backends import EAGER, SDPA
 from nanokv.cache.context import Context
+from nanokv.cache.decode import KVCache
 from nanokv.cache.kept import Kept
 from nanokv.cache.plan import Plan
 from nanokv.cache.prefill import PromptCache
 from nanokv.model.config import ModelConfig
+from nanokv.model.rope import inverse_frequencies
 from nanokv.policies import EXAMPLES, POLICIES
 from nanokv.stores import EXAMPLES as STORE_EXAMPLES
 from nanokv.stores import STORES
@@ -161,6 +163,35 @@ def compress(plan: Plan | str, config: ModelConfig, T: int, seed: int = 0, chunk
 
 def positions(kept, head: int) -> list[int]:
     return kept.pos[0, head, : kept.length[0, head]].tolist()
+
+
+def stepped(text: str, T: int, steps: int = 200, share: dict | None = None, seed: int = 0):
+    """Random q, k, v through prompt and steps → ([step][layer][head]: positions held when it attends, q (L,H,·,D), k, the cache)."""
+    config, part = shape(layers=3 if share else 2), parse(text)
+    plan = Plan(part.policy, part.store, share or {}, part.names).fit(config, torch.float32, T, steps)
+    dice, L = torch.Generator().manual_seed(seed), config.num_hidden_layers
+    q, k, v = (torch.randn(L, 1, n, T + steps, 16, generator=dice) * 1.5 for n in (6, 2, 2))
+    first = PromptCache(plan, config, torch.arange(T), EAGER)
+    ctx = Context(config, EAGER, torch.device("cpu"), torch.float32, inverse_frequencies(config))
+
+    def attend(cache, a: int, b: int) -> None:
+        for i, layer in enumerate(cache.layers):
+            kv = (k[i, :, :, a:b], v[i, :, :, a:b]) if layer.owns else (None, None)
+            layer.attend(q[i, :, :, a:b], *kv, torch.arange(a, b)[None])
+
+    attend(first, 0, T)
+    cache, seen = KVCache.pack([plan], [first.kept], steps, ctx), []
+    for t in range(T, T + steps):
+        cache.room -= 1
+        attend(cache, t, t + 1)
+        seen.append({i: [positions(x, h) for h in range(2)] for i, s in cache.stores.items() for x in s.unpack()})
+        cache.maintain(1, [t + 1])
+    return seen, q[:, 0], k[:, 0], cache
+
+
+def mine(q: torch.Tensor, h: int) -> torch.Tensor:
+    """The query heads of KV head h: (6,·,D) → (3,·,D)."""
+    return q[3 * h : 3 * h + 3]
 
 
 # ---- a store without a model ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import itertools
 import math
 import statistics
@@ -544,7 +545,8 @@ def merged(k: Tensor, v: Tensor, kept: list[int]) -> Tensor:
 
 
 def refitted(q: Tensor, k: Tensor, v: Tensor, kept: list[int], ridge: float) -> Tensor:
-    """One head's kept values (n,D) by the normal equations, for queries q (heads,w,D) of the last w positions."""
+    """One head's kept values (n,D) by the normal equations, for queries q (heads,w,D) of the last w positions, as far as they
+    see any kept key."""
     T, w = len(k), q.shape[1]
     rows, wanted = [], []
     for one in q.double():
@@ -552,6 +554,8 @@ def refitted(q: Tensor, k: Tensor, v: Tensor, kept: list[int], ridge: float) -> 
             logits = k.double() @ x / math.sqrt(k.shape[1])
             sees = [j for j in range(T) if j <= T - w + i]
             mine = [j for j in kept if j <= T - w + i]
+            if not mine:
+                continue
             row = torch.zeros(T, dtype=torch.float64)
             row[mine] = logits[mine].softmax(0)
             rows.append(row[kept])
@@ -560,3 +564,54 @@ def refitted(q: Tensor, k: Tensor, v: Tensor, kept: list[int], ridge: float) -> 
     pull = ridge * float((a @ a.T).diagonal().mean())
     square = a.T @ a + pull * torch.eye(len(kept), dtype=torch.float64)
     return torch.linalg.inv(square) @ (a.T @ wanted + pull * v[kept].double())
+
+
+def rkv(weight: Tensor, k: Tensor, window: int, kernel: int, mix: float, similar: float) -> list[float]:
+    """R-KV for one KV head: weight (G,window,N) of the last queries, k (N,D)."""
+    n = len(k)
+    importance = [max(float(w[:, j].double().mean()) for w in weight) if j < n - window else 0.0 for j in range(n)]
+    pooled = [max(importance[max(0, j - kernel // 2) : j + kernel // 2 + 1]) for j in range(n)]
+    unit = k.double() / k.double().norm(dim=-1, keepdim=True)
+    mean = [0.0] * n
+    for i in range(n):
+        cosine = [float(unit[i] @ unit[j]) if i != j else 0.0 for j in range(n)]
+        last = max([j for j in range(n) if cosine[j] > similar], default=0)
+        for j in range(n):
+            mean[j] += 0.0 if j == last else cosine[j] / n
+    total = sum(math.exp(x) for x in mean)
+    score = [mix * a - (1 - mix) * math.exp(b) / total for a, b in zip(pooled, mean, strict=True)]
+    return score[: n - window] + [math.inf] * window
+
+
+def triattention(
+    raw: Tensor, k: Tensor, inv: Tensor, recent: int, far: int, pos: list[int] | None = None, now: int | None = None
+) -> list[float]:
+    """TriAttention for one KV head at position `now`: raw (G,T,D) queries before rotation, k (N,D) rotated to pos; in
+    complex numbers."""
+    _, T, D = raw.shape
+    pos, now = list(range(len(k))) if pos is None else pos, T if now is None else now
+    pairs, n = D // 2, len(k)
+    distances = [2**i for i in range(64) if 2**i <= far]
+    best = [-math.inf] * n
+    for head in raw.double().tolist():
+        q = [[complex(x[f], x[f + pairs]) for f in range(pairs)] for x in head]
+        mean = [sum(x[f] for x in q) / T for f in range(pairs)]
+        length = [sum(abs(x[f]) for x in q) / T for f in range(pairs)]
+        scores = []
+        for j in range(n):
+            x = k[j].double().tolist()
+            # the key before its rotation to position j
+            key = [complex(x[f], x[f + pairs]) * cmath.exp(-1j * pos[j] * float(inv[f])) for f in range(pairs)]
+            at = [
+                sum(
+                    (mean[f] * key[f].conjugate() * cmath.exp(1j * (now + d - pos[j]) * float(inv[f]))).real
+                    for f in range(pairs)
+                )
+                for d in distances
+            ]
+            extra = sum((length[f] - abs(mean[f])) * abs(key[f]) for f in range(pairs))
+            scores.append(sum(at) / len(at) + extra)
+        middle = sum(scores) / n
+        spread = math.sqrt(sum((s - middle) ** 2 for s in scores) / n)
+        best = [max(b, (s - middle) / spread) for b, s in zip(best, scores, strict=True)]
+    return best[: n - recent] + [math.inf] * recent

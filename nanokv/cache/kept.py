@@ -67,6 +67,7 @@ class Prompt:
     ops: Any  # the backend; `Kept.top` moves tokens with it
     q_mean: Tensor | None = None  # (readers,H,D) fp32, of queries before rotation; only if asked for
     q_cov: Tensor | None = None  # (readers,H,D,D)
+    q_abs: Tensor | None = None  # (readers,H,D/2) the mean length of each pair of channels that is rotated together
     inv_freq: Tensor | None = None  # (D/2,) the rotation's angle per position
     state: StoreState | None = None  # at a rescore: these tokens in the store's own form
     w_o: Tensor | None = None  # (C, H·D) the output projection of this layer; only if asked for

@@ -20,7 +20,7 @@ from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept, Prompt, seen_later
 from nanokv.cache.plan import Plan
 from nanokv.cache.report import ScoringPasses
-from nanokv.cache.scores import Scores, block_scores, moments
+from nanokv.cache.scores import QuerySums, Scores, block_scores, moments, query_sums
 from nanokv.model.config import ModelConfig
 from nanokv.model.rope import inverse_frequencies, rotate_more, unrotated
 from nanokv.policies.base import Policy
@@ -230,7 +230,7 @@ class DenseLayer:
         if found.joins_groups_last(cache):
             scores = [x.unflatten(1, (self.k.shape[1], -1)).amax(2) for x in scores]
         n_queries = self.length if wanted.last_queries is None else min(wanted.last_queries, self.length)
-        mean, cov = moments(list(found.sums.values())) if found.sums else (None, None)
+        mean, cov, lengths = moments(list(found.sums.values())) if found.sums else (None, None, None)
         mine, kinds, near = cache.layers[layer], None, None
         if policy.token_kinds and cache.ctx and cache.ctx.token_kinds:
             kinds = cache.ctx.token_kinds()[cache.ids]
@@ -250,6 +250,7 @@ class DenseLayer:
             ops=cache.ops,
             q_mean=mean,
             q_cov=cov,
+            q_abs=lengths,
             inv_freq=cache.inv_freq,
             w_o=cache.ctx.output_weights[layer] if wanted.output_weights and cache.ctx else None,
             similarity=float(mine.similarity) / mine.compared if mine.compared else None,
@@ -275,7 +276,7 @@ class Statistics:
         self.wanted = wanted
         self.scores: dict[int, Tensor] = {}  # reader → scores (1,Hkv,N); (1,H,N) if `joins_groups_last`
         self.held_queries: dict[int, Tensor] = {}  # reader → its last queries so far (1,H,w,D)
-        self.sums: dict[int, tuple[Tensor, Tensor, int]] = {}  # reader → Σq (1,H,D), Σqqᵀ (1,H,D,D), number of queries
+        self.sums: dict[int, QuerySums] = {}  # reader → sums over its queries
         self.pass_queries = 0  # queries of scoring passes, per reader
 
     def add(self, reader: int, q: Tensor, pos: Tensor, keys: Tensor, dense: DenseLayer, cache: PromptCache) -> None:
@@ -356,9 +357,8 @@ class Statistics:
         """Add to the moments of the queries before rotation. If the text is too short to skip any, all count."""
         skip = self.wanted.query_moments if length > self.wanted.query_moments else 0
         raw = unrotated(q, pos, inv_freq)[:, :, max(0, skip - start) :]
-        old = self.sums.get(reader, (0, 0, 0))
-        new = raw.sum(2), raw.transpose(-1, -2) @ raw, raw.shape[2]
-        self.sums[reader] = tuple(a + b for a, b in zip(old, new, strict=True))
+        old = self.sums.get(reader, (0, 0, 0, 0))
+        self.sums[reader] = tuple(a + b for a, b in zip(old, query_sums(raw), strict=True))
 
 
 def _cat(a: Tensor, b: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept, Prompt, seen_later
 from nanokv.cache.plan import Plan
-from nanokv.cache.scores import Scores, moments
+from nanokv.cache.scores import Scores, moments, query_sums
 from nanokv.model.rope import unrotated
 
 
@@ -77,7 +77,7 @@ def held_as_prompt(
     if wanted.query_moments is not None:
         pos = torch.arange(n - wanted.buffered_queries, n, device=ctx.device)[None]
         raw = [unrotated(q, pos, ctx.inv_freq) for q in queries]
-        found.q_mean, found.q_cov = moments([(q.sum(2), q.transpose(-1, -2) @ q, q.shape[2]) for q in raw])
+        found.q_mean, found.q_cov, found.q_abs = moments([query_sums(q) for q in raw])
     return found
 
 

@@ -22,8 +22,8 @@ class Scores:
                     max: the most attention that one query gave to the key.
     near            if given, only queries that stand fewer than so many tokens behind a key count for it. For a sum.
     gumbel_seed     if given, the softmax is taken of (logits + Gumbel noise) / temperature.
-    query_moments   if given, mean and covariance of the unrotated queries are computed; this many first queries of
-                    the text are left out.
+    query_moments   if given, mean and covariance of the unrotated queries are computed, and the mean length of each pair
+                    of channels; this many first queries of the text are left out.
     block           if given, the text is cut into blocks of so many tokens, and the queries of a block score its keys, also
                     those behind them, by the softmax of logits that are not divided by √D. Nothing else is scored then.
     block_edges     how many first and last tokens of the text lie in no block.
@@ -55,12 +55,23 @@ class Scores:
         return old.maximum(new) if self.over_queries in ("last_hit", "max") else old + new
 
 
-def moments(sums: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """Per reading layer Σq (1,H,D), Σqqᵀ (1,H,D,D) and the number of queries → mean (readers,H,D), covariance
-    (readers,H,D,D).
-    """
-    mean = torch.cat([q / n for q, _, n in sums])
-    return mean, torch.cat([qq / n for _, qq, n in sums]) - mean[..., None] * mean[..., None, :]
+QuerySums = tuple[Tensor, Tensor, Tensor, int]  # Σq (1,H,D), Σqqᵀ (1,H,D,D), Σ|q| of pairs (1,H,D/2), queries
+
+
+def query_sums(raw: Tensor) -> QuerySums:
+    """The sums over queries (1,H,T,D) before rotation that `moments` divides by their number."""
+    return raw.sum(2), raw.mT @ raw, pair_norms(raw).sum(2), raw.shape[2]
+
+
+def moments(sums: list[QuerySums]) -> tuple[Tensor, Tensor, Tensor]:
+    """Per reading layer its sums → mean (readers,H,D), covariance (readers,H,D,D), mean length of pairs (readers,H,D/2)."""
+    mean, square, lengths = (torch.cat([of_layer[i] / of_layer[3] for of_layer in sums]) for i in range(3))
+    return mean, square - mean[..., None] * mean[..., None, :], lengths
+
+
+def pair_norms(x: Tensor) -> Tensor:
+    """(…,D) → (…,D/2): the length of each pair of channels that the rotation turns together."""
+    return x.unflatten(-1, (2, -1)).norm(dim=-2)
 
 
 def block_scores(q: Tensor, k: Tensor) -> Tensor:

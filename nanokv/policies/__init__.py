@@ -25,11 +25,13 @@ from nanokv.policies.mikv import MiKV
 from nanokv.policies.pyramidinfer import PyramidInfer
 from nanokv.policies.qaq import QAQ
 from nanokv.policies.random import Random
+from nanokv.policies.rkv import RKV
 from nanokv.policies.scissorhands import Scissorhands
 from nanokv.policies.simlayer import SimLayerKV
 from nanokv.policies.snapkv import SnapKV
 from nanokv.policies.streaming import StreamingLLM
 from nanokv.policies.tova import TOVA
+from nanokv.policies.triattention import TriAttention
 from nanokv.policies.zipcache import ZipCache
 
 POLICIES: dict[str, Policy] = {
@@ -60,6 +62,8 @@ POLICIES: dict[str, Policy] = {
     "lagkv": LagKV(),
     "compactor": Compactor(),
     "kvzip": KVzip(),
+    "rkv": RKV(),
+    "triattention": TriAttention(),
     "mikv": MiKV(),
     "zipcache": ZipCache(),
     "qaq": QAQ(),
@@ -147,6 +151,17 @@ EXAMPLES: dict[str, Examples] = {
     "kvzip": Examples(
         ["kvzip:budget=20,sink=2,piece=25", "kvzip:budget=40%,sink=0,layers=flat,heads=flat"],
         "kvzip:budget=80",
+    ),
+    "rkv": Examples(
+        [
+            "rkv:budget=20,every=0,window=4,kernel=3,mix=0.5,similar=0.2",
+            "rkv:budget=40%,every=6,window=3,kernel=1,heads=ada",
+        ],
+        "rkv:budget=80,every=8",
+    ),
+    "triattention": Examples(
+        ["triattention:budget=20,every=0,recent=4,far=100", "triattention:budget=140,every=128,recent=3,heads=ada"],
+        "triattention:budget=300",
     ),
     "mikv": Examples(["mikv:budget=20,recent=0.3"], "mikv:budget=80"),
     "zipcache": Examples(["zipcache:every=5"], "zipcache:salient=1+mixed:high=16"),

@@ -12,6 +12,8 @@ from torch.nn.functional import normalize
 from nanokv.cache.kept import Kept, Prompt
 from nanokv.cache.scores import rounded
 
+REFIT_QUERIES = 32  # for whose outputs values are refitted
+RIDGE = 0.01
 TOKENS_AT_ONCE = 1024  # whose similarity to all kept keys exists at once
 
 
@@ -43,10 +45,10 @@ def merged(p: Prompt, kept: Kept) -> Kept:
     return replace(kept, v=v.to(kept.v.dtype))
 
 
-def refitted(p: Prompt, kept: Kept, ridge: float) -> Kept:
+def refitted(p: Prompt, kept: Kept) -> Kept:
     """The kept values V' for which the observation queries' outputs change least: they minimise
     |A V' − softmax(QKᵀ)V|² + λ|V' − V|², where A is the attention over the kept keys only (Attention Matching, Zweiger et
-    al. 2026, arXiv:2602.16284). λ is `ridge` times the mean of AAᵀ's diagonal. All in fp64,
+    al. 2026, arXiv:2602.16284). λ is RIDGE times the mean of AAᵀ's diagonal. All in fp64,
     because small differences between similar rows of A count.
 
     The queries of all heads and layers that read a KV head count. Deviations: the prompt's own last queries are used, no
@@ -65,7 +67,7 @@ def refitted(p: Prompt, kept: Kept, ridge: float) -> Kept:
         a = of_kept[sees].softmax(-1)
         missing = logits[sees].softmax(-1) @ p.v[0, h].double() - a @ v[0, h]
         square = a @ a.T
-        square.diagonal().add_(ridge * square.diagonal().mean())
+        square.diagonal().add_(RIDGE * square.diagonal().mean())
         v[0, h] += a.T @ torch.linalg.solve(square, missing)
     return replace(kept, v=v.to(kept.v.dtype))
 

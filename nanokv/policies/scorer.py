@@ -20,7 +20,7 @@ from nanokv.cache.kept import Kept, Prompt
 from nanokv.cache.scores import rounded
 from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
-from nanokv.policies.finish import merged, refitted
+from nanokv.policies.finish import REFIT_QUERIES, merged, refitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,6 @@ class Scorer(Policy):
             arXiv:2402.18096)
     merge   none, or nearest: evicted values are averaged into kept ones (see `merged`)
     refit   none, or lsq: kept values are solved so that the layer's output stays (see `refitted`)
-    refit_queries  of refit=lsq: for how many of the prompt's last queries
-    ridge   of refit=lsq: how strongly the values stay as they are
     """
 
     budget: int | str = 1024
@@ -72,8 +70,6 @@ class Scorer(Policy):
     demote: bool = False
     merge: str = "none"  # none | nearest
     refit: str = "none"  # none | lsq
-    refit_queries: int = 32
-    ridge: float = 0.01
 
     new_slots = None  # how many slots generated tokens get beside the budget; None: as many as are generated
 
@@ -99,8 +95,6 @@ class Scorer(Policy):
             )
         if self.layers == "compete" and self.heads != "ada":
             raise ValueError(f"layers=compete,heads={self.heads}: heads that compete across layers need heads=ada")
-        if self.refit_queries < 1 or self.ridge <= 0:
-            raise ValueError(f"refit_queries={self.refit_queries},ridge={self.ridge}; refit_queries ≥ 1, ridge above 0")
         for key in ("merge", "refit"):
             if getattr(self, key) != "none" and (self.every or self.demote):
                 raise ValueError(
@@ -140,7 +134,7 @@ class Scorer(Policy):
 
     @property
     def observation_queries(self) -> int:
-        return self.refit_queries if self.refit == "lsq" else 0
+        return REFIT_QUERIES if self.refit == "lsq" else 0
 
     @property
     def cross_layer(self) -> bool:
@@ -241,7 +235,7 @@ class Scorer(Policy):
         if self.merge == "nearest":
             kept = merged(p, kept)
         if self.refit == "lsq":
-            kept = refitted(p, kept, self.ridge)
+            kept = refitted(p, kept)
         return kept.demote_others(p) if self.demote else kept
 
     def refine(self, p: Prompt, score: Tensor, n: int | Tensor) -> Tensor:

@@ -20,6 +20,7 @@ def test_a_printed_plan_reads_back_as_itself(plan):
 
 def test_defaults_are_filled_in():
     split = "layers=flat,heads=flat,select=token,every=0,beta=20,squeeze=0.3,floor=0.2,chunk=20,demote=false"
+    split += ",merge=none,refit=none"
     assert str(parse("snapkv:budget=512")) == f"snapkv:budget=512,{split},window=32,kernel=7,pool=max,group=mean+dense"
     fitted = parse("simlayer").fit(PRESETS["llama2-7b"], torch.float16, 4000, 10)
     assert (

@@ -5,48 +5,18 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from helpers import compress, first, positions, shape
+from helpers import compress, first, mine, positions, shape, stepped
 
 from kernels.reference import _noisy
 from nanokv import parse
 from nanokv.backends.torch_ops import EAGER
 from nanokv.cache.context import Context
-from nanokv.cache.decode import KVCache
 from nanokv.cache.plan import Plan
 from nanokv.cache.prefill import PromptCache
 from nanokv.model.rope import inverse_frequencies, unrotated
 from nanokv.policies.snapkv import SnapKV
 
 STEPS = 200
-
-
-def stepped(text: str, T: int, steps: int = STEPS, share: dict | None = None, seed: int = 0):
-    """Random q, k, v through prompt and steps → ([step][layer][head]: positions held when it attends, q (L,H,·,D), k, the cache)."""
-    config, part = shape(layers=3 if share else 2), parse(text)
-    plan = Plan(part.policy, part.store, share or {}, part.names).fit(config, torch.float32, T, steps)
-    dice, L = torch.Generator().manual_seed(seed), config.num_hidden_layers
-    q, k, v = (torch.randn(L, 1, n, T + steps, 16, generator=dice) * 1.5 for n in (6, 2, 2))
-    first = PromptCache(plan, config, torch.arange(T), EAGER)
-    ctx = Context(config, EAGER, torch.device("cpu"), torch.float32, inverse_frequencies(config))
-
-    def attend(cache, a: int, b: int) -> None:
-        for i, layer in enumerate(cache.layers):
-            kv = (k[i, :, :, a:b], v[i, :, :, a:b]) if layer.owns else (None, None)
-            layer.attend(q[i, :, :, a:b], *kv, torch.arange(a, b)[None])
-
-    attend(first, 0, T)
-    cache, seen = KVCache.pack([plan], [first.kept], steps, ctx), []
-    for t in range(T, T + steps):
-        cache.room -= 1
-        attend(cache, t, t + 1)
-        seen.append({i: [positions(x, h) for h in range(2)] for i, s in cache.stores.items() for x in s.unpack()})
-        cache.maintain(1, [t + 1])
-    return seen, q[:, 0], k[:, 0], cache
-
-
-def mine(q: torch.Tensor, h: int) -> torch.Tensor:
-    """The query heads of KV head h: (6,·,D) → (3,·,D)."""
-    return q[3 * h : 3 * h + 3]
 
 
 @pytest.mark.parametrize("case", first(2, [(60, 24, 0.2), (10, 24, 0.5), (60, 24, 0.5), (60, 24, 0.0)]))
