@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class DenseRun(PromptCache):
         self.prompts: list[list[Prompt]] = [[] for _ in plans]  # for policies that choose across layers
 
     def compress(self, owner: int) -> None:
+        if self.passes_left:
+            return
         dense, n_owners = self.dense.pop(owner), len(self.layers) - len(self.plan.share)
         for plan, row, prompts in zip(self.plans, self.rows, self.prompts, strict=True):
             prompt = dense.as_prompt(owner, self, plan.policy)
@@ -50,18 +53,18 @@ class DenseRun(PromptCache):
 def begin(llm: LLM, plans: Sequence[Plan], ids: Sequence[int], room: int) -> Iterator[tuple[int, Begin]]:
     """Yield, per plan, its index and a function that starts a session with `room` tokens after the prompt `ids`.
 
-    The function may be called many times. One prefill serves all plans that share the same layers. A plan that decides
-    after the first new token, or that needs scoring passes, runs its own prefill in every call.
+    The function may be called many times. One prefill serves all plans that share the same layers; of those that need
+    scoring passes, all that differ in nothing but their budget. A plan that decides after the first new token runs its
+    own prefill in every call.
     """
     models = llm.models
     fitted = [plan.fit(llm.config, models.context.dtype, len(ids), room) for plan in plans]
     groups: dict[tuple, list[int]] = {}
     for i, plan in enumerate(fitted):
-        alone = plan.policy.decide_after or plan.policy.passes(len(ids))
-        groups.setdefault((i,) if alone else tuple(sorted(plan.share.items())), []).append(i)
+        key = (i,) if plan.policy.decide_after else _prefill_key(plan, len(ids))
+        groups.setdefault(key, []).append(i)
     for members in groups.values():
-        policy = fitted[members[0]].policy
-        if policy.decide_after or policy.passes(len(ids)):
+        if fitted[members[0]].policy.decide_after:
             yield members[0], lambda i=members[0]: _start_session(llm, plans[i], ids, room)
             continue
         tokens = torch.tensor(ids, device=llm.device)
@@ -77,6 +80,16 @@ def begin(llm: LLM, plans: Sequence[Plan], ids: Sequence[int], room: int) -> Ite
                     logits,
                 ),
             )
+
+
+def _prefill_key(plan: Plan, n: int) -> tuple:
+    """Plans for which this is equal can share one prefill of n tokens, and the scoring passes after it."""
+    policy, share = plan.policy, tuple(sorted(plan.share.items()))
+    passes = policy.passes(n)
+    if not passes:
+        return share
+    options = ((f.name, getattr(policy, f.name)) for f in fields(policy) if f.name != "budget")
+    return share, type(policy), passes, *options
 
 
 def _start_session(llm: LLM, plan: Plan, ids: Sequence[int], room: int) -> tuple[Session, Tensor]:

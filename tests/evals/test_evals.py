@@ -19,7 +19,7 @@ from evals.quality import Answer, Item, judge, prompt_and_turns, solved
 from evals.tasks import TASKS
 from nanokv import parse
 from nanokv.cache.plan import Plan
-from nanokv.engine import Session
+from nanokv.engine import Session, prefill
 from nanokv.inspect import fidelity
 
 
@@ -62,11 +62,16 @@ PLANS = [
     "simlayer:variant=decode,threshold=0.3,recent=24",
     "squeeze:budget=30,window=8,kernel=3",
     "pyramidinfer:ratio=0.5,recent=6,context=4",
+    "kvzip:budget=30,piece=40",
+    "kvzip:budget=20%,piece=40",
+    "kvzip:budget=30,piece=40,sink=1",
 ]
 
 
 @pytest.mark.parametrize("model", ["llama31", "g3", "mistral"])
-def test_one_run_gives_every_plan_what_its_own_run_gives(model, llm_of):
+def test_one_run_gives_every_plan_what_its_own_run_gives(model, llm_of, monkeypatch):
+    runs = []
+    monkeypatch.setattr("evals.dense.prefill", lambda *a: runs.append(a) or prefill(*a))
     llm, ids, then = llm_of(model), text(70, 3), text(9, 4)
     plans = [parse(p) for p in PLANS] + [Plan(share={2: 0}), Plan(parse(PLANS[1]).policy, share={2: 0})]
     seen = []
@@ -80,6 +85,7 @@ def test_one_run_gives_every_plan_what_its_own_run_gives(model, llm_of):
             assert session.report() == alone.report()
         seen.append(i)
     assert sorted(seen) == list(range(len(plans)))
+    assert len(runs) == 4  # without scoring passes, with shared layers, and kvzip with either number of sinks
 
 
 def test_feeding_many_tokens_tells_the_logits_after_each(llm_of):
