@@ -71,6 +71,11 @@ def without_question() -> str:
     return _scores(_read("values-1000.json", "epyc"))
 
 
+def finishers() -> str:
+    """Policies whose kept values take over a part of what was evicted."""
+    return _scores(_read("finish-1000.json", "epyc"))
+
+
 def codes() -> str:
     """The error that rounding makes in the keys and values of a text."""
     rows = []
@@ -360,6 +365,7 @@ TABLES: dict[str, Callable[[], str]] = {
         quality,
         stores,
         without_question,
+        finishers,
         codes,
         paces,
         sparse,
