@@ -14,6 +14,7 @@ from nanokv.stores.quant.kvquant import KVQuant
 from nanokv.stores.quant.minicache import MiniCache
 from nanokv.stores.quant.mixed import Mixed
 from nanokv.stores.quant.rot4 import Rot4
+from nanokv.stores.quant.rot8 import Rot8
 from nanokv.stores.quant.turbo import Turbo
 from nanokv.stores.ragged import Ragged
 from nanokv.stores.sparse.quest import Quest
@@ -31,6 +32,7 @@ STORES: dict[str, StoreSpec] = {
     "gear": Gear(),
     "fp8": Fp8(),
     "rot4": Rot4(),
+    "rot8": Rot8(),
     "turbo": Turbo(),
     "kvquant": KVQuant(),
     "coupled": Coupled(),
@@ -55,6 +57,7 @@ EXAMPLES: dict[str, str] = {
     "gear": "gear:group=8,residual=4,rank=1",
     "fp8": "fp8:pin=2",
     "rot4": "rot4:block=8",
+    "rot8": "rot8:pin=2",
     "turbo": "turbo:k=4,v=3,pin=3",
     "kvquant": "kvquant:k=4,v=3,pin=2",
     "coupled": "coupled:channels=2",

@@ -133,6 +133,17 @@ def test_rot4_is_off_by_half_a_step_and_at_a_blocks_positive_extreme_by_one():
     assert rounded(spec, torch.zeros(1, 2, 4, 64)).abs().max() == 0
 
 
+def test_rot8_is_off_by_half_a_step_of_the_rotated_vectors_largest_number():
+    x, spec = gauss(256, outliers=True), STORES["rot8"]
+    codec = spec.codecs([kept(x, x)], context(64))[0]
+    codes, scale = codec.encode(x, places(x))
+    y, step = hadamard_rotate(x, codec.h).double(), scale.double()
+    assert codes.dtype == torch.int8 and scale.shape == (*x.shape[:3], 1)
+    torch.testing.assert_close(step[..., 0], y.abs().amax(-1) / 127, rtol=2e-3, atol=2**-23)
+    assert ((y - codes.double() * step).abs() <= step * 0.5001).all()
+    assert rounded(spec, torch.zeros(1, 2, 4, 64)).abs().max() == 0
+
+
 @pytest.mark.parametrize("bits", LEVELS)
 def test_turbo_takes_the_nearest_level_and_keeps_the_length(bits):
     x = gauss(128) * torch.logspace(-3, 3, 128)[:, None]

@@ -140,7 +140,7 @@ def test_every_pair_runs_or_refuses_and_only_rounding_differs(keep, store, share
                     off[i] += (x - right).pow(2).sum().item()
                     size[i] += right.pow(2).sum().item()
     fields = vars(plan.store)
-    bits = {"fp8": (8, 8), "rot4": (4, 4), "coupled": ("few", "few"), "mixed": (fields.get("low"),) * 2}
+    bits = {"fp8": (8, 8), "rot4": (4, 4), "rot8": (8, 8), "coupled": ("few", "few"), "mixed": (fields.get("low"),) * 2}
     bits["minicache"] = ("pair", "pair") if lower else (None, None)
     bits = bits.get(store, (fields.get("k"), fields.get("v")))
     for wrong, all_of_it, b in zip(off, size, bits, strict=True):
@@ -658,7 +658,7 @@ def test_numbers_beyond_fp16_lose_precision_and_nothing_else():
     for bits in (2, 4, 8):
         assert reference.dequantize(*reference.quantize(x, bits, 32, 1), bits).isfinite().all()
     pos = torch.arange(x.shape[2])[None, None]
-    for name in ("rot4", "turbo", "fp8", "kvquant", "coupled"):
+    for name in ("rot4", "rot8", "turbo", "fp8", "kvquant", "coupled"):
         for codec in STORES[name].codecs([kept(x, x)], context(64)):
             assert codec.decode(codec.encode(x, pos), pos, torch.float32).isfinite().all()
 
