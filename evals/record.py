@@ -25,6 +25,7 @@ def facts(llm: LLM, packages: Sequence[str]) -> dict[str, Any]:
         **{name: installed(name) for name in packages},
         "model": llm.name,
         "dtype": llm.dtypes,
+        "cache_dtype": llm.cache_dtype,
         "runner": llm.models.runner.name,
     }
 

@@ -37,6 +37,7 @@ class Models:
     decode: Llama
     ops: Ops
     runner: Runner  # runs the decode steps
+    cache_dtype: torch.dtype | None = None  # of keys and values; None: that of `decode`
     token_kinds: Callable[[], Tensor] | None = None  # for `Context`, as is the next
     encode: Callable[[str], Sequence[int]] | None = None
 
@@ -47,7 +48,7 @@ class Models:
             model.config,
             self.ops,
             weight.device,
-            weight.dtype,
+            self.cache_dtype or weight.dtype,
             model.inv_freq,
             output_weights=model.output_weights(),
             token_kinds=self.token_kinds,

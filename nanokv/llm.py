@@ -113,7 +113,7 @@ def load(
     else:
         loader.fill(main, tensors, str(path), bar)
     decode = loader.copy(main, ops, use.decode) if use.decode != use.prefill else main
-    models = Models(main, decode, ops, make(runner, decode, compile_options, ops.has_kernels))
+    models = Models(main, decode, ops, make(runner, decode, compile_options, ops.has_kernels), use.cache)
     if settings().debug and models.runner.name == "eager":  # compiled steps cannot stop half way
         for each in {main, decode}:
             watch_finite(each)
@@ -170,6 +170,10 @@ class LLM:
     def dtypes(self) -> dict[str, str]:
         both = {"prefill": self.models.prefill, "decode": self.models.decode}
         return {phase: str(m.embed_tokens.weight.dtype).removeprefix("torch.") for phase, m in both.items()}
+
+    @property
+    def cache_dtype(self) -> str:
+        return str(self.models.context.dtype).removeprefix("torch.")
 
     def stream(
         self,

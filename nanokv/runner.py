@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,7 +125,11 @@ class Compiled:
         cache.freeze()
         t0, before = time.perf_counter(), _n_compiled()
         try:
-            with torch._dynamo.config.patch(recompile_limit=256):  # a process may see many plans
+            with (
+                torch._dynamo.config.patch(recompile_limit=256),
+                warnings.catch_warnings(),
+            ):  # a process may see many plans
+                warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")  # weights are fp16 where the cache is bf16
                 out = self.head(self.model, self.model.hidden(tokens, pos, cache, self.block)[:, -1])
         except Exception as e:
             if not _is_of_compiling(e):

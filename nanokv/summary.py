@@ -23,10 +23,11 @@ from nanokv.speculate import Speculation
 def first_line(llm: LLM, plan: str) -> str:
     """What runs: the model, the plan, the device, the types, the backend and the runner."""
     types, backend = llm.dtypes, llm.models.ops.name
+    cache = "" if llm.cache_dtype == types["decode"] else f", cache {llm.cache_dtype}"
     if why := llm.models.ops.why:
         backend += f" ({why})"
     return (
-        f"{llm.name} · {plan} · {llm.device} · prefill {types['prefill']}, decode {types['decode']} ({llm.why_dtype}) · "
+        f"{llm.name} · {plan} · {llm.device} · prefill {types['prefill']}, decode {types['decode']}{cache} ({llm.why_dtype}) · "
         f"backend {backend} · runner {llm.models.runner.name}"
     )
 
@@ -87,6 +88,7 @@ def as_record(llm: LLM, answer: Answer) -> dict[str, Any]:
         "model": llm.name,
         "device": str(llm.device),
         "dtype": llm.dtypes,
+        "cache_dtype": llm.cache_dtype,
         "backend": llm.models.ops.name,
         "runner": llm.models.runner.name,
         "torch": torch.__version__,

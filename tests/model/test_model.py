@@ -73,6 +73,35 @@ def test_two_types_share_one_text(tiny):
     assert 0 < error < 0.06  # seen: 0.029 on logits up to 7.2
 
 
+def test_keys_and_values_have_a_type_of_their_own(tiny, monkeypatch, tmp_path):
+    """On a CPU that multiplies bf16 but no bf16 tiles, weights are fp16 for single tokens and the cache is bf16."""
+    from nanokv import load
+    from nanokv.cache.save import restore, save
+    from nanokv.summary import first_line
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("nanokv.device.free_bytes", lambda device: 2**40)
+    mixed, exact = load(str(tiny("g3")[0])), load(str(tiny("g3")[0]), dtype="float32")
+    assert mixed.dtypes == {"prefill": "bfloat16", "decode": "float16"}
+    assert (mixed.cache_dtype, exact.cache_dtype) == ("bfloat16", "float32")
+    assert "decode float16, cache bfloat16 (" in first_line(mixed, "full") and ", cache" not in first_line(
+        exact, "full"
+    )
+    ids = text(60, seed=3)
+    error = (logits_of(mixed, ids).float() - logits_of(exact, ids)).abs().max()
+    assert 0 < error < 0.5
+    session = mixed.session(20)
+    session.start([ids])
+    session.feed(torch.tensor([[4]]))
+    session.feed(torch.tensor([[5, 6, 7]]))
+    k, v = (planes[0] for planes in session.cache.stores[0].planes)
+    assert k.dtype == v.dtype == torch.bfloat16
+    save(mixed, session, tmp_path / "cache.kv")
+    again = restore(mixed, tmp_path / "cache.kv", 4)
+    assert torch.equal(again.feed(torch.tensor([[8]])), session.feed(torch.tensor([[8]])))
+
+
 def test_a_turn_of_many_tokens_equals_feeding_them_one_by_one(llm_of):
     llm, ids = llm_of("g3"), text(80, seed=4)
     one, many = llm.session(30), llm.session(30)
