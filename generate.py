@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from nanokv.files import write_text
 from weights.registry import DEFAULT, describe_models
 
 PROGRAM = "generate.py"
+AUTO = "auto"  # --policy: the plan is chosen for the prompt
 STORE_FLAGS = {"k": "--k-bits", "v": "--v-bits", "group": "--kv-group-size", "residual": "--residual"}
 
 
@@ -44,7 +46,7 @@ def parser() -> cli.Parser:
     a("--list-models", action="store_true", help="print the names and exit")
 
     a = p.add_argument_group("cache", "as in --policy snapkv:budget=25%+int4").add_argument
-    a("--policy", default="full", metavar="PLAN", help="parts joined by +, as in snapkv:budget=512+int4")
+    a("--policy", default="full", metavar="PLAN", help="as in snapkv:budget=512+int4; auto tries several on the prompt")
     a("--kv-budget", metavar="N", help="the policy's budget for the prompt: 512 | 25%% | 256MiB")
     a("--k-bits", metavar="N", help="bits per key number; without a store in the plan, the store is int")
     a("--v-bits", metavar="N", help="bits per value number")
@@ -124,7 +126,7 @@ def run(args: argparse.Namespace, stdout_is_open: bool = True) -> int:
     from nanokv import Sampling, load, parse
     from nanokv.summary import first_line
 
-    plan = make_plan(args, args.policy, args.kv_budget)
+    plan = parse("full") if args.policy == AUTO else make_plan(args, args.policy, args.kv_budget)
     if args.draft or args.draft_model:
         from nanokv.speculate import check_plans, draft_plan
 
@@ -216,6 +218,12 @@ def check_flags(args: argparse.Namespace) -> None:
         value = value_of(args, flag)
         if value is not None and value < 1:
             raise ValueError(f"{flag} is {value}; give at least 1")
+    if args.policy == AUTO:
+        flags = "--interactive", "--load-cache", "--plan", "--draft", "--draft-model", *STORE_FLAGS.values()
+        if excluded := [flag for flag in flags if given(flag)]:
+            raise ValueError(f"--policy auto tries plans on one prompt; leave out {' and '.join(excluded)}")
+        if args.kv_budget is None:
+            raise ValueError("--policy auto chooses a plan for a budget; give --kv-budget 25%, 512 or 64MiB")
     if args.num_samples > 1 and args.temperature == 0:
         raise ValueError("--num-samples with temperature 0 would print one answer many times; give --temperature 0.8")
     if args.draft == "lookup" and args.draft_model:
@@ -267,12 +275,14 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
         session = restore(llm, Path(args.load_cache), len(question) + args.max_new_tokens)
     else:
         prompt, question = encode_prompt(llm, text, args.question, args.chat, args.system)
+        if args.policy == AUTO:
+            llm.plan = try_plans(args, llm, prompt, len(question) + args.max_new_tokens)
         session = llm.session(len(question) + args.max_new_tokens, args.chunk)
     log(args, first_line(llm, str(session.fitted_plan(len(prompt), max(args.num_samples, args.beams)))))
     if args.save_cache and not args.load_cache:
         options = {**options, "on_compressed": lambda: save(llm, session, Path(args.save_cache))}
     hidden = not cli.shows_progress(args.quiet)
-    to_feed = len(prompt) + sum(session.pass_lengths(prompt) if prompt else [])
+    to_feed = len(prompt) + sum(session.pass_lengths(prompt, max(args.num_samples, args.beams)) if prompt else [])
     with tqdm(total=to_feed, desc="prefill", unit="tok", leave=False, disable=hidden) as bar:
         prompts = [] if args.load_cache else [prompt]
         result = llm.answer(session, prompts, then=question, copies=args.num_samples, progress=bar.update, **options)
@@ -307,6 +317,21 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
     if error:
         return cli.fail(PROGRAM, error)
     return 130 if result.interrupted else 0
+
+
+def try_plans(args: argparse.Namespace, llm, prompt: Sequence[int], room: int):
+    """The plan that keeps this prompt best under the budget. What was tried goes to stderr."""
+    from nanokv.auto import choose
+
+    t0 = time.perf_counter()
+    trials = choose(llm, prompt, args.kv_budget, room)
+    log(args, f"auto: KL to full on the prompt's last tokens, in nats: {' · '.join(map(str, trials))}")
+    best = trials[0]
+    log(
+        args,
+        f"auto takes {best.name} with --kv-budget {args.kv_budget}; the trial took {time.perf_counter() - t0:.2f} s",
+    )
+    return llm.ready(best.plan)
 
 
 def converse(args: argparse.Namespace, llm, text: str | None, options: dict) -> int:

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from evals.dense import begin
 from evals.quality import PROTOCOLS, Item, mean, prompt_and_turns, solved, text_of
 from evals.speed import ROUNDS, STEPS, alternate, stepper, timed
 from nanokv import parse
 from nanokv.cache.plan import Plan
 from nanokv.engine import Session
+from nanokv.inspect.dense import begin
 from nanokv.llm import LLM
 from nanokv.policies import POLICIES
 from nanokv.runner import Compiled, Eager

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import torch
 
-from evals.dense import begin
 from evals.tasks import TASKS, Task, prose
 from nanokv import parse
 from nanokv.cache.plan import Plan
 from nanokv.engine import Session
+from nanokv.inspect.dense import begin
 from nanokv.inspect.fidelity import follow, greedy, losses
 from nanokv.llm import LLM
 from nanokv.policies import POLICIES

@@ -45,7 +45,7 @@ class Precision:
 
     prefill: torch.dtype
     decode: torch.dtype
-    cache: torch.dtype
+    cache: torch.dtype | None  # None: as for single tokens
     linear: Callable
     why: str
 
@@ -54,7 +54,7 @@ def choose_precision(config: ModelConfig, device: torch.device, asked: str) -> P
     """The types for this device. They come from a table, not from timings: the same command must write the same text
     again.
     """
-    cache = None  # as for single tokens
+    cache = None
     if asked != "auto":
         names = [ALIASES.get(n, n) for n in asked.split("/")]
         if len(names) > 2 or any(n not in DTYPES for n in names):
@@ -95,7 +95,7 @@ def choose_precision(config: ModelConfig, device: torch.device, asked: str) -> P
     elif device.type == "cpu" and second == torch.float32 and not torch.cpu._is_avx512_bf16_supported():
         # one core of a Zen 3, a weight of 49,152 × 576: one row 13 ms; 4 rows 30 ms as x @ Wᵀ and 16 as W @ xᵀ; 8 rows 34 and 30
         product = few_rows_linear
-    return Precision(first, second, cache or second, product, why)
+    return Precision(first, second, cache, product, why)
 
 
 def free_bytes(device: torch.device) -> int:

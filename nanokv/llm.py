@@ -263,6 +263,7 @@ class LLM:
         def start(text: list[int], room: int) -> Session:
             session = Session(writer.models, plan, room)
             try:
+                writer.check_passes(session, [text])
                 writer.check_memory(session, [text], room)
             except ValueError as e:
                 raise ValueError(f"there is no room for drafts by {writer.name} · {draft}: {e}") from None
@@ -307,7 +308,7 @@ class LLM:
         overflow       go on beyond the model's context.
         speculation    drafts that make decoding faster, for one row; keep it for the session's later turns.
         beams          more than one: beam search, with the likeliest text as the answer. No turn can follow it.
-        progress       progress(n) is called after every n prompt tokens.
+        progress       progress(n) is called after every n prompt tokens, and after those of scoring passes.
         on_compressed  called when all prompts are compressed, before anything follows.
 
         ValueError if the arguments contradict each other, or the cache would not fit into the free memory.
@@ -325,13 +326,6 @@ class LLM:
                 f"{longest} tokens of prompt and {limit} new ones are more than the {max_len} of this model's context; "
                 "shorten one of them, or go on regardless with --allow-overflow"
             )
-        for p in () if overflow else prompts:
-            if (again := max(session.pass_lengths(p), default=0)) and len(p) + again > max_len:
-                raise ValueError(
-                    f"{session.plan.names[0]} scores a prompt of {len(p)} tokens with up to {again} more behind it, and this "
-                    f"model's context is {max_len}; shorten the prompt or the policy's pieces (piece=), or go on regardless "
-                    "with --allow-overflow"
-                )
         if session.is_searched:
             raise ValueError("a beam search ended this session; start a new one")
         if beams > self.config.vocab_size:
@@ -347,6 +341,8 @@ class LLM:
         if speculation:
             check_plans(session.plan, None)
         copies = max(copies, beams)
+        if prompts and not overflow:
+            self.check_passes(session, prompts, copies)
         if prompts:
             self.check_memory(session, prompts, len(then) + limit, copies)
         if not 0 <= seed < 2**63:
@@ -358,6 +354,18 @@ class LLM:
         )
         answer.begin(prompts, then, copies, progress, on_compressed)
         return answer
+
+    def check_passes(self, session: Session, prompts: Sequence[Sequence[int]], copies: int = 1) -> None:
+        """Raise ValueError if the scoring passes that a policy asks for would stand beyond the model's context."""
+        max_len = self.config.max_position_embeddings
+        for p in prompts:
+            again = max(session.pass_lengths(p, len(prompts) * copies), default=0)
+            if again and len(p) + again > max_len:
+                raise ValueError(
+                    f"{session.plan.names[0]} scores a prompt of {len(p)} tokens with up to {again} more behind it, and this "
+                    f"model's context is {max_len}; shorten the prompt, give smaller pieces (piece=), or go on regardless with "
+                    "--allow-overflow"
+                )
 
     def check_memory(self, session: Session, prompts: Sequence[Sequence[int]], room: int, copies: int = 1) -> None:
         """Raise ValueError if the cache cannot fit: what all layers keep, plus the uncompressed prompt of one layer, or of

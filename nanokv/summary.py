@@ -44,7 +44,7 @@ def end_block(llm: LLM, answer: Answer) -> str:
     lines = [
         f"load {llm.load_s:.2f} s{compile_time}",
         f"prefill {answer.prompt_tokens} tok, {answer.prefill_s:.2f} s, {prefill_rate:.0f} tok/s",
-        *([scoring_passes(session)] if session.passes else []),
+        *([scoring_passes(session)] if session.passes and answer.lengths else []),
         f"decode {answer.counted} tok, {answer.decode_s:.2f} s, {decode_rate:.1f} tok/s{without}; "
         f"{beams}ended by {', '.join(dict.fromkeys(answer.reasons))}",
         *([drafts(answer.speculation)] if answer.speculation else []),
@@ -104,7 +104,7 @@ def as_record(llm: LLM, answer: Answer) -> dict[str, Any]:
     }
     if answer.beams > 1:
         common["beams"] = {"n": answer.beams, "score": answer.score}
-    if passes := answer.session.passes:
+    if answer.lengths and (passes := answer.session.passes):
         common["scoring_passes"] = [asdict(x) for x in passes]
     if made := answer.speculation:
         common["draft"] = {"by": made.draft.name, **{k: getattr(made, k) for k in ("passes", "drafted", "accepted")}}

@@ -246,9 +246,15 @@ def _read(where: str, text: str, kinds: Sequence[str]) -> int | float | bool | s
             if abs(value) >= 2**31:
                 raise ValueError(f"{where}={clipped(text)} is out of range; give less than 2^31")
             return value
-    if "str" in kinds:
+    if "str" in kinds and text.isprintable():
         return text
-    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "None": "none"}
+    names = {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "None": "none",
+        "str": "a printable text",
+    }
     raise ValueError(f"{where}={clipped(text)} cannot be read; it takes {' or '.join(names[k] for k in kinds)}")
 
 

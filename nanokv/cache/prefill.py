@@ -50,6 +50,7 @@ class PromptCache:
         self.kept: dict[int, Kept] = {}
         self.dense: dict[int, DenseLayer] = {}  # layers whose keys and values are still whole
         self.n_given = 0  # tokens that need not be fed
+        self.holds_all = bool(self.n_passes) or plan.policy.cross_layer  # whether all layers wait for the last one
         self.passes_cost: ScoringPasses | None = None  # known after the scoring passes
         self.layers = [PromptLayer(self, i) for i in range(config.num_hidden_layers)]
 
@@ -66,7 +67,7 @@ class PromptCache:
 
     def dense_layer(self, owner: int) -> DenseLayer:
         if owner not in self.dense:
-            self.dense[owner] = DenseLayer(self.length, self.wanted)
+            self.dense[owner] = DenseLayer(self.length, self.wanted, self.holds_all)
         return self.dense[owner]
 
     def begin_pass(self, n: int, scored: Sequence[int] | None = None) -> None:
@@ -174,9 +175,12 @@ def attend_by_chunk(q: Tensor, k: Tensor, v: Tensor, start: int, cache: PromptCa
 class DenseLayer:
     """The keys and values of one layer that owns storage, and the statistics of its readers' queries."""
 
-    def __init__(self, length: int, wanted: Sequence[Scores]):
-        self.length, self.filled = length, 0
-        self.k: Tensor | None = None  # (1,Hkv,length,D); not a copy if the prompt came in one piece
+    def __init__(self, length: int, wanted: Sequence[Scores], is_held: bool):
+        """is_held: this layer waits for others, so it must not keep alive what its keys and values are views of."""
+        self.length, self.filled, self.is_held = length, 0, is_held
+        self.k: Tensor | None = (
+            None  # (1,Hkv,length,D); a view if the prompt came in one piece and the layer is not held
+        )
         self.v: Tensor | None = None
         self.statistics = {scores: Statistics(scores) for scores in wanted}
         self.queries: dict[int, Tensor] = {}  # reader → its last queries so far (1,H,w,D), for policies that see them
@@ -199,7 +203,7 @@ class DenseLayer:
         if self.pass_length is not None:
             self.pass_kv = (k, v) if self.pass_kv is None else (_cat(self.pass_kv[0], k), _cat(self.pass_kv[1], v))
             return
-        if n == self.length:
+        if n == self.length and not self.is_held:
             self.k, self.v = k, v
         else:
             if self.k is None:

@@ -75,9 +75,11 @@ def restore(llm: LLM, file: Path, room: int) -> Session:
         raise ValueError(f"{file} is no complete saved cache ({reason(e)})") from None
     if facts.get("model") != llm.fingerprint():
         raise ValueError(f"{file} was saved with another model; give the --model that it was made with")
+    saved: set[str] = set()
     try:
         plan, seen = _plan_and_seen(facts, llm)
         tensors = {name: x.to(llm.device) for name, x in tensors.items()}
+        saved = {str(x.dtype).removeprefix("torch.") for name, x in tensors.items() if name.endswith((".k", ".v"))}
         row = _rows(tensors, facts.get("scores"), plan, llm)
         for owner, kept in row.items():
             _check(kept, seen, plan, owner, llm)
@@ -89,7 +91,10 @@ def restore(llm: LLM, file: Path, room: int) -> Session:
             if rounds and not all(x.isfinite().all() for part in store.unpack()[0].parts for x in (part.k, part.v)):
                 raise ValueError(f"layer {owner} holds values that are no numbers")
     except (KeyError, ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as e:
-        raise ValueError(f"{file} is no saved cache of this model ({reason(e)})") from None
+        hint = ""
+        if saved - {llm.cache_dtype}:
+            hint = f"; it was saved in {min(saved)} and this run holds {llm.cache_dtype}, so try --dtype {min(saved)}"
+        raise ValueError(f"{file} is no saved cache of this model ({reason(e)}){hint}") from None
     return session
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from nanokv.cache.scores import rounded
 
 REFIT_QUERIES = 32  # for whose outputs values are refitted
 RIDGE = 0.01
-TOKENS_AT_ONCE = 1024  # whose similarity to all kept keys exists at once
+TOKENS_AT_ONCE = 1024  # whose similarity to all kept keys of a head exists at once
 
 
 def merged(p: Prompt, kept: Kept) -> Kept:
@@ -29,18 +30,17 @@ def merged(p: Prompt, kept: Kept) -> Kept:
     exact = torch.promote_types(kept.v.dtype, torch.float32)
     keys, norms = normalize(kept.k.to(exact), dim=-1), kept.v.to(exact).norm(dim=-1)
     total, weights = torch.zeros_like(kept.v, dtype=exact), torch.zeros_like(norms)
-    for a in range(0, len(p), TOKENS_AT_ONCE):
+    for h, a in itertools.product(range(p.k.shape[1]), range(0, len(p), TOKENS_AT_ONCE)):
         part = slice(a, a + TOKENS_AT_ONCE)
-        k, v = p.k[:, :, part].to(exact), p.v[:, :, part].to(exact)
-        similarities = (normalize(k, dim=-1) @ keys.mT).masked_fill(~valid[:, :, None], -2)
-        target = rounded(similarities).argmax(-1)  # among equal ones the earlier token
-        similarity = similarities.gather(3, target[..., None])[..., 0]
-        norm = v.norm(dim=-1)
-        share = norm / (norm + norms.gather(2, target)).clamp(min=1e-8)
-        weight = similarity.clamp(min=0) * share * evicted[:, :, part]
-        to = torch.zeros_like(similarities).scatter_(3, target[..., None], weight[..., None])
-        weights += to.sum(2)
-        total += to.mT @ v
+        k, v = p.k[0, h, part].to(exact), p.v[0, h, part].to(exact)
+        similarities = (normalize(k, dim=-1) @ keys[0, h].T).masked_fill(~valid[0, h], -2)  # (·,n)
+        target = rounded(similarities).argmax(-1, keepdim=True)  # among equal ones the earlier token
+        similarity, norm = similarities.gather(1, target), v.norm(dim=-1, keepdim=True)
+        share = norm / (norm + norms[0, h, target]).clamp(min=1e-8)
+        weight = similarity.clamp(min=0) * share * evicted[0, h, part, None]
+        to = torch.zeros_like(similarities).scatter_(1, target, weight)
+        weights[0, h] += to.sum(0)
+        total[0, h] += to.T @ v
     v = (kept.v.to(exact) + total) / (1 + weights)[..., None]
     return replace(kept, v=v.to(kept.v.dtype))
 

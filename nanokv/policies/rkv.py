@@ -12,7 +12,7 @@ from nanokv.cache.kept import Prompt
 from nanokv.cache.scores import Scores
 from nanokv.policies.scorer import Scorer
 
-KEYS_AT_ONCE = 1024  # whose similarity to all others exists at once
+KEYS_AT_ONCE = 1024  # of a head, whose similarity to all others exists at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +63,13 @@ class RKV(Scorer):
 
     def _redundancy(self, p: Prompt) -> Tensor:
         """(1,Hkv,N): how much the keys of a head repeat each other; the sum over a head is 1."""
-        k, n = normalize(p.k.float(), dim=-1) * p.valid[..., None], len(p)
-        place, total = torch.arange(n, device=k.device), k.new_zeros(p.pos.shape)
-        for a in range(0, n, KEYS_AT_ONCE):
-            part = slice(a, a + KEYS_AT_ONCE)
-            cosine = k[:, :, part] @ k.mT  # (1,Hkv,·,N)
-            cosine.masked_fill_(place[part, None] == place, 0)
-            last = torch.where(cosine > self.similar, place, 0).amax(-1, keepdim=True)
-            total += cosine.scatter_(-1, last, 0).sum(2)
+        keys, n = normalize(p.k.float(), dim=-1) * p.valid[..., None], len(p)
+        place, total = torch.arange(n, dtype=torch.int32, device=keys.device), keys.new_zeros(p.pos.shape)
+        for h, k in enumerate(keys[0]):
+            for a in range(0, n, KEYS_AT_ONCE):
+                cosine = k[a : a + KEYS_AT_ONCE] @ k.T  # (·,N)
+                cosine.diagonal(a).zero_()  # a key and itself
+                last = torch.where(cosine > self.similar, place, 0).amax(-1, keepdim=True)
+                total[0, h] += cosine.scatter_(-1, last.long(), 0).sum(0)
         mean = total / p.valid.sum(-1, keepdim=True)
         return mean.masked_fill(~p.valid, -torch.inf).softmax(-1)

@@ -39,6 +39,10 @@ class Scissorhands(Scorer):
             raise ValueError(
                 f"scissorhands:every={self.every},window={self.window},recent={self.recent} is out of range; each at least 1"
             )
+        if (self.merge, self.refit) != ("none", "none"):
+            raise ValueError(
+                "scissorhands: many tokens leave while decoding, so values stay as they are; use no merge= or refit="
+            )
         super().__post_init__()
 
     @property

@@ -98,8 +98,8 @@ class Scorer(Policy):
         for key in ("merge", "refit"):
             if getattr(self, key) != "none" and (self.every or self.demote):
                 raise ValueError(
-                    f"{key}={getattr(self, key)}: values are changed once, when tokens of the prompt are evicted; leave "
-                    "every= and demote= out"
+                    f"{key}={getattr(self, key)}: values are changed once, when tokens of the prompt are evicted; use "
+                    "every=0 and demote=false"
                 )
         if self.every < 0:
             raise ValueError(f"every={self.every}; give a number of tokens, or 0 for never")

@@ -14,13 +14,13 @@ from helpers import ROOT
 from tiny import text, write_seeded
 
 from evals import quality, record, show
-from evals.dense import begin
 from evals.quality import Answer, Item, judge, prompt_and_turns, solved
 from evals.tasks import TASKS
 from nanokv import parse
 from nanokv.cache.plan import Plan
 from nanokv.engine import Session, prefill
 from nanokv.inspect import fidelity
+from nanokv.inspect.dense import begin
 
 
 def words(text: str) -> int:
@@ -71,9 +71,10 @@ PLANS = [
 @pytest.mark.parametrize("model", ["llama31", "g3", "mistral"])
 def test_one_run_gives_every_plan_what_its_own_run_gives(model, llm_of, monkeypatch):
     runs = []
-    monkeypatch.setattr("evals.dense.prefill", lambda *a: runs.append(a) or prefill(*a))
+    monkeypatch.setattr("nanokv.inspect.dense.prefill", lambda *a: runs.append(a) or prefill(*a))
     llm, ids, then = llm_of(model), text(70, 3), text(9, 4)
-    plans = [parse(p) for p in PLANS] + [Plan(share={2: 0}), Plan(parse(PLANS[1]).policy, share={2: 0})]
+    chunked = [] if model == "mistral" else ["dca:context=32"]  # which refuses sliding windows
+    plans = [parse(p) for p in (*PLANS, *chunked)] + [Plan(share={2: 0}), Plan(parse(PLANS[1]).policy, share={2: 0})]
     seen = []
     for i, start in begin(llm, plans, ids, 9):
         alone = Session(llm.models, plans[i], 9)
@@ -85,7 +86,8 @@ def test_one_run_gives_every_plan_what_its_own_run_gives(model, llm_of, monkeypa
             assert session.report() == alone.report()
         seen.append(i)
     assert sorted(seen) == list(range(len(plans)))
-    assert len(runs) == 4  # without scoring passes, with shared layers, and kvzip with either number of sinks
+    # without scoring passes, with shared layers, kvzip with either number of sinks, and dca
+    assert len(runs) == 4 + len(chunked)
 
 
 def test_feeding_many_tokens_tells_the_logits_after_each(llm_of):
@@ -618,6 +620,23 @@ def test_ada_keeps_what_kvpress_does_not_mask(tiny, llm_of):
         for head in range(2):
             held = set(range(400)) - set(hidden[heads == head].tolist())
             assert set(mine.pos[0, head, : mine.length[0, head]].tolist()) == held
+
+
+@pytest.mark.slow
+def test_merged_values_are_those_of_kvpress(tiny, llm_of):
+    kvpress = pytest.importorskip("kvpress", reason="kvpress is not installed (pip install -r requirements-peers.txt)")
+    from evals import peers
+
+    ids, net = list(range(90)), peers.Net(str(tiny("llama31")[0]), torch.float32, torch.device("cpu"))
+    net.start(ids, press=kvpress.MergingPress(press=kvpress.KnormPress(compression_ratio=1 - 58.5 / 90)))
+    session = llm_of("llama31").session(1, plan=parse("knorm:budget=58,merge=nearest"))
+    session.start([ids])
+    for theirs, store in zip(net.cache.layers, session.cache.stores.values(), strict=True):
+        (mine,) = store.unpack()
+        for head in range(2):
+            gap = torch.cdist(theirs.keys[0, head], mine.k[0, head], compute_mode="donot_use_mm_for_euclid_dist")
+            assert gap.min(1).values.max() < 1e-3
+            torch.testing.assert_close(mine.v[0, head][gap.argmin(1)], theirs.values[0, head], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

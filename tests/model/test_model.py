@@ -77,6 +77,7 @@ def test_keys_and_values_have_a_type_of_their_own(tiny, monkeypatch, tmp_path):
     """On a CPU that multiplies bf16 but no bf16 tiles, weights are fp16 for single tokens and the cache is bf16."""
     from nanokv import load
     from nanokv.cache.save import restore, save
+    from nanokv.stores import EXAMPLES
     from nanokv.summary import first_line
 
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
@@ -100,6 +101,19 @@ def test_keys_and_values_have_a_type_of_their_own(tiny, monkeypatch, tmp_path):
     save(mixed, session, tmp_path / "cache.kv")
     again = restore(mixed, tmp_path / "cache.kv", 4)
     assert torch.equal(again.feed(torch.tensor([[8]])), session.feed(torch.tensor([[8]])))
+    other = load(str(tiny("g3")[0]), dtype="bfloat16/float16")  # as this CPU's own types were before
+    for store in (x for name, x in EXAMPLES.items() if name != "mixed"):
+        session = other.session(20, plan=parse(f"full+{store}"))
+        session.start([ids])
+        save(other, session, tmp_path / "cache.kv")
+        try:
+            again = restore(mixed, tmp_path / "cache.kv", 4)
+        except ValueError as e:
+            assert store.startswith(("gear", "minicache", "kvquant", "shadow")) and "try --dtype float16" in str(e), (
+                store
+            )
+            continue
+        assert again.feed(torch.tensor([[8]])).isfinite().all(), store
 
 
 def test_a_turn_of_many_tokens_equals_feeding_them_one_by_one(llm_of):

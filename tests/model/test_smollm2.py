@@ -70,7 +70,7 @@ NEEDLES = [
 @pytest.mark.parametrize("texts", [3, 20])
 def test_needles_are_found_by_snapkv_and_under_four_bits_not_by_chance_or_two(texts, smollm, count):
     """1,000 tokens, a seven-digit code of which each digit is a token: pooling must be as wide as the answer. One prefill serves all."""
-    from evals.dense import begin
+    from nanokv.inspect.dense import begin
     from nanokv.inspect.fidelity import follow, greedy
 
     found = dict.fromkeys(NEEDLES, 0)
@@ -118,7 +118,7 @@ PLANS = {
 @pytest.mark.exhaustive
 def test_four_policies_on_a_long_text(fast, count):
     """One prefill serves all of them."""
-    from evals.dense import begin
+    from nanokv.inspect.dense import begin
     from nanokv.inspect.fidelity import follow, greedy
 
     task = needle(3, 1500, count, depth=0.4)

@@ -83,5 +83,7 @@ def test_what_cannot_be_changed_is_refused():
     for plan in ("snapkv:merge=nearest,every=64", "h2o:demote=true,refit=lsq"):
         with pytest.raises(ValueError, match="values are changed once"):
             parse(plan)
+    with pytest.raises(ValueError, match="use no merge= or refit="):
+        parse("scissorhands:refit=lsq")
     with pytest.raises(ValueError, match="refit=lstsq is unknown; refit is none or lsq"):
         parse("snapkv:refit=lstsq")

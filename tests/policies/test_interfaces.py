@@ -68,6 +68,8 @@ def test_scoring_passes_see_the_prompt_and_leave_nothing_behind(model, chunk, ll
     for layer, p in enumerate(SEEN):
         window = config.window(layer)
         assert p.n_queries == 63 + 20 and p.seen == 60
+        # nothing but the prompt's keys is kept alive while all layers wait
+        assert p.k.untyped_storage().nbytes() == 60 * config.num_key_value_heads * config.head_dim * 4
         right = torch.zeros(config.num_attention_heads, 60, dtype=torch.float64)
         for (
             replayed

@@ -191,7 +191,12 @@ class Chunked(StoreSpec):
     def split(self, r: Kept, ctx: Context) -> ChunkState:
         """One row as exact tokens and chunks. There are no chunks where the row is short, or no whole prompt."""
         if r.state is not None:
-            return replace(r.state, exact=replace(r.state.exact, layer_score=r.layer_score))
+            # a file may come from a run that held another type; scales and zero points are fp16 in every run
+            data = {
+                name: x.to(ctx.dtype) if x.is_floating_point() and name not in ("scale", "zero") else x
+                for name, x in r.state.chunk_data.items()
+            }
+            return replace(r.state, exact=replace(r.state.exact, layer_score=r.layer_score), chunk_data=data)
         r = replace(r, k=r.k.to(ctx.dtype), v=r.v.to(ctx.dtype))
         (heads, n), window = r.pos.shape[1:], ctx.sliding_window
         grows = bool((r.limit < 0).all()) and bool((r.length == n).all())

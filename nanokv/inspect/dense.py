@@ -86,8 +86,9 @@ def _prefill_key(plan: Plan, n: int) -> tuple:
     """Plans for which this is equal can share one prefill of n tokens, and the scoring passes after it."""
     policy, share = plan.policy, tuple(sorted(plan.share.items()))
     passes = policy.passes(n)
-    if not passes:
+    if not passes and not policy.positions_by_chunk:
         return share
+    # the prompt's own attention, or what is replayed, may depend on every option but the budget
     options = ((f.name, getattr(policy, f.name)) for f in fields(policy) if f.name != "budget")
     return share, type(policy), passes, *options
 

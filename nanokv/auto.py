@@ -1,0 +1,84 @@
+"""Which plan serves a prompt best under a budget. Several are tried on the prompt itself.
+
+The prompt's last tokens are held back. Each plan compresses what stands before them, is fed the tokens that were held
+back, and is compared with the uncompressed cache by the KL divergence of the next-token distributions. One prefill serves
+all plans, so the trial costs about as much as the prompt's own prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nanokv.cache.budget import in_bytes
+from nanokv.cache.plan import Plan, parse
+from nanokv.inspect.dense import begin
+from nanokv.inspect.fidelity import losses
+from nanokv.llm import LLM
+
+HELD_BACK = 64  # tokens; of a short prompt a quarter
+CANDIDATES = (
+    "snapkv:window=8,kernel=13",
+    "snapkv:refit=lsq",
+    "adakv:window=8,kernel=13",
+    "pyramidkv",
+    "critical:heads=ada",
+    "defensive",
+    "expected:epsilon=0.01,heads=ada",
+    "keydiff",
+    "lagkv",
+    "compactor",
+    "streaming",
+)
+# where the budget is a size, rounding leaves room for more tokens
+ROUNDED = ("snapkv:window=8,kernel=13+int8", "snapkv:window=8,kernel=13+int4", "keydiff+int4", "streaming+int4")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one plan. `kl` is the mean over the tokens held back, in nats; `bytes` is what its cache held then."""
+
+    name: str
+    plan: Plan
+    kl: float
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.kl:.3f}"
+
+
+@torch.inference_mode()
+def choose(llm: LLM, ids: Sequence[int], budget: str, room: int) -> list[Trial]:
+    """Try the candidates under this budget on the prompt `ids` → what came of them, the best first.
+
+    budget: as --kv-budget: tokens, percent or bytes. room: tokens that will follow the prompt. ValueError if the prompt
+    is too short, or if no candidate can serve it.
+    """
+    held = min(HELD_BACK, len(ids) // 4)
+    if not held:
+        raise ValueError(f"auto tries plans on the prompt's last quarter, and it has {len(ids)} tokens; name a plan")
+    size = int(budget) if budget.isdigit() else budget
+    names, plans, reasons = [], [Plan()], []
+    for name in CANDIDATES + (ROUNDED if in_bytes(size) else ()):
+        try:
+            plan = parse(name).with_budget(budget)
+            plan.fit(llm.config, llm.models.context.dtype, len(ids) - held, max(held, room))
+        except ValueError as e:
+            reasons.append(str(e))
+            continue
+        names.append(name)
+        plans.append(plan)
+    if not names:
+        raise ValueError(f"auto: no plan can serve this prompt under a budget of {budget}: {reasons[0]}")
+    tail, reference, trials = torch.tensor([list(ids[-held:])], device=llm.device), None, []
+    for i, start in begin(llm, plans, ids[:-held], max(held, room)):  # the first one is the full cache
+        session, _ = start()
+        logits = session.feed(tail, every_logit=True)[0]
+        if reference is None:
+            reference = logits
+            continue
+        kl = losses(reference, logits, ids[-held:])[0].mean().item()
+        trials.append(Trial(names[i - 1], plans[i], kl, session.report().bytes))
+    return sorted(trials, key=lambda t: (t.kl, t.bytes))
