@@ -194,7 +194,8 @@ def check(policy_name: str, policy: Policy, store_name: str, store: StoreSpec) -
     """ValueError if this store cannot hold what this policy keeps."""
     if reason := store.incompatible_policy(policy):
         others = [name for name, part in STORES.items() if name != store_name and not part.incompatible_policy(policy)]
-        instead = f"; use one of {', '.join(others)}" if others else ""
+        some = ", ".join(others[:8]) + (" or another of --list-policies" if len(others) > 8 else "")
+        instead = f"; use one of {some}" if others else ""
         raise ValueError(f"{policy_name}+{store_name}: {policy_name} {reason}{instead}")
 
 
