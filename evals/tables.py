@@ -71,6 +71,11 @@ def without_question() -> str:
     return _scores(_read("values-1000.json", "epyc"))
 
 
+def without_question_long() -> str:
+    """The same on texts of 4,096 tokens."""
+    return _scores(_read("values-4096.json", "epyc"))
+
+
 def finishers() -> str:
     """Policies whose kept values take over a part of what was evicted."""
     return _scores(_read("finish-1000.json", "epyc"))
@@ -365,6 +370,7 @@ TABLES: dict[str, Callable[[], str]] = {
         quality,
         stores,
         without_question,
+        without_question_long,
         finishers,
         codes,
         paces,

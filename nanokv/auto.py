@@ -2,7 +2,7 @@
 
 The prompt's last tokens are held back. Each plan compresses what stands before them, is fed the tokens that were held
 back, and is compared with the uncompressed cache by the KL divergence of the next-token distributions. One prefill serves
-all plans, so the trial costs about as much as the prompt's own prefill.
+all plans; on 3,000 tokens of smollm2-135m the trial of six plans took 1.8 times as long as the prompt's own prefill.
 """
 
 from __future__ import annotations
@@ -19,21 +19,16 @@ from nanokv.inspect.fidelity import losses
 from nanokv.llm import LLM
 
 HELD_BACK = 64  # tokens; of a short prompt a quarter
-CANDIDATES = (
+CANDIDATES = (  # policies that judge by the prompt's end, as this trial does, and whose statistics cost little
     "snapkv:window=8,kernel=13",
     "snapkv:refit=lsq",
     "adakv:window=8,kernel=13",
-    "pyramidkv",
     "critical:heads=ada",
     "defensive",
-    "expected:epsilon=0.01,heads=ada",
-    "keydiff",
-    "lagkv",
-    "compactor",
     "streaming",
 )
 # where the budget is a size, rounding leaves room for more tokens
-ROUNDED = ("snapkv:window=8,kernel=13+int8", "snapkv:window=8,kernel=13+int4", "keydiff+int4", "streaming+int4")
+ROUNDED = ("snapkv:window=8,kernel=13+int8", "snapkv:window=8,kernel=13+int4", "streaming+int4")
 
 
 @dataclass(frozen=True)

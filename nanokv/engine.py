@@ -50,7 +50,7 @@ class Models:
             weight.device,
             self.cache_dtype or weight.dtype,
             model.inv_freq,
-            output_weights=model.output_weights(),
+            output_weights=self.prefill.output_weights(),  # many values are multiplied at once, as in a prompt
             token_kinds=self.token_kinds,
             encode=self.encode,
         )
