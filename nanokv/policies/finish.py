@@ -48,8 +48,8 @@ def merged(p: Prompt, kept: Kept) -> Kept:
 def refitted(p: Prompt, kept: Kept) -> Kept:
     """The kept values V' for which the observation queries' outputs change least: they minimise
     |A V' − softmax(QKᵀ)V|² + λ|V' − V|², where A is the attention over the kept keys only (Attention Matching, Zweiger et
-    al. 2026, arXiv:2602.16284). λ is RIDGE times the mean of AAᵀ's diagonal. All in fp64,
-    because small differences between similar rows of A count.
+    al. 2026, arXiv:2602.16284). λ is RIDGE times the mean of AAᵀ's diagonal. All in fp64, because
+    small differences between similar rows of A count.
 
     The queries of all heads and layers that read a KV head count. Deviations: the prompt's own last queries are used, no
     bias is fitted to the logits, and the ridge draws towards the old values, not towards zero.

@@ -102,6 +102,7 @@ def test_keys_and_values_have_a_type_of_their_own(tiny, monkeypatch, tmp_path):
     again = restore(mixed, tmp_path / "cache.kv", 4)
     assert torch.equal(again.feed(torch.tensor([[8]])), session.feed(torch.tensor([[8]])))
     other = load(str(tiny("g3")[0]), dtype="bfloat16/float16")  # as this CPU's own types were before
+    refused = set()
     for store in (x for name, x in EXAMPLES.items() if name != "mixed"):
         session = other.session(20, plan=parse(f"full+{store}"))
         session.start([ids])
@@ -109,11 +110,13 @@ def test_keys_and_values_have_a_type_of_their_own(tiny, monkeypatch, tmp_path):
         try:
             again = restore(mixed, tmp_path / "cache.kv", 4)
         except ValueError as e:
-            assert store.startswith(("gear", "minicache", "kvquant", "shadow")) and "try --dtype float16" in str(e), (
-                store
-            )
+            assert "try --dtype float16" in str(e)
+            refused.add(store.partition(":")[0])
             continue
-        assert again.feed(torch.tensor([[8]])).isfinite().all(), store
+        torch.testing.assert_close(
+            again.feed(torch.tensor([[8]])), session.feed(torch.tensor([[8]])), atol=0.5, rtol=0, msg=store
+        )
+    assert refused == {"gear", "minicache"}  # their exact parts are of the run's type
 
 
 def test_a_turn_of_many_tokens_equals_feeding_them_one_by_one(llm_of):

@@ -65,6 +65,23 @@ class Codec:
         return sum(n * dtype.itemsize for n, dtype in self.planes)
 
 
+class HadamardCodec(Codec):
+    """A codec that rounds after a rotation by `h`, as `hadamard` makes it."""
+
+    rounds = unpacks = True
+
+    def __init__(self, h: Tensor, planes: list[tuple[int, torch.dtype]]):
+        self.h, self.planes = h, planes
+
+    def rotate(self, x: Tensor) -> Tensor:
+        return hadamard_rotate(x, self.h)
+
+    rotate_back = rotate
+
+    def tensors(self) -> list[Tensor]:
+        return [self.h]
+
+
 @dataclass(frozen=True)
 class CodeState(StoreState):
     """The codes of a row's tokens: of K and of V the planes (1,Hkv,N,·), the head's scale repeated per token

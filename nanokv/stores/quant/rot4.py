@@ -15,7 +15,7 @@ from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept
 from nanokv.cache.protocol import StoreSpec
 from nanokv.stores.dense import PerToken
-from nanokv.stores.quant.codec import HALF_MAX, Codec, hadamard, hadamard_rotate
+from nanokv.stores.quant.codec import HALF_MAX, Codec, HadamardCodec, hadamard, hadamard_rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +64,10 @@ class Rot4(PerToken):
         return codec, codec
 
 
-class Rot4Codec(Codec):
-    rounds = unpacks = True
-
+class Rot4Codec(HadamardCodec):
     def __init__(self, dim: int, block: int, h: Tensor):
-        self.block, self.h, self.planes = block, h, [(dim // 4, torch.int16), (dim // block, torch.float16)]
+        super().__init__(h, [(dim // 4, torch.int16), (dim // block, torch.float16)])
+        self.block = block
 
     def encode(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
         blocks = hadamard_rotate(x.float(), self.h).unflatten(-1, (-1, self.block))
@@ -80,11 +79,3 @@ class Rot4Codec(Codec):
     def decode(self, planes: Sequence[Tensor], pos: Tensor, dtype: torch.dtype) -> Tensor:
         code = unpack(planes[0], 4).to(dtype).unflatten(-1, (-1, self.block)) - 8
         return (code * planes[1].to(dtype)[..., None]).flatten(-2)
-
-    def rotate(self, x: Tensor) -> Tensor:
-        return hadamard_rotate(x, self.h)
-
-    rotate_back = rotate
-
-    def tensors(self) -> list[Tensor]:
-        return [self.h]

@@ -13,7 +13,7 @@ from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept
 from nanokv.cache.protocol import StoreSpec
 from nanokv.stores.dense import PerToken
-from nanokv.stores.quant.codec import HALF_MAX, Codec, hadamard, hadamard_rotate
+from nanokv.stores.quant.codec import HALF_MAX, Codec, HadamardCodec, hadamard, hadamard_rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +37,12 @@ class Rot8(PerToken):
 
     def codecs(self, rows: Sequence[Kept], ctx: Context) -> tuple[Codec, Codec]:
         dim = ctx.config.head_dim
-        codec = Rot8Codec(dim, ctx.shared_constant("hadamard", lambda: hadamard(dim)))
+        planes = [(dim, torch.int8), (1, torch.float16)]
+        codec = Rot8Codec(ctx.shared_constant("hadamard", lambda: hadamard(dim)), planes)
         return codec, codec
 
 
-class Rot8Codec(Codec):
-    rounds = unpacks = True
-
-    def __init__(self, dim: int, h: Tensor):
-        self.h, self.planes = h, [(dim, torch.int8), (1, torch.float16)]
-
+class Rot8Codec(HadamardCodec):
     def encode(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
         y = hadamard_rotate(x.float(), self.h)
         # rounded up, so never below the exact scale and never 0
@@ -55,11 +51,3 @@ class Rot8Codec(Codec):
 
     def decode(self, planes: Sequence[Tensor], pos: Tensor, dtype: torch.dtype) -> Tensor:
         return planes[0].to(dtype) * planes[1].to(dtype)
-
-    def rotate(self, x: Tensor) -> Tensor:
-        return hadamard_rotate(x, self.h)
-
-    rotate_back = rotate
-
-    def tensors(self) -> list[Tensor]:
-        return [self.h]
