@@ -394,14 +394,18 @@ def memory(job: Job) -> dict:
 
 def peers(job: Job) -> dict:
     from evals import peers as p
+    from evals import speed as s
 
     args, llm, (speed_at, kept) = job.args, job.llm, shares(job.args, "25%", "50%")
-    found = []
+    found, limits = [], [s.ceiling(llm.device)]
     for n in job.bar(args.lengths or [512, 4096], "peers: speed"):
         found += p.speed(llm, args.model, n, speed_at)
-        found.append(p.llama_bench(n, args.llama_bench, args.gguf))
-    print(f"decode in turns, {speed_at} kept by policies\n{show.peers_speed(found)}\n")
-    return {"peers_speed": found, **beside(job, 1000, kept)}
+        found.append(p.llama_bench(llm, n, args.llama_bench, args.gguf))
+        limits.append(s.ceiling(llm.device))
+    seen = " to ".join(f"{x / 1e9:.0f}" for x in (min(limits), max(limits)))
+    print(f"decode in turns, {speed_at} kept by policies; the memory was read at {seen} GB/s between the runs")
+    print(show.peers_speed(found) + "\n")
+    return {"ceilings": limits, "peers_speed": found, **beside(job, 1000, kept)}
 
 
 def kvpress(job: Job) -> dict:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from evals.quality import PROTOCOLS, Item, mean, prompt_and_turns, solved, text_of
-from evals.speed import ROUNDS, STEPS, alternate, stepper, timed
+from evals.speed import ROUNDS, STEPS, alternate, stepper, timed, weight_bytes
 from nanokv import parse
 from nanokv.cache.plan import Plan
 from nanokv.engine import Session
@@ -169,6 +169,7 @@ class Runner:
     prefill_s: float
     step: Callable[[], object]
     bytes: Callable[[], int]
+    weight_bytes: int  # of weights that a step reads
     compile_s: float = 0.0
 
 
@@ -186,7 +187,8 @@ def runners(llm: LLM, model: str, ids: list[int], budget: str) -> Iterator[Runne
             before = runner.compile_s
             step(), step()
             name = f"nanokv {name}" + (", compiled" if runner.compile_s else "")
-            yield Runner(name, seconds, step, lambda s=session: s.report().bytes, runner.compile_s - before)
+            size, weights = (lambda s=session: s.report().bytes), weight_bytes(llm.models.decode)
+            yield Runner(name, seconds, step, size, weights, runner.compile_s - before)
     try:
         import transformers
     except ImportError:
@@ -234,7 +236,7 @@ def _run(name: str, net: Net, ids: list[int], cache: Callable[[], Any] | None = 
     net.start(ids, cache and cache(), press)
     seconds = timed(lambda: net.start(ids, cache and cache(), press), net.device)
     net.step()
-    return Runner(name, seconds, net.step, net.bytes)
+    return Runner(name, seconds, net.step, net.bytes, weight_bytes(net.net))
 
 
 def _compiled(name: str, net: Net, ids: list[int], room: int) -> Runner:
@@ -262,7 +264,10 @@ def _first_line(e: Exception) -> str:
 
 
 def speed(llm: LLM, model: str, length: int, budget: str) -> list[dict]:
-    """Time prefill and decode at one length. The runners' decode steps alternate."""
+    """Time prefill and decode at one length. The runners' decode steps alternate.
+
+    `read_s` is how many bytes of weights and cache a step reads per second.
+    """
     ids, rows, ready = text_of(llm, 0, length), [], []
     for made in runners(llm, model, ids, budget):
         if isinstance(made, tuple):
@@ -272,12 +277,13 @@ def speed(llm: LLM, model: str, length: int, budget: str) -> list[dict]:
             rows.append({"name": made.name, "length": length, "prefill_s": made.prefill_s, "compile_s": made.compile_s})
     times = alternate([r.step for r in ready], llm.device)
     for r, seconds in zip(ready, times, strict=True):
-        row = next(x for x in rows if x["name"] == r.name)
-        row |= {"decode_tok_s": 1 / seconds, "ratio": times[0] / seconds, "bytes": r.bytes()}
+        row, size = next(x for x in rows if x["name"] == r.name), r.bytes()
+        read_s = (r.weight_bytes + size) / seconds
+        row |= {"decode_tok_s": 1 / seconds, "ratio": times[0] / seconds, "bytes": size, "read_s": read_s}
     return rows
 
 
-def llama_bench(length: int, program: str, gguf: Sequence[str] | None) -> dict:
+def llama_bench(llm: LLM, length: int, program: str, gguf: Sequence[str] | None) -> dict:
     """Run llama.cpp's benchmark: prefill `length` tokens, and decode after them.
 
     gguf: files of the same model, such as F16 and BF16. Each is tried with and without flash attention, and the row has
@@ -306,7 +312,15 @@ def llama_bench(length: int, program: str, gguf: Sequence[str] | None) -> dict:
             for what, runs in zip(("prefill", "decode"), found, strict=True)
             for run in runs
         ]
-        return row | {"prefill_s": length / prefill["avg_ts"], "compile_s": 0.0, "decode_tok_s": decode["avg_ts"]}
+        c = llm.config
+        size = length * c.num_hidden_layers * c.num_key_value_heads * 2 * c.head_dim * 2  # its cache is fp16
+        return row | {
+            "prefill_s": length / prefill["avg_ts"],
+            "compile_s": 0.0,
+            "decode_tok_s": decode["avg_ts"],
+            "bytes": size,
+            "read_s": (decode["model_size"] + size) * decode["avg_ts"],
+        }
     except (OSError, subprocess.CalledProcessError, ValueError, IndexError, KeyError) as e:
         return row | {"absent": f"llama-bench failed: {_first_line(e)}"}
 

@@ -110,11 +110,14 @@ def compiled(found: Sequence[dict], lengths: Sequence[int]) -> str:
     for r in found:
         head = [r["plan"], r.get("mode", "-")]
         if "refused" in r:
-            rows.append([*head, *["-"] * 7])
+            rows.append([*head, *["-"] * 8])
             continue
+        gain = (r["eager_ms"] - r["compiled_ms"]) / 1e3  # seconds a token
+        pays = " / ".join(f"{r[s] / gain:,.0f}" if gain > 0 else "never" for s in ("cold_s", "warm_s"))
         graphs = [str(r["graphs"]), f"+{r['graphs_second_length']}", "dynamic" if r["dynamic"] else "static"]
         seconds = [f"{r['cold_s']:.1f}", f"{r['warm_s']:.1f}"]
-        rows.append([*head, *graphs, *seconds, f"{r['eager_ms']:.1f} → {r['compiled_ms']:.1f}", f"{r['ratio']:.2f}x"])
+        step = [f"{r['eager_ms']:.1f} → {r['compiled_ms']:.1f}", f"{r['ratio']:.2f}x"]
+        rows.append([*head, *graphs, *seconds, *step, pays])
     head = [
         "plan",
         "mode",
@@ -125,6 +128,7 @@ def compiled(found: Sequence[dict], lengths: Sequence[int]) -> str:
         "warm s",
         "step ms",
         "faster",
+        "pays after tokens, cold / warm",
     ]
     return table(head, rows)
 
@@ -178,11 +182,12 @@ def peers_speed(found: Sequence[dict]) -> str:
     rows = []
     for r in found:
         if "absent" in r:
-            rows.append([r["name"], str(r["length"]), "-", "-", "-", "-", "-", r["absent"]])
+            rows.append([r["name"], str(r["length"]), *"-" * 6, r["absent"]])
             continue
         note = f"compiled in {r['compile_s']:.0f} s" if r["compile_s"] else ""
         size = mib(r["bytes"]) if "bytes" in r else "-"
         ratio = f"{r['ratio']:.2f}x" if "ratio" in r else "-"
+        read = f"{r['read_s'] / 1e9:.1f}" if "read_s" in r else "-"
         pre = r["length"] / r["prefill_s"]
         rows.append(
             [
@@ -193,10 +198,11 @@ def peers_speed(found: Sequence[dict]) -> str:
                 f"{r['decode_tok_s']:.1f}",
                 ratio,
                 size,
+                read,
                 note,
             ]
         )
-    head = ["", "tokens", "prefill s", "tok/s", "decode tok/s", "to nanokv full", "cache", ""]
+    head = ["", "tokens", "prefill s", "tok/s", "decode tok/s", "to nanokv full", "cache", "GB/s", ""]
     return table(head, rows)
 
 

@@ -50,11 +50,11 @@ def alternate(steps: Sequence[Callable[[], object]], device: torch.device) -> li
     return [median(t) for t in times]
 
 
-def weight_bytes(llm: LLM) -> int:
+def weight_bytes(model: torch.nn.Module) -> int:
     """Return the bytes of weights that a step must read: all except an embedding that is not also the head."""
-    model = llm.models.decode
-    tied = model.lm_head.weight is model.embed_tokens.weight
-    skipped = 0 if tied else model.embed_tokens.weight.nbytes
+    tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    heads = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    skipped = sum(table.nbytes for table in tables if not any(table is head for head in heads))
     return sum(p.nbytes for p in model.parameters()) - skipped
 
 
@@ -65,7 +65,7 @@ def speed(llm: LLM, plans: dict[str, Plan], length: int, batch: int, limit: floa
     """
     room, prompts = ROUNDS * STEPS + 1, [text_of(llm, seed, length) for seed in range(batch)]
     good, refused = servable(llm, list(plans.values()), length, room, batch)
-    names, weights = list(plans), weight_bytes(llm)
+    names, weights = list(plans), weight_bytes(llm.models.decode)
     records = [{"plan": names[i], "length": length, "batch": batch, "refused": reason} for i, reason in refused.items()]
     llm.session(room).start(prompts[:1])  # the first matrix products of a new shape are slow
     ready, sessions, steps = [], [], []

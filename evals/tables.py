@@ -145,17 +145,28 @@ def _scores(found: dict[str, Any]) -> str:
 
 
 def decode() -> str:
-    """Tokens per second of nanokv and the other programs."""
-    found = _read("peers.json")["peers_speed"]
+    """Tokens per second of nanokv and the other programs on two cores with AMX."""
+    return _decode(_read("peers.json")["peers_speed"])
+
+
+def decode_without_amx() -> str:
+    """The same on two cores that have bf16 products and no AMX."""
+    return _decode(_read("peers.json", "epyc")["peers_speed"])
+
+
+def _decode(found: list[dict]) -> str:
     lengths = sorted({r["length"] for r in found})
     rows = []
     for name in dict.fromkeys(r["name"] for r in found if "absent" not in r):
         by_length = {r["length"]: r for r in found if r["name"] == name}
         cells = []
         for n in lengths:
-            r = by_length[n]
+            if (r := by_length.get(n)) is None:  # llama.cpp's best setting differs from length to length
+                cells += ["–"] * 3
+                continue
             size = f"{r['bytes'] / 2**20:.1f} MiB" if "bytes" in r else "–"
-            cells += [f"{n / r['prefill_s']:.0f}", f"{r['decode_tok_s']:.1f}", size]
+            read = f" ({r['read_s'] / 1e9:.1f})" if "read_s" in r else ""
+            cells += [f"{n / r['prefill_s']:.0f}", f"{r['decode_tok_s']:.1f}{read}", size]
         rows.append([name, *cells])
     return markdown(["", *(x for n in lengths for x in (f"prefill {n}", f"decode at {n}", "cache"))], rows)
 
@@ -376,6 +387,7 @@ TABLES: dict[str, Callable[[], str]] = {
         paces,
         sparse,
         decode,
+        decode_without_amx,
         compiled,
         kvpress,
         needles,

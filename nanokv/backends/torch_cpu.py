@@ -37,13 +37,48 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
 
 
+def flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """torch's flash kernel: every query of q (B,H,T,D) sees every key of k (B,Hkv,S,D), or what `bias`, added to the
+    logits, leaves → out, lse (B,H,T) fp32.
+
+    The G query heads of a KV head become G·T queries of one head, so each key is read once.
+    """
+    (B, H, T, D), heads = q.shape, k.shape[1]
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.reshape(B, heads, -1, D), k, v, attn_mask=bias
+    )
+    return out.reshape(B, H, T, D), lse.reshape(B, H, T)
+
+
+def causal_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """torch's flash kernel: q (B,H,T,D) and the keys of the same T tokens, each of which sees those before → out, lse."""
+    (B, H, T, D), heads = q.shape, k.shape[1]
+    # a KV head and its query heads: the same keys, with stride 0, for each of them
+    k, v = (x.flatten(0, 1)[:, None].expand(-1, H // heads, -1, -1) for x in (k, v))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.reshape(B * heads, -1, T, D), k, v, is_causal=True
+    )
+    return out.reshape(B, H, T, D), lse.reshape(B, H, T)
+
+
+def sdpa_turn(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: int | None) -> tuple[Tensor, Tensor]:
+    """As `reference.prefill`. Where no sliding window hides a key, the keys before the queries need no mask."""
+    if q.device.type != "cpu" or (sliding_window is not None and sliding_window < k.shape[2]):
+        return reference.prefill(q, k, v, start, sliding_window)
+    own = causal_flash(q, k[:, :, start:], v[:, :, start:])
+    return merge([flash(q, k[:, :, :start], v[:, :, :start]), own]) if start else own
+
+
 def sdpa_prefill(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: int | None) -> Tensor:
-    """As `reference.prefill` without lse. A whole prompt is one causal call; chunks and sliding windows go in blocks
-    of queries.
+    """As `reference.prefill` without lse. A whole prompt is one causal call. Under a sliding window queries go in
+    blocks.
     """
     T = q.shape[2]
-    if start == 0 and (sliding_window is None or sliding_window >= T):
+    sees_all = sliding_window is None or sliding_window >= k.shape[2]
+    if sees_all and not start:
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+    if sees_all and q.device.type == "cpu":
+        return sdpa_turn(q, k, v, start, None)[0]
     out = torch.empty_like(q)
     for rows, keys, visible in reference.blocks(T, start, sliding_window, q.device, MASKED_BLOCK):
         out[:, :, rows] = F.scaled_dot_product_attention(
@@ -63,11 +98,8 @@ def sdpa_decode(
     over_group: str | None = None,
     noise: tuple[int, float, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `reference.decode`. On a CPU torch's flash kernel computes it, which returns lse but no attention scores.
-
-    The G query heads of a KV head become G·T queries of one head, so each key is read once.
-    """
-    B, H, T, D = q.shape
+    """As `reference.decode`. On a CPU torch's flash kernel computes it, which returns lse but no attention scores."""
+    H, T = q.shape[1:3]
     masks_differ = sliding_window is not None and T > 1  # each query has its own mask, and this call takes one for all
     if over_group is not None or q.device.type != "cpu" or masks_differ:
         return reference.decode(q, k, v, length, key_pos, query_pos, sliding_window, over_group, noise)
@@ -79,10 +111,7 @@ def sdpa_decode(
     visible = reference.mask(length, key_pos, query_pos, sliding_window, k.shape[2])
     if visible is not None:
         bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.reshape(B, k.shape[1], -1, D), k, v, attn_mask=bias
-    )
-    out, lse = out.reshape(B, H, T, D), lse.reshape(B, H, T)
+    out, lse = flash(q, k, v, bias)
     if visible is not None:  # torch's kernel gives NaN for a query that sees no key
         blind = ~visible.any(-1).expand(-1, -1, T).repeat_interleave(H // k.shape[1], 1)
         out, lse = out.masked_fill(blind[..., None], 0), lse.masked_fill(blind, -torch.inf)
@@ -167,6 +196,7 @@ SDPA = replace(
     EAGER,
     name="sdpa",
     prefill=sdpa_prefill,
+    turn=sdpa_turn,
     decode=sdpa_decode,
     decode_quant=sdpa_decode_quant,
     decode_ragged=reference.each_head(sdpa_decode),

@@ -60,11 +60,12 @@ def test_rows_with_a_shared_prefix_compute_what_each_would_alone(model, plan, wa
     together, session = talk(llm, plan, ROWS, STEPS, TURN, **ways)
     assert session.cache.shared == 40 and isinstance(session.cache.stores[0], SharedPrefix)
     alone = [talk(llm, plan, [ROWS[b]], STEPS[b : b + 1], TURN[b : b + 1]) for b in range(3)]
+    close = 1e-3 if plan.store.state_type else 2e-4  # of a store that rounds, the last bit of a sum may decide a code
     for b, (logits, by_itself) in enumerate(alone):
-        torch.testing.assert_close(together[b], logits[0], atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(together[b], logits[0], atol=close, rtol=close)
         assert held_positions(session.cache, b) == held_positions(by_itself.cache, 0)
     if plan.store.state_type:
-        return  # the last bit of a sum may decide a code
+        return
     for i, store in session.cache.stores.items():
         for b, row in enumerate(store.unpack()):
             (right,) = alone[b][1].cache.stores[i].unpack()

@@ -513,7 +513,7 @@ def test_a_gap_between_the_programs_is_told_with_its_error():
     assert _differs(same, "t", "simlayer", lazy) == "" == _differs({}, "t", "full", None)
 
 
-def test_the_best_of_llama_benchs_settings_is_taken(tmp_path):
+def test_the_best_of_llama_benchs_settings_is_taken(llm_of, tmp_path):
     """A stand-in prints what llama-bench prints: one run per file and flash-attention setting."""
     from evals import peers
 
@@ -526,15 +526,20 @@ files = [argv[i + 1] for i, x in enumerate(argv) if x == "-m"]
 decode = "-d" in argv
 speed = {{("f16.gguf", 0): 50, ("f16.gguf", 1): 40, ("bf16.gguf", 0): 30, ("bf16.gguf", 1): 60}}
 print(json.dumps([
-    {{"model_filename": "x/" + f, "model_type": "llama " + f[:-5].upper(), "flash_attn": bool(fa),
+    {{"model_filename": "x/" + f, "model_type": "llama " + f[:-5].upper(), "flash_attn": bool(fa), "model_size": 1000,
       "avg_ts": speed[f, fa] if decode else 1000 - speed[f, fa]}}
     for f in files for fa in map(int, argv[argv.index("-fa") + 1].split(","))]))
 """
     )
     program.chmod(0o755)
-    row = peers.llama_bench(512, str(program), ["f16.gguf", "bf16.gguf"])
+    llm = llm_of("llama31")
+    row = peers.llama_bench(llm, 512, str(program), ["f16.gguf", "bf16.gguf"])
     assert row["name"] == "llama.cpp llama BF16 -fa 1, in its own process"
     assert row["decode_tok_s"] == 60 and row["prefill_s"] == pytest.approx(512 / 970) and len(row["tried"]) == 8
+    session = llm.session(1)
+    session.start([text(64, 1)])
+    assert row["bytes"] == session.report().full_bytes / 2 * 512 / 64  # ours is fp32
+    assert row["read_s"] == (1000 + row["bytes"]) * 60
 
 
 def test_what_is_not_installed_is_a_row_that_says_so(tiny, llm_of, monkeypatch):
@@ -545,9 +550,9 @@ def test_what_is_not_installed_is_a_row_that_says_so(tiny, llm_of, monkeypatch):
     monkeypatch.setattr(peers, "Compiled", peers.Eager)  # compiling is tried elsewhere
     llm = llm_of("llama31")
     assert "not installed" in peers.quality(llm, "x", ["needle"], 100, 1, "50%", int)[0]["absent"]
-    assert "not installed" in peers.llama_bench(512, "no-such-llama-bench", None)["absent"]
-    assert "failed" in peers.llama_bench(512, sys.executable, ["x.gguf"])["absent"]
-    assert "--gguf" in peers.llama_bench(512, sys.executable, None)["absent"]
+    assert "not installed" in peers.llama_bench(llm, 512, "no-such-llama-bench", None)["absent"]
+    assert "failed" in peers.llama_bench(llm, 512, sys.executable, ["x.gguf"])["absent"]
+    assert "--gguf" in peers.llama_bench(llm, 512, sys.executable, None)["absent"]
     rows = peers.runners(llm, str(tiny("llama31")[0]), text(60, 1), "50%")
     ours = 2 * (1 + sum(peers._plan(p, "50%") is not None for p in peers.PAIRS))
     found = [next(rows) for _ in range(ours)]  # torch.compile looks into transformers where it has been imported
