@@ -171,6 +171,17 @@ def _decode(found: list[dict]) -> str:
     return markdown(["", *(x for n in lengths for x in (f"prefill {n}", f"decode at {n}", "cache"))], rows)
 
 
+def pays() -> str:
+    """After how many tokens compiled steps have made up for the seconds of compiling."""
+    rows = []
+    for length in (512, 4096):
+        for r in _read(f"compile-{length}.json", "epyc")["compile"]:
+            step = [f"{r[k]:.1f}" for k in ("eager_ms", "compiled_ms", "cold_s")]
+            tokens = 1e3 * r["cold_s"] / (r["eager_ms"] - r["compiled_ms"])
+            rows.append([f"`{r['plan']}`", str(length), *step, f"{tokens:,.0f}"])
+    return markdown(["plan", "prompt", "plain step, ms", "compiled", "compiling, s", "pays after tokens"], rows)
+
+
 def kvpress() -> str:
     """Scores of nanokv and kvpress at equal settings, for the methods that both have."""
     rows = []
@@ -389,6 +400,7 @@ TABLES: dict[str, Callable[[], str]] = {
         decode,
         decode_without_amx,
         compiled,
+        pays,
         kvpress,
         needles,
         needles_qwen,
