@@ -9,6 +9,7 @@ kvpress   its scores and ours at equal settings, without the speeds that peers t
 kernels   on a GPU: each kernel and whole decode steps against what the device can do
 codes     what each store's rounding does to the keys and values of a text
 drafts    speculative decoding: whether the text stays the same, how often a draft is right, tokens/s
+auto      `--policy auto` beside each of the plans that it tries, on three kinds of text
 endless   20,000 generated tokens: speed and bytes at both ends       prose    perplexity of a text, far beyond the
 context if you like
 
@@ -61,6 +62,7 @@ PARTS = (
     "drafts",
     "endless",
     "prose",
+    "auto",
 )
 # beside the registered stores, other settings of theirs
 CODES = ("full+fp8:format=e5m2", "full+turbo:k=3,v=3", "full+turbo:k=2,v=2")
@@ -157,7 +159,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     parts = dict(
         zip(
             PARTS,
-            (quick, quality, codes, speed, compiled, kernels, memory, peers, kvpress, drafts, endless, prose),
+            (quick, quality, codes, speed, compiled, kernels, memory, peers, kvpress, drafts, endless, prose, auto),
             strict=True,
         )
     )
@@ -182,13 +184,13 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 USES = {  # which part listens to which flag; quick is a small one of quality and speed
     "plans": ("quick", "quality", "codes", "speed", "compile", "kernels", "memory", "drafts", "endless", "prose"),
-    "budgets": ("quick", "quality", "speed", "compile", "memory", "peers", "kvpress"),
+    "budgets": ("quick", "quality", "speed", "compile", "memory", "peers", "kvpress", "auto"),
     "lengths": PARTS,
     "modes": ("compile",),
     "batches": ("speed", "kernels", "memory"),
     "tasks": ("quick", "quality", "peers", "kvpress"),
-    "seeds": ("quick", "quality", "peers", "kvpress", "drafts"),
-    "tokens": ("quality", "drafts"),
+    "seeds": ("quick", "quality", "peers", "kvpress", "drafts", "auto"),
+    "tokens": ("quality", "drafts", "auto"),
     "floor": ("quick", "quality"),
     "full": ("quality",),
     "depth": ("quality",),
@@ -480,6 +482,19 @@ def prose(job: Job) -> dict:
                 found.append({"plan": name, **long.prose(job.llm, plan, ids, long.CHUNK, progress.update)})
     print(show.prose(found) + "\n")
     return {"plans": {k: str(p) for k, p in plans.items()}, "prose": found}
+
+
+def auto(job: Job) -> dict:
+    from evals import auto as a
+
+    args = job.args
+    seeds, n, found = args.seeds or 4, args.tokens or 64, []
+    sizes = [(k, b, length) for length in args.lengths or [2000] for b in args.budgets or ["25%"] for k in a.KINDS]
+    with job.bar(range(len(sizes) * seeds), "auto") as progress:
+        for kind, budget, length in sizes:
+            found.append(a.measure(job.llm, kind, budget, length, seeds, n, progress.update))
+    print(show.auto(found) + "\n")
+    return {"auto": found}
 
 
 def quick(job: Job) -> dict:

@@ -294,3 +294,18 @@ def prose(found: Sequence[dict]) -> str:
         for f in found
     ]
     return table(["plan", "tokens", "perplexity", "against the first", "cache at the end"], rows)
+
+
+def auto(found: Sequence[dict]) -> str:
+    """Each cell: % of tokens where the most likely one is full's, and KL in nats."""
+    rows = []
+    for r in found:
+        best = max(x["same"] for name, x in r["plans"].items() if name != "auto")
+        for name, x in r["plans"].items():
+            notes = []
+            if name == "auto":
+                notes = [f"took {k} {r['taken'].count(k)}x" for k in dict.fromkeys(r["taken"])]
+                notes.append(f"the trial: {r['prefills']:.1f} prefills")
+            cells = [percent(x["same"]), f"{x['same'] - best:+.1%}", f"{x['kl']:.3f}", mib(int(x["bytes"]))]
+            rows.append([r["kind"], str(r["length"]), r["budget"], name, *cells, "; ".join(notes)])
+    return table(["text", "tokens", "budget", "plan", "same top", "to the best", "KL", "cache", ""], rows)

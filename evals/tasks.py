@@ -43,23 +43,28 @@ class Task:
         return self.turns[0][0].answer.strip() in text
 
 
-def prose() -> list[str]:
-    """Return the sentences of Python's documentation topics in order, without headings, code and tables."""
+def by_topic() -> dict[str, list[str]]:
+    """Return the sentences of each of the topics of Python's documentation, without headings, code and tables."""
     from pydoc_data.topics import topics
 
-    sentences = []
+    found: dict[str, list[str]] = {}
     for name in sorted(topics):
         for paragraph in topics[name].split("\n\n"):
             lines = paragraph.splitlines()
             if any(line.startswith((" ", "*", "+", "|", "=", "-", "~", ">")) for line in lines):
                 continue
             text = re.sub(r"[*`\"]|\(\)", "", " ".join(lines))
-            sentences += [
+            found.setdefault(name, []).extend(
                 s
                 for s in re.split(r"(?<=[.!?]) (?=[A-Z])", text)
                 if 40 < len(s) < 240 and s[0].isupper() and s[-1] == "."
-            ]
-    return list(dict.fromkeys(sentences))
+            )
+    return found
+
+
+def prose() -> list[str]:
+    """Return the sentences of Python's documentation topics in order."""
+    return list(dict.fromkeys(s for sentences in by_topic().values() for s in sentences))
 
 
 def needle(seed: int, tokens: int, count: Callable[[str], int], depth: float | None = None) -> Task:

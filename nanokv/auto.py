@@ -7,7 +7,7 @@ all plans; on 3,000 tokens of smollm2-135m the trial of six plans took 1.8 times
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,18 +33,20 @@ ROUNDED = ("snapkv:window=8,kernel=13+int8", "snapkv:window=8,kernel=13+int4", "
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of one plan. `kl` is the mean over the tokens held back, in nats; `bytes` is what its cache held then."""
+    """What came of one plan. `kl` is the mean over the tokens held back, in nats; `same` is the share of them (0 … 1) where
+    the most likely token is that of the uncompressed cache; `bytes` is what the plan's cache held then.
+    """
 
     name: str
     plan: Plan
     kl: float
+    same: float
     bytes: int
 
     def __str__(self) -> str:
         return f"{self.name} {self.kl:.3f}"
 
 
-@torch.inference_mode()
 def choose(llm: LLM, ids: Sequence[int], budget: str, room: int) -> list[Trial]:
     """Try the candidates under this budget on the prompt `ids` → what came of them, the best first.
 
@@ -54,26 +56,35 @@ def choose(llm: LLM, ids: Sequence[int], budget: str, room: int) -> list[Trial]:
     held = min(HELD_BACK, len(ids) // 4)
     if not held:
         raise ValueError(f"auto tries plans on the prompt's last quarter, and it has {len(ids)} tokens; name a plan")
-    size = int(budget) if budget.isdigit() else budget
-    names, plans, reasons = [], [Plan()], []
-    for name in CANDIDATES + (ROUNDED if in_bytes(size) else ()):
+    plans, reasons = {}, []
+    for name in candidates(budget):
         try:
             plan = parse(name).with_budget(budget)
             plan.fit(llm.config, llm.models.context.dtype, len(ids) - held, max(held, room))
+            plans[name] = plan
         except ValueError as e:
             reasons.append(str(e))
-            continue
-        names.append(name)
-        plans.append(plan)
-    if not names:
+    if not plans:
         raise ValueError(f"auto: no plan can serve this prompt under a budget of {budget}: {reasons[0]}")
-    tail, reference, trials = torch.tensor([list(ids[-held:])], device=llm.device), None, []
-    for i, start in begin(llm, plans, ids[:-held], max(held, room)):  # the first one is the full cache
+    return sorted(compare(llm, plans, ids, held, max(held, room)), key=lambda t: (t.kl, t.bytes))
+
+
+def candidates(budget: str) -> tuple[str, ...]:
+    """The names of the plans that are tried under this budget."""
+    return CANDIDATES + (ROUNDED if in_bytes(int(budget) if budget.isdigit() else budget) else ())
+
+
+@torch.inference_mode()
+def compare(llm: LLM, plans: Mapping[str, Plan], ids: Sequence[int], held: int, room: int) -> list[Trial]:
+    """Compress all but the last `held` tokens under each plan, and compare with the full cache on these → a trial each."""
+    tail, reference, trials, names = torch.tensor([list(ids[-held:])], device=llm.device), None, [], list(plans)
+    for i, start in begin(llm, [Plan(), *plans.values()], ids[:-held], room):
         session, _ = start()
         logits = session.feed(tail, every_logit=True)[0]
-        if reference is None:
+        if i == 0:  # the full cache comes first
             reference = logits
             continue
-        kl = losses(reference, logits, ids[-held:])[0].mean().item()
-        trials.append(Trial(names[i - 1], plans[i], kl, session.report().bytes))
-    return sorted(trials, key=lambda t: (t.kl, t.bytes))
+        kl, same, *_ = losses(reference, logits, ids[-held:])
+        name, size = names[i - 1], session.report().bytes
+        trials.append(Trial(name, plans[name], kl.mean().item(), same.double().mean().item(), size))
+    return trials

@@ -30,6 +30,7 @@ def test_trials_are_divergences_from_the_full_cache(n, held, llm_of):
     for t in (trials[0], trials[-1]):
         other, report = after(parse(t.name).with_budget("40%"))
         assert t.kl == pytest.approx((full.exp() * (full - other)).sum(-1).mean().item(), abs=1e-6)
+        assert t.same == (full.argmax(-1) == other.argmax(-1)).double().mean()
         assert t.bytes == report.bytes
 
 

@@ -696,3 +696,20 @@ def test_endless_and_prose_print_their_tables(roomy, capsys):
     full, streaming = json.loads(out.splitlines()[-1])["prose"]
     assert full["plan"] == "full" and streaming["plan"] == plan and streaming["bytes"] > 0
     assert 10 < full["ppl"] != streaming["ppl"] and "against the first" in out
+
+
+@pytest.mark.parametrize("kind", ["document", "code", "dialogue"])
+def test_autos_row_is_that_of_the_plans_it_took(kind, llm_of):
+    from evals import auto
+    from nanokv.auto import choose, compare
+
+    llm, seeds, n = llm_of("g3"), 2, 8
+    row = auto.measure(llm, kind, "40%", 120, seeds, n, int)
+    texts = [auto.KINDS[kind](llm, seed, 120 + n) for seed in range(seeds)]
+    assert all(len(ids) == 120 + n for ids in texts) and texts[0] != texts[1]
+    taken = [choose(llm, ids[:120], "40%", n)[0] for ids in texts]
+    assert row["taken"] == [t.name for t in taken] and row["prefills"] > 0
+    real = [compare(llm, {t.name: t.plan}, ids, n, n)[0] for t, ids in zip(taken, texts, strict=True)]
+    for k in ("kl", "same", "bytes"):
+        assert row["plans"]["auto"][k] == pytest.approx(sum(getattr(t, k) for t in real) / seeds)
+    assert len(row["plans"]) > 5
