@@ -269,6 +269,7 @@ class SlotStore:
         """Attend to the slots a … b−1; either all of them are pinned or none is."""
         wanted = self.policy.decode_scores if q.shape[2] == 1 else None
         s, (codec_k, codec_v) = self.slots, self.codecs
+        key_pos = s.pos[:, :, a:b]
         length = None if s.uniform else s.length
         if length is not None and (a, b) != (0, s.max_used):
             length = (length - a).clamp(0, b - a)
@@ -277,11 +278,11 @@ class SlotStore:
             k, v = (x[:, :, a:b] for x in self.pinned)
         else:
             k, v = (
-                codec.decode([x[:, :, a:b] for x in half], s.pos[:, :, a:b], self.ctx.dtype)
+                codec.decode([x[:, :, a:b] for x in half], key_pos, self.ctx.dtype)
                 for codec, half in zip(self.codecs, planes, strict=True)
             )
             q = codec_k.rotate(q)
-        given = q, k, v, length, s.pos[:, :, a:b], pos, s.sliding_window
+        given = q, k, v, length, key_pos, pos, s.sliding_window
         if wanted is None:
             out, lse, scores = self.ctx.ops.decode(*given)
         else:
