@@ -66,6 +66,11 @@ def rows() -> str:
     return _scores(_read("rows-1000.json", "epyc"))
 
 
+def rows_qwen() -> str:
+    """The same on the larger model, with the policies that came after them."""
+    return _scores(_read("rows-qwen-1000.json", "epyc"))
+
+
 def without_question() -> str:
     """The policies that judge a prompt without its question, on a 0.5B model."""
     return _scores(_read("values-1000.json", "epyc"))
@@ -405,6 +410,7 @@ TABLES: dict[str, Callable[[], str]] = {
         needles,
         needles_qwen,
         rows,
+        rows_qwen,
         prose_past_context,
         middle,
         ranks,
