@@ -270,13 +270,14 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
     from nanokv.summary import as_record, end_block, first_line
     from nanokv.text.chat import encode_prompt
 
+    tried = None
     if args.load_cache:
         prompt, question = [], llm.tokenizer.encode_more(text)
         session = restore(llm, Path(args.load_cache), len(question) + args.max_new_tokens)
     else:
         prompt, question = encode_prompt(llm, text, args.question, args.chat, args.system)
         if args.policy == AUTO:
-            llm.plan = try_plans(args, llm, prompt, len(question) + args.max_new_tokens)
+            llm.plan, tried = try_plans(args, llm, prompt, len(question) + args.max_new_tokens)
         session = llm.session(len(question) + args.max_new_tokens, args.chunk)
     log(args, first_line(llm, str(session.fitted_plan(len(prompt), max(args.num_samples, args.beams)))))
     if args.save_cache and not args.load_cache:
@@ -291,6 +292,8 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
         print(explain(session), file=sys.stderr)
     lines = end_block(llm, result)  # made now, as the record is: --compare would raise the peak memory
     record = as_record(llm, result) if args.json else {}
+    if tried:
+        record["auto"] = tried
     if args.save_cache and args.load_cache:  # with what was loaded, all that followed it
 
         def save_all() -> None:
@@ -320,18 +323,18 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
 
 
 def try_plans(args: argparse.Namespace, llm, prompt: Sequence[int], room: int):
-    """The plan that keeps this prompt best under the budget. What was tried goes to stderr."""
-    from nanokv.auto import choose
+    """(the plan that keeps this prompt best under the budget, the trial for --json). What was tried goes to stderr."""
+    from nanokv.auto import candidates, choose
 
     t0 = time.perf_counter()
     trials = choose(llm, prompt, args.kv_budget, room)
-    log(args, f"auto: KL to full on the prompt's last tokens, in nats: {' · '.join(map(str, trials))}")
-    best = trials[0]
-    log(
-        args,
-        f"auto takes {best.name} with --kv-budget {args.kv_budget}; the trial took {time.perf_counter() - t0:.2f} s",
-    )
-    return llm.ready(best.plan)
+    seconds, best, unfit = time.perf_counter() - t0, trials[0], len(candidates(args.kv_budget)) - len(trials)
+    log(args, f"auto: KL to full on the prompt's last tokens, lower is better: {' · '.join(map(str, trials))}")
+    if unfit:
+        log(args, f"auto: {unfit} more plans cannot serve this prompt under {args.kv_budget}")
+    log(args, f"auto takes {best.name} with --kv-budget {args.kv_budget}; the trial took {seconds:.2f} s")
+    tried = [{"name": t.name, "kl": t.kl, "same": t.same, "bytes": t.bytes} for t in trials]
+    return llm.ready(best.plan), {"seconds": seconds, "trials": tried}
 
 
 def converse(args: argparse.Namespace, llm, text: str | None, options: dict) -> int:

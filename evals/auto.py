@@ -53,6 +53,7 @@ def measure(llm: LLM, kind: str, budget: str, length: int, seeds: int, n: int, t
     """
     plans = {name: parse(name).with_budget(budget) for name in candidates(budget)}
     found, taken, costs = {name: [] for name in (*plans, "auto")}, [], []
+    llm.session(n).start([KINDS[kind](llm, 0, length)])  # the first matrix products of a new shape are slow
     for seed in range(seeds):
         ids, trials = KINDS[kind](llm, seed, length + n), []
         alone = timed(lambda ids=ids: llm.session(n).start([ids[:length]]), llm.device)

@@ -297,7 +297,7 @@ def prose(found: Sequence[dict]) -> str:
 
 
 def auto(found: Sequence[dict]) -> str:
-    """Each cell: % of tokens where the most likely one is full's, and KL in nats."""
+    """same top: % of tokens where the most likely one is full's. auto itself judges by KL, in nats."""
     rows = []
     for r in found:
         best = max(x["same"] for name, x in r["plans"].items() if name != "auto")
@@ -306,6 +306,6 @@ def auto(found: Sequence[dict]) -> str:
             if name == "auto":
                 notes = [f"took {k} {r['taken'].count(k)}x" for k in dict.fromkeys(r["taken"])]
                 notes.append(f"the trial: {r['prefills']:.1f} prefills")
-            cells = [percent(x["same"]), f"{x['same'] - best:+.1%}", f"{x['kl']:.3f}", mib(int(x["bytes"]))]
+            cells = [percent(x["same"]), f"{100 * (x['same'] - best):+.1f}", f"{x['kl']:.3f}", mib(int(x["bytes"]))]
             rows.append([r["kind"], str(r["length"]), r["budget"], name, *cells, "; ".join(notes)])
-    return table(["text", "tokens", "budget", "plan", "same top", "to the best", "KL", "cache", ""], rows)
+    return table(["text", "tokens", "budget", "plan", "same top", "points to the best", "KL", "cache", ""], rows)

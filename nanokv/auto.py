@@ -2,7 +2,7 @@
 
 The prompt's last tokens are held back. Each plan compresses what stands before them, is fed the tokens that were held
 back, and is compared with the uncompressed cache by the KL divergence of the next-token distributions. One prefill serves
-all plans; on 3,000 tokens of smollm2-135m the trial of six plans took 1.8 times as long as the prompt's own prefill.
+all plans of a trial, and the answer's own prefill comes after it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from nanokv.inspect.fidelity import losses
 from nanokv.llm import LLM
 
 HELD_BACK = 64  # tokens; of a short prompt a quarter
+SHORTEST = 64  # tokens of a prompt; on a shorter one the plans differ too little
 CANDIDATES = (  # policies that judge by the prompt's end, as this trial does, and whose statistics cost little
     "snapkv:window=8,kernel=13",
-    "snapkv:refit=lsq",
     "adakv:window=8,kernel=13",
     "critical:heads=ada",
     "defensive",
@@ -53,14 +53,17 @@ def choose(llm: LLM, ids: Sequence[int], budget: str, room: int) -> list[Trial]:
     budget: as --kv-budget: tokens, percent or bytes. room: tokens that will follow the prompt. ValueError if the prompt
     is too short, or if no candidate can serve it.
     """
+    if len(ids) < SHORTEST:
+        raise ValueError(
+            f"auto needs a prompt of {SHORTEST} tokens to tell plans apart, and it has {len(ids)}; name a plan"
+        )
     held = min(HELD_BACK, len(ids) // 4)
-    if not held:
-        raise ValueError(f"auto tries plans on the prompt's last quarter, and it has {len(ids)} tokens; name a plan")
     plans, reasons = {}, []
     for name in candidates(budget):
         try:
             plan = parse(name).with_budget(budget)
-            plan.fit(llm.config, llm.models.context.dtype, len(ids) - held, max(held, room))
+            for length, after in ((len(ids), room), (len(ids) - held, max(held, room))):  # the answer, and the trial
+                plan.fit(llm.config, llm.models.context.dtype, length, after)
             plans[name] = plan
         except ValueError as e:
             reasons.append(str(e))

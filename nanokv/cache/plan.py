@@ -161,6 +161,10 @@ def parse(text: str) -> Plan:
         axis = next((a for a, parts in AXES.items() if name in parts), None)
         if name in IGNORED_PARTS:
             continue
+        if name == "auto":
+            raise ValueError(
+                "auto is no part of a plan: it chooses one for a prompt; give --policy auto and --kv-budget"
+            )
         if axis is None:
             names = [n for parts in AXES.values() for n in parts]
             kinds = zip(("policies", "stores", "share"), AXES.values(), strict=True)

@@ -29,6 +29,10 @@ def list_parts() -> str:
 
 def explain_part(name: str) -> str:
     """A part's docstring, and its options with defaults. ValueError if no part has this name."""
+    if name == "auto":
+        from nanokv import auto
+
+        return f"auto (chooses a plan for one prompt under --kv-budget, nanokv/auto.py)\n\n{auto.__doc__.rstrip()}"
     axis = next((a for a, parts in zip(AXIS_NAMES, AXES.values(), strict=True) if name in parts), None)
     if axis is None:
         names = [n for parts in AXES.values() for n in parts]
@@ -79,9 +83,14 @@ def _without_options(doc: str, meanings: dict[str, str]) -> str:
 
 
 def _paper(part: Any) -> str:
-    """The arXiv id that the options of a short name cite, or else the first of the class docstring; – if there is none."""
-    meanings = option_meanings(type(part))
-    cited = [meanings.get(key, "") for key in _changed(part)] + [type(part).__doc__]
+    """The arXiv id that the options of a short name cite, or else the first of the class docstring; – if there is none.
+    In an option's text the paper of a value stands behind the value and a colon.
+    """
+    meanings, cited = option_meanings(type(part)), []
+    for key in _changed(part):
+        text = meanings.get(key, "")
+        cited.append(text.partition(f"{_shown(getattr(part, key))}:")[2] or text)
+    cited.append(type(part).__doc__)
     return next((found[0] for text in cited if (found := re.search(r"arXiv:\d{4}\.\d{5}", text))), "–")
 
 

@@ -54,8 +54,8 @@ class Scorer(Policy):
     chunk   of select=chunk: tokens in a chunk
     demote  whether evicted tokens move to the low-precision tier of the store `mixed` (MiKV, Yang et al. 2024,
             arXiv:2402.18096)
-    merge   none, or nearest: evicted values are averaged into kept ones (see `merged`)
-    refit   none, or lsq: kept values are solved so that the layer's output stays (see `refitted`)
+    merge   none, or nearest: evicted values are averaged into kept ones (nanokv/policies/finish.py)
+    refit   none, or lsq: kept values are solved so that the layer's output stays (nanokv/policies/finish.py)
     """
 
     budget: int | str = 1024

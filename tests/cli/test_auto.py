@@ -42,7 +42,7 @@ def test_a_size_lets_plans_that_round_compete_for_the_same_bytes(llm_of):
 
 def test_what_cannot_be_tried_is_refused(llm_of):
     with pytest.raises(ValueError, match="name a plan"):
-        choose(llm_of("g3"), text(3), "25%", 8)
+        choose(llm_of("g3"), text(63), "25%", 8)
     with pytest.raises(ValueError, match="no plan can serve this prompt under a budget of 1KiB"):
         choose(llm_of("g3"), text(300), "1KiB", 8)
 
@@ -55,11 +55,21 @@ def test_the_command_takes_the_best_plan(tiny, tmp_path, capsys):
     err = capsys.readouterr().err
     best = next(line for line in err.splitlines() if line.startswith("auto takes ")).split()[2]
     tried = next(line for line in err.splitlines() if line.startswith("auto: KL"))
-    assert tried.split("nats: ")[1].startswith(best)
-    plan = json.loads(file.read_text())["policy"]
+    assert tried.split("better: ")[1].startswith(best)
+    record = json.loads(file.read_text())
+    plan, trials = record["policy"], record["auto"]["trials"]
+    assert trials[0]["name"] == best and record["auto"]["seconds"] > 0 and len(trials) == tried.count("·") + 1
     assert plan.partition(":")[0] == best.partition(":")[0] and plan != "full+dense"
     for more in (["--interactive"], ["--draft", "lookup"], ["--k-bits", "4"], []):
         budget = ["--kv-budget", "30%"] if more else []
         assert generate.main(["--model", model, "-p", "x", "--policy", "auto", *budget, *more]) == 2
         err = capsys.readouterr().err
         assert (f"leave out {more[0]}" if more else "give --kv-budget") in err and err.count("\n") == 1
+
+
+def test_auto_is_explained_and_is_no_part_of_a_plan(capsys):
+    assert generate.main(["--list-policies", "auto"]) == 0
+    assert "--kv-budget" in capsys.readouterr().out
+    for plan in ("auto+int4", "auto:budget=25%"):
+        with pytest.raises(ValueError, match="--policy auto and --kv-budget"):
+            parse(plan)
