@@ -86,6 +86,17 @@ def finishers() -> str:
     return _scores(_read("finish-1000.json", "epyc"))
 
 
+def auto() -> str:
+    """--policy auto beside the plans that it tries: same next token and KL, per kind of text."""
+    found = _read("auto.json", "epyc")["auto"]
+    rows = []
+    for name in found[0]["plans"]:
+        each = [r["plans"][name] for r in found]
+        rows.append([f"`{name}`", *(c for x in each for c in (f"{x['same']:.1%}", f"{x['kl']:.3f}"))])
+    took = ["prefills that its trial took", *(c for r in found for c in (f"{r['prefills']:.2f}", "–"))]
+    return markdown(["plan", *(c for r in found for c in (f"{r['kind']}: same top", "KL"))], [*rows, took])
+
+
 def codes() -> str:
     """The error that rounding makes in the keys and values of a text."""
     rows = []
@@ -293,7 +304,7 @@ def prose() -> str:
 
 def prose_past_context() -> str:
     """The same with positions that repeat, beside the positions of the text."""
-    return _prose([_read("prose-12288.json", "epyc")])
+    return _prose([_read(f"prose-{n}.json", "epyc") for n in (12288, 32768)])
 
 
 def _prose(files: Sequence[dict[str, Any]]) -> str:
@@ -399,6 +410,7 @@ TABLES: dict[str, Callable[[], str]] = {
         without_question,
         without_question_long,
         finishers,
+        auto,
         codes,
         paces,
         sparse,
