@@ -326,9 +326,10 @@ def try_plans(args: argparse.Namespace, llm, prompt: Sequence[int], room: int):
     """(the plan that keeps this prompt best under the budget, the trial for --json). What was tried goes to stderr."""
     from nanokv.auto import candidates, choose
 
-    t0 = time.perf_counter()
+    n, t0 = len(candidates(args.kv_budget)), time.perf_counter()
+    log(args, f"auto tries up to {n} plans on the {len(prompt)} tokens of the prompt")
     trials = choose(llm, prompt, args.kv_budget, room)
-    seconds, best, unfit = time.perf_counter() - t0, trials[0], len(candidates(args.kv_budget)) - len(trials)
+    seconds, best, unfit = time.perf_counter() - t0, trials[0], n - len(trials)
     log(args, f"auto: KL to full on the prompt's last tokens, lower is better: {' · '.join(map(str, trials))}")
     if unfit:
         log(args, f"auto: {unfit} more plans cannot serve this prompt under {args.kv_budget}")
