@@ -19,11 +19,21 @@ from statistics import median
 import torch
 
 from evals import kernels as measure
+from nanokv import load, parse
 from nanokv.backends.check import ALWAYS, verdicts
+from nanokv.engine import Session
 
 MODEL = "llama3-8b"
 SHORT_AND_LONG = [(MODEL, 1, 4096), (MODEL, 1, 32768)]
 PLANS = ("full", "snapkv:budget=1024", "full+int4:group=128")
+COMPRESSED = (
+    *PLANS,
+    "adakv:budget=1024",
+    "keydiff:budget=1024",
+    "expected:budget=1024",
+    "compactor:budget=1024",
+    "kvzip:budget=1024",
+)
 
 
 def ceilings() -> Iterator[dict]:
@@ -64,8 +74,44 @@ def default() -> Iterator[dict]:
 
 
 def plain() -> Iterator[dict]:
-    """Decode steps in plain torch, without kernels and without a CUDA graph."""
+    """Decode steps in plain torch, without kernels, as one CUDA graph and by plain calls."""
     yield from measure.steps(read_rate(), SHORT_AND_LONG, PLANS, backend="sdpa")
+    yield from measure.steps(read_rate(), SHORT_AND_LONG, ("full",), backend="sdpa", runner="eager")
+
+
+def prefill() -> Iterator[dict]:
+    """Prefill of one prompt, with what a policy does at its end, as they run without a flag."""
+    llm = load(MODEL, random_weights=True, device="cuda")
+    weights = torch.cuda.memory_allocated()
+    for S in (4096, 32768):
+        full, prompt = None, [torch.randint(0, 256, (S,), generator=torch.Generator().manual_seed(0)).tolist()]
+        for text in COMPRESSED:
+            row = {"model": MODEL, "slots": S, "plan": text, "backend": llm.models.ops.name}
+            times = []
+            try:
+                plan = llm.ready(parse(text))
+                for _ in range(3):  # the first one compiles
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                    t0 = time.perf_counter()
+                    session = Session(llm.models, plan, 64)
+                    session.start(prompt)
+                    torch.cuda.synchronize()
+                    times.append(time.perf_counter() - t0)
+                    report = session.report()
+                    del session
+            except (ValueError, torch.cuda.OutOfMemoryError) as e:
+                yield row | {"absent": str(e).splitlines()[0][:100]}
+                continue
+            seconds = median(times[1:])
+            full = full or seconds
+            peak = torch.cuda.max_memory_allocated() - weights
+            yield row | {
+                "seconds": seconds,
+                "of_full": seconds / full,
+                "peak_bytes": peak,
+                "device_bytes": report.bytes,
+            }
 
 
 def check() -> Iterator[dict]:
@@ -114,17 +160,23 @@ def peers() -> Iterator[dict]:
             }
             try:
                 cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config, max_cache_len=S + 200)
-                yield row | {"seconds": _transformers_step(model, cache, S, kind != "dynamic")}
+                seconds, prefill_s = _transformers_times(model, cache, S, kind != "dynamic")
+                yield row | {"seconds": seconds, "prefill_s": prefill_s}
             except Exception as e:
                 yield row | {"absent": f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"}
 
 
 @torch.inference_mode()
-def _transformers_step(model, cache, S: int, compiled: bool) -> float:
-    """Return the median seconds of a decode step after a prompt of S tokens."""
+def _transformers_times(model, cache, S: int, compiled: bool) -> tuple[float, float]:
+    """Return the median seconds of a decode step after a prompt of S tokens, and those of the prompt itself."""
     ids = torch.randint(0, 256, (1, S), device="cuda")
     step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if compiled else model
+    model(ids, logits_to_keep=1)  # warm, with a cache of its own
+    torch.cuda.synchronize()
+    t0 = time.perf_counter()
     out = model(ids, past_key_values=cache, logits_to_keep=1)
+    torch.cuda.synchronize()
+    prefill_s = time.perf_counter() - t0
     token, times = out.logits[:, -1].argmax(-1, keepdim=True), []
     for i in range(80):
         a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -138,11 +190,12 @@ def _transformers_step(model, cache, S: int, compiled: bool) -> float:
         torch.cuda.synchronize()
         if i >= 16:
             times.append(a.elapsed_time(b) / 1e3)
-    return median(times)
+    return median(times), prefill_s
 
 
 STAGES = {
-    f.__name__: f for f in (ceilings, check, attention, steps, default, batches, plain, peers, more, shadow, tune)
+    f.__name__: f
+    for f in (ceilings, check, attention, steps, default, prefill, batches, plain, peers, more, shadow, tune)
 }
 MEASURED: dict = {}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from statistics import median, quantiles
 
@@ -23,7 +22,6 @@ from nanokv.backends.base import Ops
 from nanokv.backends.torch_ops import EAGER
 from nanokv.backends.triton import triton, tuning_table
 from nanokv.engine import Session
-from nanokv.runner import Eager, Graphed
 
 D, CALLS, REPLAYS, L2 = 128, 20, 30, 60 << 20
 # (KV heads, query heads per KV head, rows, slots): MHA and GQA, some too small to fill the device
@@ -192,25 +190,23 @@ def steps(
     cases: Sequence[tuple[str, int, int]] = STEPS,
     plans: Sequence[str] = PLANS,
     backend: str = "triton",
+    runner: str = "auto",
 ) -> Iterator[dict]:
-    """Time decode steps with random weights, in a CUDA graph if the backend is triton, or auto and its kernels passed.
+    """Time decode steps with random weights, as one CUDA graph where that is possible unless the runner is another.
 
     `limit` is the bytes per second that the device reads. A case is (model, rows, tokens).
     """
     for model in dict.fromkeys(m for m, _, _ in cases):
-        llm = load(model, random_weights=True, device="cuda", backend=backend)
+        llm = load(model, random_weights=True, device="cuda", backend=backend, runner=runner)
         weights = sum(p.nbytes for p in llm.models.decode.parameters()) - llm.models.decode.embed_tokens.weight.nbytes
         for _, B, S in (s for s in cases if s[0] == model):
             first = None
             for text in plans:
-                row = {"model": model, "batch": B, "slots": S, "plan": text, "backend": backend}
+                row = {"model": model, "batch": B, "slots": S, "plan": text}
+                row |= {"backend": llm.models.ops.name, "runner": llm.models.runner.name}
                 try:
                     plan = llm.ready(parse(text))
-                    runner = llm.models.runner  # without a flag
-                    if backend != "auto":
-                        runner = Eager(llm.models.decode)
-                        runner = Graphed(runner, if_possible=True) if backend == "triton" else runner
-                    session = Session(replace(llm.models, runner=runner), plan, 170)
+                    session = Session(llm.models, plan, 170)
                     prompts = [
                         torch.randint(0, 256, (S,), generator=torch.Generator().manual_seed(i)).tolist()
                         for i in range(B)

@@ -326,7 +326,7 @@ def decode_quant(
     kind = (" of 8 bits" if 8 in bits else "") + (" with runs" if runs > 1 and D > 64 else "")
     how = launch(f"decode_quant{kind}", q.device)
     block_n = min(how.block, group & -group)  # groups are whole tiles
-    splits = n_splits(B * heads, S, q.device, how.per_processor, block_n) + (exact is not None)
+    splits = n_splits(B * heads, S, q.device, how.per_processor, block_n) + int(exact is not None)
     block_d = triton.next_power_of_2(D)
     out_part, lse_part = (q.new_empty(B, H, splits, n, dtype=torch.float32) for n in (D, 1))
     out, lse = q.new_empty(B, H, T, D), q.new_empty(B, H, T, dtype=torch.float32)

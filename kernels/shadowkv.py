@@ -249,7 +249,7 @@ def rebuild_keys(
 
 @triton.jit
 def _fetch_chunks(
-    out_ptr,  # the first one: Inductor compiles for its device, and the chunks may lie on the host
+    out_ptr,
     chunks_ptr,
     chunk_ids_ptr,
     is_new_ptr,
@@ -285,10 +285,10 @@ def fetch_chunks(chunks: Tensor, chunk_ids: Tensor, is_new: Tensor | None, out: 
     (B, heads, K), (C, W) = chunk_ids.shape, chunks.shape[2:]
     assert chunks.is_contiguous() and out.is_contiguous(), (chunks.stride(), out.stride())
     _fetch_chunks[K, heads, B](
+        out_ptr=out,  # the first one: Inductor compiles for its device, and the chunks may lie on the host
         chunks_ptr=chunks,
         chunk_ids_ptr=chunk_ids.contiguous(),
         is_new_ptr=chunk_ids if is_new is None else is_new.contiguous(),  # chunk_ids stand in where all are new
-        out_ptr=out,
         n_chunks=C,
         n_slots=K,
         width=W,

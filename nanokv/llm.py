@@ -113,7 +113,7 @@ def load(
     else:
         loader.fill(main, tensors, str(path), bar)
     decode = loader.copy(main, ops, use.decode) if use.decode != use.prefill else main
-    models = Models(main, decode, ops, make(runner, decode, compile_options, ops.has_kernels), use.cache)
+    models = Models(main, decode, ops, make(runner, decode, compile_options), use.cache)
     if settings().debug and models.runner.name == "eager":  # compiled steps cannot stop half way
         for each in {main, decode}:
             watch_finite(each)

@@ -234,12 +234,12 @@ class Graphed:
         return self.logits.clone()  # the next replay overwrites them
 
 
-def make(name: str, model: Llama, how: CompileOptions | None = None, captures: bool = False) -> Runner:
-    """auto: plain calls, which start at once; a CUDA graph where one is possible, if the backend `captures`. compile: on
+def make(name: str, model: Llama, how: CompileOptions | None = None) -> Runner:
+    """auto: plain calls, which start at once; on a CUDA device one graph of the step where that is possible. compile: on
     a CUDA device the compiled blocks are captured in one graph. ValueError if the device or the compiler is missing.
     """
     on_cuda = model.embed_tokens.weight.device.type == "cuda"
-    if name == "auto" and captures and how in (None, CompileOptions()) and on_cuda:
+    if name == "auto" and how in (None, CompileOptions()) and on_cuda:
         return Graphed(Eager(model), if_possible=True)
     name = "eager" if name == "auto" else name
     if how not in (None, CompileOptions()) and name != "compile":

@@ -40,7 +40,7 @@ class Ops:
     swiglu: Callable[[Tensor], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     device_gather: bool = False  # chunks are fetched and rebuilt on the device, without asking the host which ones
-    has_kernels: bool = False  # its own: then a step on a GPU is one CUDA graph unless another runner is asked for
+    has_kernels: bool = False  # its own, which are checked before they are used
     unpack_block: int | None = None  # so many tokens of a store that rounds exist as K and V at a time; None: all
     why: str = ""  # why this backend was chosen, where that is not plain
     decodes_fp8: Callable[[torch.dtype], bool] = lambda kind: False  # whether `decode` takes K and V of this 8-bit type

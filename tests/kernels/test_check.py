@@ -198,7 +198,7 @@ def replace_check(llm, function):
 
 def test_without_a_flag_a_graph_runs_where_one_is_possible(llm_of):
     model = llm_of("g3").models.decode
-    assert make("auto", model, None, True).name == "eager"  # no CUDA device
+    assert make("auto", model).name == "eager"  # no CUDA device
     runner, calls = Graphed(Eager(model), if_possible=True), []
     runner.inner.model = lambda *given: calls.append(given)
 
