@@ -1,12 +1,13 @@
-"""Attention scores of a prompt's keys: the attention each key receives from the prompt's last queries, without the
-matrix of weights.
+"""Attention scores of a prompt's keys: the attention each key receives from a run of queries, without the matrix of
+weights.
 
     score_j = Σ_i softmax_j(q_i·k_j/√D), summed over w queries and joined over the query heads of a KV head
 
-This is the observation window of SnapKV (arXiv:2404.14469, §4). `_window_lse` finds the logsumexp of every query, and
-`_window_scores` sums the columns. A program takes the queries of several query heads of a KV head at a time, ROWS rows
-in all, so that a tile of K serves them all: for G·w ≤ ROWS each launch reads K once, S·D elements per KV head.
-4·S bytes are written.
+With few queries this is the observation window of SnapKV (arXiv:2404.14469, §4). With all queries of a prompt it is
+the score of H2O (arXiv:2306.14048), and with a maximum instead of the sum, over the queries of a scoring pass, that of
+KVzip (arXiv:2505.23416). `_window_lse` finds the logsumexp of every query, and `_window_scores` joins the columns. A
+program takes ROWS rows of queries at a time, of several query heads of a KV head if a head has fewer, so that a tile
+of K serves them all: for G·w ≤ ROWS each launch reads K once, S·D elements per KV head. 4·S bytes are written.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def _load_queries(
     q_ptr,
     kv_row,
     first_head,
+    first_query,
     n_queries,
     scale,
     HEADS_PER_KV: tl.constexpr,
@@ -46,11 +48,12 @@ def _load_queries(
     BLOCK_D: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """Return the scaled queries (HEADS·BLOCK_Q, BLOCK_D) of HEADS query heads from first_head on, the row of each
-    query among all queries of all heads, its number in the window, and which rows are queries.
+    """Return the scaled queries (HEADS·BLOCK_Q, BLOCK_D), of HEADS query heads from first_head on and of each BLOCK_Q
+    queries from first_query on, the row of each query among all queries of all heads, its number in its head, and which
+    rows are queries.
     """
     offs_m, offs_d = tl.arange(0, HEADS * BLOCK_Q), tl.arange(0, BLOCK_D)[None, :]
-    head, query = first_head + offs_m // BLOCK_Q, offs_m % BLOCK_Q
+    head, query = first_head + offs_m // BLOCK_Q, first_query + offs_m % BLOCK_Q
     mask_m = (query < n_queries) & (head < HEADS_PER_KV)
     row = (kv_row * HEADS_PER_KV + head) * n_queries + query
     mask = mask_m[:, None] & (offs_d < HEAD_DIM)
@@ -102,13 +105,17 @@ def _window_lse(
     BLOCK_N: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """Compute the base-2 logsumexp of the queries of HEADS query heads over one range of keys. The grid is (splits,
-    blocks of query heads, KV heads of all rows).
+    """Compute the base-2 logsumexp of BLOCK_Q queries of HEADS query heads over one range of keys. The grid is (splits,
+    blocks of query heads × blocks of queries, KV heads of all rows).
     """
     kv_row, splits = tl.program_id(2).to(tl.int64), tl.num_programs(0)
+    query_blocks = tl.cdiv(n_queries, BLOCK_Q)
+    first_head = tl.program_id(1) // query_blocks * HEADS
+    first_query = tl.program_id(1) % query_blocks * BLOCK_Q
     start_n, end_n = _split_range(n_keys, splits, BLOCK_N)
+    end_n = tl.minimum(end_n, start + first_query + BLOCK_Q)  # none of these queries sees a later key
     q, row, query, mask_m = _load_queries(
-        q_ptr, kv_row, tl.program_id(1) * HEADS, n_queries, scale,
+        q_ptr, kv_row, first_head, first_query, n_queries, scale,
         HEADS_PER_KV=HEADS_PER_KV, HEADS=HEADS, BLOCK_Q=BLOCK_Q, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D,
         COMPUTE_DTYPE=COMPUTE_DTYPE,
     )  # fmt: skip
@@ -150,6 +157,7 @@ def _window_scores(
     HEADS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     OVER_GROUP: tl.constexpr,
+    OVER_QUERIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -163,20 +171,29 @@ def _window_scores(
     k_ptr += kv_row // n_kv_heads * stride_kb + kv_row % n_kv_heads * stride_kh
     k = _load_keys(k_ptr, offs_n, n_keys, stride_ks, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, COMPUTE_DTYPE=COMPUTE_DTYPE)
     score = tl.zeros([BLOCK_N], tl.float32)
+    lowest = tl.maximum(tl.program_id(0) * BLOCK_N - start, 0) // BLOCK_Q * BLOCK_Q  # earlier queries see none of these
     for first_head in range(0, HEADS_PER_KV, HEADS):
-        q, row, query, mask_m = _load_queries(
-            q_ptr, kv_row, first_head, n_queries, scale,
-            HEADS_PER_KV=HEADS_PER_KV, HEADS=HEADS, BLOCK_Q=BLOCK_Q, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D,
-            COMPUTE_DTYPE=COMPUTE_DTYPE,
-        )  # fmt: skip
-        logits = _window_logits(q, k, query, mask_m, offs_n, start, n_keys, sliding_window, HAS_WINDOW=HAS_WINDOW)
-        p = tl.exp2(logits - tl.load(lse_ptr + row, mask=mask_m, other=0.0)[:, None])
-        of_head = tl.sum(tl.reshape(p, [HEADS, BLOCK_Q, BLOCK_N]), 1)
-        if OVER_GROUP == "max":
+        of_head = tl.zeros([HEADS, BLOCK_N], tl.float32)
+        for first_query in range(lowest, n_queries, BLOCK_Q):
+            q, row, query, mask_m = _load_queries(
+                q_ptr, kv_row, first_head, first_query, n_queries, scale,
+                HEADS_PER_KV=HEADS_PER_KV, HEADS=HEADS, BLOCK_Q=BLOCK_Q, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D,
+                COMPUTE_DTYPE=COMPUTE_DTYPE,
+            )  # fmt: skip
+            logits = _window_logits(q, k, query, mask_m, offs_n, start, n_keys, sliding_window, HAS_WINDOW=HAS_WINDOW)
+            p = tl.exp2(logits - tl.load(lse_ptr + row, mask=mask_m, other=0.0)[:, None])
+            p = tl.reshape(p, [HEADS, BLOCK_Q, BLOCK_N])
+            of_head = tl.maximum(of_head, tl.max(p, 1)) if OVER_QUERIES == "max" else of_head + tl.sum(p, 1)
+        if OVER_GROUP == "each":
+            head = first_head + tl.arange(0, HEADS)[:, None]
+            at = (kv_row * HEADS_PER_KV + head) * n_keys + offs_n[None, :]
+            tl.store(scores_ptr + at, of_head, mask=(head < HEADS_PER_KV) & (offs_n[None, :] < n_keys))
+        elif OVER_GROUP == "max":
             score = tl.maximum(score, tl.max(of_head, 0))
         else:
             score += tl.sum(of_head, 0) / HEADS_PER_KV
-    tl.store(scores_ptr + kv_row * n_keys + offs_n, score, mask=offs_n < n_keys)
+    if OVER_GROUP != "each":
+        tl.store(scores_ptr + kv_row * n_keys + offs_n, score, mask=offs_n < n_keys)
 
 
 def attention_scores(
@@ -189,22 +206,24 @@ def attention_scores(
     noise: tuple[int, float, int] | None = None,
     near: int | None = None,
 ) -> Tensor:
-    """Score every key of a prompt by the attention of its last queries; the twin is `reference.attention_scores`.
+    """Score every key by the attention it receives from a run of queries; the twin is `reference.attention_scores`.
 
     q (B,H,w,D) fp16, bf16 or fp32: the queries of tokens start … start+w−1; k (B,Hkv,S,D) in q's dtype: the keys of
     tokens 0 … S−1; sliding_window W: token i sees i−W+1 … i, None: 0 … i; over_group "mean" or "max": how the query
-    heads of a KV head are joined. Returns (B,Hkv,S) fp32, summed over the w queries. Refuses (AssertionError)
-    over_queries other than "sum", noise, near, more than 128 queries, and keys whose last dimension is not contiguous.
+    heads of a KV head are joined, or "each": they are not; over_queries "sum" or, of group "max", "max". Returns
+    (B,Hkv,S) fp32, or (B,H,S) of group "each". Refuses (AssertionError) other ways to join, noise, near, and keys whose
+    last dimension is not contiguous.
     """
     B, H, w, D = q.shape
     heads, S = k.shape[1], k.shape[2]
-    assert over_queries == "sum" and noise is None and near is None and w <= 128, (over_queries, noise, near, w)
+    asked = over_group, over_queries, noise, near
+    assert (over_queries == "sum" or over_group == over_queries == "max") and noise is None and near is None, asked
     assert k.stride(3) == 1, k.stride()
-    q, G, block_q = q.contiguous(), H // heads, triton.next_power_of_2(w)
+    q, G, block_q = q.contiguous(), H // heads, min(ROWS, triton.next_power_of_2(w))
     at_once = max(1, min(triton.next_power_of_2(G), ROWS // block_q))  # query heads
     if at_once * block_q < 16:  # a product has 16 rows at least
         block_q = 16 // at_once
-    blocks = triton.cdiv(G, at_once)
+    blocks = triton.cdiv(G, at_once) * triton.cdiv(w, block_q)
     splits = n_splits(B * heads * blocks, S, q.device, PER_PROCESSOR, BLOCK)
     common = {
         "stride_kb": k.stride(0),
@@ -228,8 +247,9 @@ def attention_scores(
     lse_part = q.new_empty(B, H, splits, w, dtype=torch.float32)
     _window_lse[splits, blocks, B * heads](q_ptr=q, k_ptr=k, lse_part_ptr=lse_part, **common)
     lse = (lse_part * LN2.value).logsumexp(2) / LN2.value  # every query sees itself, so none is −inf
-    scores = q.new_empty(B, heads, S, dtype=torch.float32)
+    scores = q.new_empty(B, H if over_group == "each" else heads, S, dtype=torch.float32)
+    how = {"OVER_GROUP": over_group, "OVER_QUERIES": over_queries}
     _window_scores[triton.cdiv(S, BLOCK), B * heads](
-        q_ptr=q, k_ptr=k, lse_ptr=lse.contiguous(), scores_ptr=scores, OVER_GROUP=over_group, **common
+        q_ptr=q, k_ptr=k, lse_ptr=lse.contiguous(), scores_ptr=scores, **how, **common, num_warps=8, num_stages=2
     )
     return scores

@@ -114,6 +114,15 @@ def _append(x: Inputs) -> list[tuple]:
     return [(x.keys(1), x.keys(1), rows, x.keys(), x.keys()), (x.keys(1), x.keys(1), rows, x.keys(), x.host(x.keys()))]
 
 
+def _attention_scores(x: Inputs) -> list[tuple]:
+    few, many = (x.normal(B, HKV * x.group, n, x.dim) for n in (16, 150))
+    return [
+        (few, x.keys(), S - 16, None, "mean"),
+        (many, x.keys(), S - 150, None, "max", "max"),
+        (many, x.keys(), S - 150, 70, "each"),
+    ]
+
+
 def _fetch_chunks(x: Inputs) -> list[tuple]:
     ids, is_new = x.integers(10, B, HKV, 3), x.integers(2, B, HKV, 3) > 0
     chunks, out = (x.normal(B, HKV, n, 64) for n in (10, 3))
@@ -123,7 +132,7 @@ def _fetch_chunks(x: Inputs) -> list[tuple]:
 CASES: dict[str, Callable[[Inputs], list[tuple]]] = {
     "add_rms_norm": lambda x: [(x.normal(2, 1, 300).float(), x.normal(2, 1, 300), torch.ones(300), 1e-5, x.dtype)],
     "append": _append,
-    "attention_scores": lambda x: [(x.normal(B, HKV * x.group, 16, x.dim), x.keys(), S - 16, None, "mean")],
+    "attention_scores": _attention_scores,
     "compact": lambda x: [(x.keys(), x.keys(), POS, x.integers(S, B, HKV, 50, dtype=torch.int64))],
     "decode": _decode,
     "decode_quant": _decode_quant,

@@ -76,11 +76,9 @@ def triton(device: torch.device) -> Ops:
         fits = (
             _can_compute(q)
             and k.stride(3) == 1
-            and over_queries == "sum"
-            and over_group != "each"
             and noise is None
             and near is None
-            and q.shape[2] <= 128
+            and (over_queries == "sum" or over_group == over_queries == "max")
         )
         use = kernels.attention_scores if fits else torch_ops.attention_scores
         return use(q, k, start, sliding_window, over_group, over_queries, noise, near)

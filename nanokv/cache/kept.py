@@ -162,10 +162,10 @@ class Kept:
 
         score (1,Hkv,N): +inf for a token that must stay. n, limit, sink: one number, or (1,Hkv) where heads differ.
         """
-        n = torch.as_tensor(n, dtype=torch.int32, device=score.device).expand(score.shape[:2])
-        n = n.minimum(p.valid.sum(-1, dtype=torch.int32))
+        most = min(n, len(p)) if isinstance(n, int) else None  # known without waiting for the device
+        n = p.valid.sum(-1, dtype=torch.int32).clamp(max=n).int()
         score = score.masked_fill(~p.valid, -torch.inf)
-        best = score.argsort(dim=-1, descending=True, stable=True)[..., : int(n.max())]
+        best = score.argsort(dim=-1, descending=True, stable=True)[..., : int(n.max()) if most is None else most]
         valid = torch.arange(best.shape[-1], device=n.device) < n[..., None]
         index = best.masked_fill(~valid, len(p)).sort(dim=-1).values  # temporal order, padding last
         valid, index = index < len(p), index.clamp(max=len(p) - 1)

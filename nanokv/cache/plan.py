@@ -14,6 +14,7 @@ import torch
 
 from nanokv.cache.budget import Workload
 from nanokv.cache.protocol import StoreSpec
+from nanokv.cache.scores import Scores
 from nanokv.files import clipped
 from nanokv.model.config import ModelConfig
 from nanokv.policies import POLICIES
@@ -98,7 +99,7 @@ class Plan:
         """The kernels that this plan runs beside those of every step."""
         return (
             *self.store.kernels,
-            *(("attention_scores",) if 0 < (self.policy.scores.last_queries or 0) <= 128 else ()),
+            *(("attention_scores",) if self.policy.scores != Scores() else ()),
         )
 
     def device_bytes(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> float:

@@ -62,21 +62,27 @@ class Slots:
         return length, asked, sink, limit
 
     def _fill(self, rows: Sequence[Kept]) -> None:
-        self.largest_head = int(self.limit.max())  # slots
-        self.capacity = self.largest_head if self.ragged else self.total // self.cursor.numel()
+        # the numbers of all rows' heads, fetched at once, because each fetch waits for the device
+        cursor, limit, sink = torch.stack((self.cursor, self.limit, self.sink)).flatten(1).tolist()
+        self.largest_head = max(limit)  # slots
+        self.capacity = self.largest_head if self.ragged else self.total // len(cursor)
         for b, r in enumerate(rows):
-            n = r.pos.shape[2]
-            valid = torch.arange(n, device=r.pos.device) < r.length[0, :, None]
-            index = (self.first_index[b] + self._slots_of(b, n))[valid]
-            self.flat_pos[index] = r.pos[0][valid]
+            heads, n = r.pos.shape[1:]
+            index, pos, attention = self.first_index[b] + self._slots_of(b, n), r.pos[0], r.attention
+            if min(cursor[b * heads : (b + 1) * heads]) < n:
+                valid = torch.arange(n, device=pos.device) < r.length[0, :, None]
+                index, pos = index[valid], pos[valid]
+                attention = None if attention is None else attention[:, valid]
+            self.flat_pos[index] = pos
             if self.flat_attention is not None:
-                self.flat_attention[index] = r.attention[0][valid]
-        self.distinct_writes = int((self.limit - self.sink).min())  # this many consecutive tokens never share a slot
-        self.max_used = int(self.cursor.max())  # how many slots a read must cover; once frozen: all
+                self.flat_attention[index] = attention[0]
+        # this many consecutive tokens never share a slot
+        self.distinct_writes = min(a - b for a, b in zip(limit, sink, strict=True))
+        self.max_used = max(cursor)  # how many slots a read must cover; once frozen: all
         self.host_cursor = self.max_used
-        same = (bool((x == x[0, 0]).all()) for x in (self.cursor, self.limit, self.sink))
+        same = (min(x) == max(x) for x in (cursor, limit, sink))
         self.uniform = not self.ragged and all(same)  # all heads hold equally many tokens, and the host knows how many
-        self.n_sink = int(self.sink.max())  # the largest sink count of any head; if `uniform`, that of every head
+        self.n_sink = max(sink)  # the largest sink count of any head; if `uniform`, that of every head
         if self.frozen:
             self.freeze()
 

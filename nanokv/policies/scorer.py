@@ -267,7 +267,8 @@ class Scorer(Policy):
         guaranteed = score.argsort(dim=-1, descending=True, stable=True)[..., : max(1, int(self.floor * n))]
         score = score.scatter(-1, guaranteed, torch.inf).masked_fill(score == -torch.inf, -torch.inf)
         best = score.flatten().argsort(descending=True, stable=True)[: heads * n]
-        return torch.bincount(best // score.shape[2], minlength=heads)[None].to(torch.int32)
+        count = torch.zeros(heads, dtype=torch.int32, device=score.device)  # bincount would wait for the device
+        return count.scatter_add_(0, best // score.shape[2], torch.ones_like(best, dtype=torch.int32))[None]
 
     def _chunk_means(self, score: Tensor) -> Tensor:
         """Each token's score replaced by its chunk's mean. Tokens that must stay do not count in the mean and keep

@@ -334,13 +334,25 @@ def test_decode_quant_can_fail(breakage):
 
 @pytest.mark.parametrize("dtype", first(1, [torch.float16, torch.float32]))
 @pytest.mark.parametrize(
-    ("w", "over_group", "window"),
-    [(1, "mean", None), (16, "max", None), (21, "mean", 40), (32, "max", 9), (90, "max", 70)],
+    ("w", "how", "window"),
+    [
+        (1, ("mean",), None),
+        (16, ("max",), None),
+        (21, ("mean",), 40),
+        (32, ("max",), 9),
+        (90, ("max",), 70),
+        (32, ("max", "max"), None),
+        (270, ("max", "max"), None),
+        (200, ("mean",), 70),
+        (150, ("each",), None),
+        (130, ("max",), 9),
+    ],
 )
-def test_attention_scores(w, over_group, window, dtype):
-    """The keys come as the projections leave them, with heads side by side."""
-    q, k = normal(B, H, w, D, dtype=dtype) * 3, normal(B, S, HKV, D, dtype=dtype, seed=1).transpose(1, 2)
-    ask = q, k, S - w, window, over_group
+def test_attention_scores(w, how, window, dtype):
+    """The keys come as the projections leave them, with heads side by side. Some queries fill several tiles."""
+    n = max(S, w + 7)
+    q, k = normal(B, H, w, D, dtype=dtype) * 3, normal(B, n, HKV, D, dtype=dtype, seed=1).transpose(1, 2)
+    ask = q, k, n - w, window, *how
     same([kernels.attention_scores(*ask)], [reference.attention_scores(*ask)], dtype)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from nanokv.cache.kept import Kept, StoreState
 from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
 
+ENCODED_AT_ONCE = 32_768  # tokens of all heads together, which bounds the memory that rounding them takes
 Planes = tuple[Tensor, ...]  # (…,groups,·,·) each: words, scale and zero point, and what a format has beside them
 
 
@@ -193,6 +195,16 @@ class GroupState(StoreState):
         return cls(*fields, pinned, *planes)
 
 
+def _runs(values: Sequence, most: int) -> Iterator[tuple[slice, Any]]:
+    """Runs of at most so many neighbouring equal values: (where, the value)."""
+    a = 0
+    for value, same in groupby(values):
+        end = a + len(list(same))
+        for first in range(a, end, most):
+            yield slice(first, min(first + most, end)), value
+        a = end
+
+
 class GroupedStore:
     """Words, scales and zero points of whole groups; K and V of the exact tokens. The host counts tokens, so no step
     waits for it.
@@ -230,20 +242,20 @@ class GroupedStore:
 
     def _fill(self, rows: list[Kept]) -> None:
         s, group = self.slots, self.spec.group
+        # the numbers of all heads, fetched at once, because each fetch waits for the device
+        numbers = torch.stack((s.cursor, s.pinned, s.n_flushed), -1).tolist()
         for b, r in enumerate(rows):
-            slots = s._slots_of(b, r.k.shape[2])  # (Hkv,N)
-            for h in range(slots.shape[0]):
-                n, flushed = int(r.length[0, h]), int(s.n_flushed[b, h])
-                exact = slots[h, :n] < s.n_exact
+            for heads, (n, pinned, flushed) in _runs(numbers[b], max(1, ENCODED_AT_ONCE // r.k.shape[2])):
+                start, in_groups = min(n, pinned), flushed * group
+                end = start + in_groups
                 for mine, x in ((self.k, r.k), (self.v, r.v)):
-                    mine[b, h, slots[h, :n][exact]] = x[0, h, :n][exact].to(mine.dtype)
-                pinned = int(s.pinned[b, h])
-                span = slice(pinned, pinned + flushed * group)
-                k, v = (x[0, h, span].unflatten(0, (flushed, group)) for x in (r.k, r.v))
+                    mine[b, heads, :start] = x[0, heads, :start]
+                    mine[b, heads, start : n - in_groups] = x[0, heads, end:n]
                 if flushed:
+                    k, v = (x[0, heads, start:end].unflatten(1, (flushed, group)) for x in (r.k, r.v))
                     for planes, new in zip(self.groups, self.spec.encode(k, v, self.ctx), strict=True):
                         for plane, x in zip(planes, new, strict=True):
-                            plane[b, h, :flushed] = x
+                            plane[b, heads, :flushed] = x
 
     def _resume(self, rows: list[Kept]) -> None:
         """Hold what another store of this kind wrote, without rounding again."""
