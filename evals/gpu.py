@@ -7,6 +7,7 @@ row with the error, and the next stage starts.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -91,6 +92,7 @@ def prefill() -> Iterator[dict]:
             try:
                 plan = llm.ready(parse(text))
                 for _ in range(3):  # the first one compiles
+                    gc.collect()  # the session before may still hold memory
                     torch.cuda.synchronize()
                     torch.cuda.reset_peak_memory_stats()
                     t0 = time.perf_counter()

@@ -362,6 +362,64 @@ def machine_code() -> str:
     return markdown(["kernel", "sm_80", "sm_89", "sm_90"], rows)
 
 
+def _gpu_rows(stage: str, name: str = "kernels.json") -> list[dict]:
+    """The rows of one stage in all runs on the GPU, the oldest first."""
+    return [
+        row | {"commit": run["commit"]}
+        for run in _read(name, "h200")["runs"]
+        for row in run["rows"]
+        if row["stage"] == stage and "took" not in row
+    ]
+
+
+def gpu_steps() -> str:
+    """Decode steps: tokens/s and share of what reading the weights and the cache takes; in brackets an earlier state."""
+    older = {(r["plan"], r["batch"], r["slots"]): r for s in ("steps", "batches") for r in _gpu_rows(s, "steps.json")}
+    plain, rows = {(r["plan"], r["slots"], r.get("runner", "eager")): r for r in _gpu_rows("plain")}, []
+    for r in [*_gpu_rows("steps"), *_gpu_rows("batches")]:
+        old, alone = older[r["plan"], r["batch"], r["slots"]], r["batch"] == 1
+        graph, eager = (plain.get((r["plan"], r["slots"], how)) if alone else None for how in ("graph", "eager"))
+        cells = [f"`{r['plan']}`", f"{r['batch']} x {r['slots']:,}", f"{r['tok_s']:,.0f} ({old['tok_s']:,.0f})"]
+        cells += [f"{r['of_roof']:.0%} ({old['of_roof']:.0%})", f"{r['speedup']:.2f}x of {r['cap']:.2f}x"]
+        rows.append(cells + [f"{x['tok_s']:.0f}" if x else "–" for x in (graph, eager)])
+    head = ["plan", "rows x tokens", "tokens/s", "of the roof", "against `full`, of what its bytes allow"]
+    return markdown([*head, "plain torch in a graph", "plain torch by calls"], rows)
+
+
+def gpu_prefill() -> str:
+    """Prefill with what a policy does at its end; in brackets before waits for the device were removed."""
+    found = {(r["plan"], r["slots"], r["commit"]): r for r in _gpu_rows("prefill")}
+    before, after = sorted({commit for _, _, commit in found}, key=lambda c: c != "84dd50c")
+    rows = []
+    for plan in dict.fromkeys(plan for plan, _, _ in found):
+        cells = [f"`{plan}`"]
+        for slots in (4096, 32768):
+            new, old = (found[plan, slots, commit] for commit in (after, before))
+            cells += [
+                f"{new['seconds']:.3f} ({old['seconds']:.3f})",
+                f"{new['of_full']:.2f}x ({old['of_full']:.2f}x)",
+            ]
+        rows.append([*cells, f"{new['device_bytes'] / 2**30:.2f}"])
+    head = ["plan", "4,096 tokens, s", "of `full`", "32,768 tokens, s", "of `full`", "cache then, GiB"]
+    return markdown(head, rows)
+
+
+def gpu_attention() -> str:
+    """Attention of one layer and one token, against torch's fastest kernel on 16-bit keys."""
+    found: dict[tuple, dict] = {}
+    for r in _gpu_rows("attention"):
+        found.setdefault((r["kv_heads"], r["group"], r["batch"], r["slots"]), {})[r["name"]] = r
+    rows = []
+    for (heads, group, batch, slots), by in found.items():
+        if "nanokv bf16" not in by:  # the run ended here
+            continue
+        best = min((r["seconds"] for name, r in by.items() if name.startswith("torch") and "seconds" in r))
+        cells = [f"{heads} x {group}", f"{batch} x {slots:,}", f"{1e6 * best:.1f}"]
+        cells += [f"{1e6 * by[f'nanokv {f}']['seconds']:.1f}" for f in ("bf16", "int8", "int4", "int2")]
+        rows.append(cells)
+    return markdown(["KV heads x G", "rows x tokens", "torch's best, us", "bf16", "int8", "int4", "int2"], rows)
+
+
 FAULTS = ("silent", "hang", "blow-up", "crash", "traceback", "unsaid")
 OUTCOMES = ("refused", "equal", "different", *FAULTS)
 
@@ -430,6 +488,9 @@ TABLES: dict[str, Callable[[], str]] = {
         fuzz,
         launches,
         machine_code,
+        gpu_steps,
+        gpu_prefill,
+        gpu_attention,
         drafts,
         endless,
         prose,
