@@ -92,7 +92,7 @@ def parser() -> cli.Parser:
         nargs="+",
         metavar="PLAN",
         help="these beside full, random and streaming, instead of every registered one; of compile, endless and prose: "
-        "these alone; of drafts: lookup, or the plans that write them",
+        "these alone; of drafts: lookup, or the plans that write them; of peers: full and these, beside the others' full cache",
     )
     a("--budgets", nargs="+", metavar="B", help="for plans that name none: 512, 25%%, 64MiB")
     a("--lengths", nargs="+", type=int, metavar="N", help="tokens of prompt; of compile: two; of endless: new ones")
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 USES = {  # which part listens to which flag; quick is a small one of quality and speed
-    "plans": ("quick", "quality", "codes", "speed", "compile", "kernels", "memory", "drafts", "endless", "prose"),
+    "plans": tuple(part for part in PARTS if part not in ("kvpress", "auto")),
     "budgets": ("quick", "quality", "speed", "compile", "memory", "peers", "kvpress", "auto"),
     "lengths": PARTS,
     "modes": ("compile",),
@@ -399,15 +399,18 @@ def peers(job: Job) -> dict:
     from evals import speed as s
 
     args, llm, (speed_at, kept) = job.args, job.llm, shares(job.args, "25%", "50%")
+    plans = None if args.plans is None else {text: llm.ready(parse(text)) for text in ("full", *args.plans)}
     found, limits = [], [s.ceiling(llm.device)]
     for n in job.bar(args.lengths or [512, 4096], "peers: speed"):
-        found += p.speed(llm, args.model, n, speed_at)
+        found += p.speed(llm, args.model, n, speed_at, plans)
         found.append(p.llama_bench(llm, n, args.llama_bench, args.gguf))
         limits.append(s.ceiling(llm.device))
     seen = " to ".join(f"{x / 1e9:.0f}" for x in (min(limits), max(limits)))
-    print(f"decode in turns, {speed_at} kept by policies; the memory was read at {seen} GB/s between the runs")
+    kept_by = f", {speed_at} kept by policies" if plans is None else ""
+    print(f"decode in turns{kept_by}; the memory was read at {seen} GB/s between the runs")
     print(show.peers_speed(found) + "\n")
-    return {"ceilings": limits, "peers_speed": found, **beside(job, 1000, kept)}
+    scores = beside(job, 1000, kept) if plans is None else {}
+    return {"ceilings": limits, "peers_speed": found, **scores}
 
 
 def kvpress(job: Job) -> dict:

@@ -173,10 +173,16 @@ class Runner:
     compile_s: float = 0.0
 
 
-def runners(llm: LLM, model: str, ids: list[int], budget: str) -> Iterator[Runner | tuple[str, str]]:
-    """Yield every runner after its prefill, or (name, reason for its absence). nanokv runs eager and compiled."""
-    room, kept = ROUNDS * STEPS + 5, share(budget)
-    plans = {"full": parse("full")} | {p.name: plan for p in PAIRS if (plan := _plan(p, budget))}
+def runners(
+    llm: LLM, model: str, ids: list[int], budget: str, plans: dict[str, Plan] | None = None
+) -> Iterator[Runner | tuple[str, str]]:
+    """Yield every runner after its prefill, or (name, reason for its absence). nanokv runs eager and compiled.
+
+    plans: nanokv's, instead of those that kvpress has too; then other programs run the full cache only.
+    """
+    room, kept, of_pairs = ROUNDS * STEPS + 5, share(budget), plans is None
+    if of_pairs:
+        plans = {"full": parse("full")} | {p.name: plan for p in PAIRS if (plan := _plan(p, budget))}
     llm.session(room).start([ids])  # the first prompt of a shape is slow; `_run` repeats it for the others too
     for runner in (Eager(llm.models.decode), Compiled(llm.models.decode)):
         models = replace(llm.models, runner=runner)
@@ -202,6 +208,9 @@ def runners(llm: LLM, model: str, ids: list[int], budget: str) -> Iterator[Runne
     dtype = getattr(torch, next(iter(types)))
     name = "transformers StaticCache + compile"
     yield _guard(name, lambda n=name: _compiled(n, Net(model, dtype, llm.device), ids, room))
+
+    if not of_pairs:
+        return
 
     def quantised(net: Net, backend: str) -> Callable[[], Any]:
         return lambda: transformers.QuantizedCache(backend=backend, config=net.net.config, nbits=4)
@@ -263,13 +272,13 @@ def _first_line(e: Exception) -> str:
     return (str(e) or " ").splitlines()[0][:90]
 
 
-def speed(llm: LLM, model: str, length: int, budget: str) -> list[dict]:
+def speed(llm: LLM, model: str, length: int, budget: str, plans: dict[str, Plan] | None = None) -> list[dict]:
     """Time prefill and decode at one length. The runners' decode steps alternate.
 
     `read_s` is how many bytes of weights and cache a step reads per second.
     """
     ids, rows, ready = text_of(llm, 0, length), [], []
-    for made in runners(llm, model, ids, budget):
+    for made in runners(llm, model, ids, budget, plans):
         if isinstance(made, tuple):
             rows.append({"name": made[0], "length": length, "absent": made[1]})
         else:

@@ -453,7 +453,7 @@ def test_memory_is_the_receipt_of_processes_of_their_own(tiny, llm_of, capsys):
         (["quality", "--seeds", "0"], "at least 1"),
         (["quality", "--json", "/no/such/place/x.json"], "there is no directory"),
         (["quality", "--plot", "README.md"], "cannot be written"),
-        (["peers", "--plans", "snapkv"], "--plans is of quick and quality"),
+        (["kvpress", "--plans", "snapkv"], "--plans is of quick and quality"),
         (["--lengths", "5", "6"], "takes one length"),
         (["endless", "--lengths", "19"], "endless needs at least 20"),
         (["prose", "--lengths", "999"], "prose needs at least 1000"),
