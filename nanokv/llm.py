@@ -19,6 +19,7 @@ from string import printable
 import torch
 from tqdm import tqdm
 
+from nanokv import calibration
 from nanokv.answer import Answer
 from nanokv.backends import BACKENDS
 from nanokv.backends.check import ALWAYS, verdicts
@@ -37,6 +38,7 @@ from nanokv.runner import RUNNERS, CompileOptions, make
 from nanokv.sharing import search
 from nanokv.sharing.base import Sharing
 from nanokv.speculate import Lookup, SecondSession, Speculation, check_plans, draft_plan
+from nanokv.stores.quant.tuned import Tuned
 from nanokv.text import tokenizer
 from nanokv.text.sampler import Sampling
 from weights.fetch import locate
@@ -207,11 +209,16 @@ class LLM:
         return found.hexdigest()[:32]
 
     def ready(self, plan: Plan) -> Plan:
-        """The plan with its map of shared layers: from the plan's file, from an earlier search, or from a search made
-        and kept now.
+        """The plan with its map of shared layers and its bits by layer: from the plan's file, from what was measured
+        earlier, or measured and kept now.
         """
         if self.check and (failed := [f"{name} {why}" for name, why in self.check(plan.kernels).items() if why]):
             raise ValueError(f"{plan} cannot run here: kernel {failed[0]}; use --backend sdpa")
+        if not plan.store.calibrated:
+            file = calibration.file_of(settings().weights, self.fingerprint(), plan.store)
+            known = calibration.read(file, self.fingerprint(), self.config) if file.is_file() else None
+            store = plan.store.with_costs(known or self.measure_bits(plan.store, file))
+            plan = replace(plan, store=store, ready=plan.sharer is None or bool(plan.share))
         if self.config.shared_layers and not plan.ready:
             raise ValueError(
                 f"{self.name} was trained with shared layers, so no others can be found: leave {plan.names[-1]} out"
@@ -225,6 +232,15 @@ class LLM:
         else:
             layers = self.search(want, file)
         return replace(plan, share=layers, sharer=replace(want, layers=len(layers)), ready=True)
+
+    def measure_bits(self, store: Tuned, file: Path) -> calibration.Costs:
+        """Measure what rounding each layer costs this model, and write it to `file`."""
+        texts, model = calibration.passages(self.tokenizer).to(self.device), self.models.prefill
+        n = 1 + 4 * self.config.num_hidden_layers
+        with tqdm(total=n, desc="bits by layer", unit="pass", leave=False, disable=not sys.stderr.isatty()) as bar:
+            costs = calibration.measure(model, self.models.ops, store, texts, bar.update)
+        calibration.write(file, self.name, self.fingerprint(), costs)
+        return costs
 
     def search(self, want: Sharing, file: Path, accepted: Callable[[object], None] | None = None) -> dict[int, int]:
         """Search for the layers that can share and write the map to `file`. accepted(pair) is called for each

@@ -117,7 +117,7 @@ def pairs() -> list[tuple[str, str]]:
 def of(keep: str, store: str, share: dict | None = None) -> Plan:
     how = STORE_EXAMPLES[store]
     if POLICIES[keep].eviction == "score":  # it may let the first tokens go: see the refusals below
-        how = how.replace("fp8:pin=2", "fp8").replace(",pin=3", "")
+        how = how.replace("fp8:pin=2", "fp8").replace("rot8:pin=2", "rot8").replace(",pin=3", "")
     part = parse(f"{EXAMPLES[keep].small[0].partition('+')[0]}+{how}")
     return Plan(part.policy, part.store, share or {}, part.names)
 

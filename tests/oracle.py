@@ -453,13 +453,16 @@ def fastgen(q, k, kinds: list[int], recovery: float, frequent: int, local: int, 
     return list(range(T))
 
 
-def output_norms(v: Tensor, w_o: Tensor, heads: int) -> list[list[float]]:
-    """|W_o v|₁ of each value (Hkv,T,D), mean over the query heads that read it; w_o (C, H·D)."""
+def output_norms(v: Tensor, w_o: Tensor, heads: int, order: int = 1) -> list[list[float]]:
+    """|W_o v| of each value (Hkv,T,D), mean over the query heads that read it; w_o (C, H·D)."""
     Hkv, T, D = v.shape
     group, out = heads // Hkv, []
     for h in range(Hkv):
         of_head = [w_o.double()[:, g * D : (g + 1) * D] for g in range(h * group, (h + 1) * group)]
-        out.append([sum((w @ v[h, j].double()).abs().sum().item() for w in of_head) / group for j in range(T)])
+        length = [
+            [(w @ v[h, j].double()).abs().pow(order).sum().item() ** (1 / order) for w in of_head] for j in range(T)
+        ]
+        out.append([sum(of_token) / group for of_token in length])
     return out
 
 

@@ -76,6 +76,10 @@ def sdpa_prefill(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: in
     T = q.shape[2]
     sees_all = sliding_window is None or sliding_window >= k.shape[2]
     if sees_all and not start:
+        if (
+            q.device.type == "cpu"
+        ):  # a token's keys lie beside its queries, and torch's kernel reads them again and again
+            k, v = k.contiguous(), v.contiguous()
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
     if sees_all and q.device.type == "cpu":
         return sdpa_turn(q, k, v, start, None)[0]

@@ -94,9 +94,9 @@ class Prompt:
         """bool (1,Hkv,N): the entry is one of the text's last n tokens."""
         return self.pos >= max(0, self.seen - n)
 
-    def output_norms(self) -> Tensor:
-        """(1,Hkv,N) fp32: |W_o v|₁, how much a value changes the layer's output if it gets all attention; the mean over the
-        query heads that read it. For policies whose `scores` ask for the output projection.
+    def output_norms(self, order: int = 1) -> Tensor:
+        """(1,Hkv,N) fp32: |W_o v|₁, or another norm: how much a value changes the layer's output if it gets all attention;
+        the mean over the query heads that read it. For policies whose `scores` ask for the output projection.
         """
         heads, n, dim = self.v.shape[1:]
         weights = self.w_o.unflatten(1, (heads, -1, dim))  # (C,Hkv,G,D)
@@ -104,7 +104,7 @@ class Prompt:
         for h in range(heads):
             for a in range(0, n, TOKENS_AT_ONCE):
                 v = self.v[0, h, a : a + TOKENS_AT_ONCE].to(weights.dtype)
-                norms = [(v @ w.T).float().abs().sum(-1) for w in weights[:, h].unbind(1)]
+                norms = [(v @ w.T).float().norm(order, -1) for w in weights[:, h].unbind(1)]
                 found[0, h, a : a + TOKENS_AT_ONCE] = sum(norms) / len(norms)
         return found
 

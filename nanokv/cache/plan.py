@@ -33,7 +33,7 @@ class Plan:
     share: Mapping[int, int] = field(default_factory=dict)  # reader layer → owner layer; other layers own their storage
     names: tuple[str, ...] = ("full", "dense")  # of the parts, in the order of the axes
     sharer: Sharing | None = None  # the search that `share` is the result of
-    ready: bool = True  # whether `share` is known; `LLM.ready` sees to it
+    ready: bool = True  # whether `share` is known and the store calibrated; `LLM.ready` sees to it
 
     def owner(self, layer: int) -> int:
         return self.share.get(layer, layer)
@@ -60,7 +60,7 @@ class Plan:
         model or the prompt.
         """
         if not self.ready:
-            raise ValueError(f"{self} has no map of layers yet; call LLM.ready(plan) first")
+            raise ValueError(f"{self} has not measured the model yet; call LLM.ready(plan) first")
         if reason := self.store.incompatible_model(config):
             raise ValueError(f"{self.names[1]}: {reason}")
         plan = replace(self, share=self.share or config.shared_layers)
@@ -113,9 +113,9 @@ class Plan:
         return self.store.host_bytes(config, dtype, self.policy.max_kept(n), self.slots_ahead(room))
 
     def sketch(self, n_layers: int) -> Plan:
-        """A plan for size estimates before the search has run: as many layers share as asked, whichever they will be."""
-        if self.ready:
-            return self
+        """A plan for size estimates before the model is measured: as many layers share as asked, whichever they will be."""
+        if self.sharer is None or self.ready:
+            return replace(self, ready=True)
         readers = min(self.sharer.layers, n_layers - 1)
         return replace(self, share=dict.fromkeys(range(n_layers - readers, n_layers), 0), ready=True)
 
@@ -135,7 +135,8 @@ class Plan:
                 raise ValueError(f"store {name} does not know {flags[key]}; use one of {', '.join(others)}")
         store = configure(name, STORES[name] if name != self.names[1] else self.store, given)
         check(self.names[0], self.policy, name, store)
-        return replace(self, store=store, names=(self.names[0], name, *self.names[2:]))
+        ready = store.calibrated and (self.sharer is None or self.ready)
+        return replace(self, store=store, names=(self.names[0], name, *self.names[2:]), ready=ready)
 
     def __str__(self) -> str:
         parts = [self.policy, self.store] if self.sharer is None else [self.policy, self.store, self.sharer]
@@ -191,7 +192,7 @@ def parse(text: str) -> Plan:
         store[1],
         names=tuple(name for name, _ in parts),
         sharer=share[1] if share else None,
-        ready=share is None,
+        ready=share is None and store[1].calibrated,
     )
 
 

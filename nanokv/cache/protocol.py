@@ -91,6 +91,7 @@ class StoreSpec(ABC):
     implies = ()  # stores that a plan may name beside this one without effect: it holds tokens in the same way
     state_type = None  # the StoreState with which its rows are saved
     kernels = ()  # those that it runs beside the kernels of every step
+    calibrated = True  # False: the model must be measured first, which `LLM.ready` does
 
     def at(self, layer: int, n_layers: int) -> StoreSpec:
         """The options of one of n layers; the default is the same for all."""

@@ -30,12 +30,18 @@ class KVzip(Scorer):
     request stands behind the prompt as it is, without the end of a chat template's turn; each head keeps at least one
     token; scores are fp32, as if the model had no sliding window.
 
-    sink   first tokens that always stay
-    piece  tokens that are repeated in one pass
+    normed=true weighs a token's score with |W_o v|₂, how far its value can move the layer's output (KVzip+, of kvpress
+    0.5.5). Deviation: the norm is the mean over the query heads of the KV head, and the score is not divided by the length
+    of the query's hidden state, which is nearly the same for all queries behind the layer's norm.
+
+    sink    first tokens that always stay
+    piece   tokens that are repeated in one pass
+    normed  whether values count
     """
 
     sink: int = 4
     piece: int = 2048
+    normed: bool = False
     layers: str = "compete"
     heads: str = "ada"
     floor: float = 0.0
@@ -49,7 +55,7 @@ class KVzip(Scorer):
 
     @property
     def scores(self) -> Scores:
-        return Scores(over_group="max", over_queries="max")
+        return Scores(over_group="max", over_queries="max", output_weights=self.normed)
 
     def min_budget(self, prompt_len: int = 0) -> int:
         return max(1, self.sink)
@@ -70,4 +76,6 @@ class KVzip(Scorer):
         return [*range(min(self.sink, first)), *range(first, min(first + self.piece, prompt_len))]
 
     def score(self, p: Prompt) -> Tensor:
-        return p.attention.amax(0, keepdim=True).masked_fill(p.sinks(self.sink), torch.inf)
+        score = p.attention.amax(0, keepdim=True)
+        score = score * p.output_norms(2) if self.normed else score
+        return score.masked_fill(p.sinks(self.sink), torch.inf)

@@ -15,6 +15,7 @@ from nanokv.stores.quant.minicache import MiniCache
 from nanokv.stores.quant.mixed import Mixed
 from nanokv.stores.quant.rot4 import Rot4
 from nanokv.stores.quant.rot8 import Rot8
+from nanokv.stores.quant.tuned import Tuned
 from nanokv.stores.quant.turbo import Turbo
 from nanokv.stores.ragged import Ragged
 from nanokv.stores.sparse.quest import Quest
@@ -29,6 +30,7 @@ STORES: dict[str, StoreSpec] = {
     "int2": Int(k=2, v=2),
     "kivi4": Int(group=32, residual=32),
     "kivi2": Int(k=2, v=2, group=32, residual=32),
+    "tuned": Tuned(),
     "gear": Gear(),
     "fp8": Fp8(),
     "rot4": Rot4(),
@@ -54,6 +56,7 @@ EXAMPLES: dict[str, str] = {
     "int2": "int2:group=4,residual=6,pin=3",
     "kivi4": "kivi4:group=4,residual=4,pin=2",
     "kivi2": "kivi2:group=2,residual=1",
+    "tuned": "tuned:layers=k8v4-k2v4-k4v8,group=4,residual=2",
     "gear": "gear:group=8,residual=4,rank=1",
     "fp8": "fp8:pin=2",
     "rot4": "rot4:block=8",

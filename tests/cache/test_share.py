@@ -149,7 +149,7 @@ def test_bytes_are_those_of_the_owning_layers(n, deep):
 
 def test_a_plan_finds_the_map_that_an_earlier_search_left(deep, tmp_path, monkeypatch):
     plan = parse("snapkv:budget=20,window=4+kvsharer:layers=2,threshold=-1")
-    with pytest.raises(ValueError, match="no map of layers yet"):
+    with pytest.raises(ValueError, match="has not measured the model yet"):
         plan.fit(deep.config, torch.float32, 60, 8)
     ready = deep.ready(plan)
     file = next((tmp_path / "maps").iterdir())

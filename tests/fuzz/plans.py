@@ -73,7 +73,14 @@ CANDIDATES = {
     "values": ["host", "device", "int4"],
     "n": ["4", "16"],
 }
-BY_STORE = {"k": ["8", "4", "2"], "v": ["8", "4", "2"], "group": ["2", "4", "8"], "budget": ["8", "16", "24", "40"]}
+BY_STORE = {
+    "k": ["8", "4", "2"],
+    "v": ["8", "4", "2"],
+    "group": ["2", "4", "8"],
+    "budget": ["8", "16", "24", "40"],
+    "bits": ["2", "4.5", "8"],
+    "layers": ["k8v2", "k2v4-k8v8", "k4v8x2-k2v2"],
+}
 DEFAULT_MATTERS = (
     "layers",
     "heads",

@@ -129,11 +129,12 @@ def test_passes_and_a_late_decision_exclude_each_other(llm_of):
 
 
 @pytest.mark.parametrize("chunk", [None, 16])
-@pytest.mark.parametrize(("sink", "piece"), [(2, 25), (0, 60), (4, 59)])
-def test_kvzip_keeps_what_repeating_the_prompt_reads(sink, piece, chunk, llm_of):
+@pytest.mark.parametrize(("sink", "piece", "normed"), [(2, 25, False), (0, 60, False), (4, 59, True)])
+def test_kvzip_keeps_what_repeating_the_prompt_reads(sink, piece, normed, chunk, llm_of):
     llm = llm_of("g3")
     config, encode = llm.config, llm.tokenizer.encode_more
-    session = start(llm, parse(f"kvzip:budget=20,sink={sink},piece={piece}").policy, chunk=chunk)
+    policy = parse(f"kvzip:budget=20,sink={sink},piece={piece},normed={str(normed).lower()}").policy
+    session = start(llm, policy, chunk=chunk)
     scores = [[0.0] * 60 for _ in range(3 * 2)]
     for first in range(0, 60, piece):
         request = encode("\n\nRepeat the previous context exactly.\n")
@@ -151,6 +152,11 @@ def test_kvzip_keeps_what_repeating_the_prompt_reads(sink, piece, chunk, llm_of)
                     of = scores[2 * layer + h // 3]
                     for j, w in zip(mine, weight, strict=False):
                         of[j] = max(of[j], w)
+    if normed:
+        values = [store.unpack()[0].v[0] for store in start(llm, parse("full").policy).cache.stores.values()]
+        w_o = llm.models.prefill.output_weights()
+        norms = [x for v, w in zip(values, w_o, strict=True) for x in oracle.output_norms(v, w, 6, order=2)]
+        scores = [[s * n for s, n in zip(*pair, strict=True)] for pair in zip(scores, norms, strict=True)]
     right = oracle.ada(scores, 20, 0.0, list(range(sink)))
     kept = [positions(x, h) for s in session.cache.stores.values() for x in s.unpack() for h in range(2)]
     assert kept == right and len({len(x) for x in kept}) > 1

@@ -109,7 +109,7 @@ def owned_and_shared() -> list:
 def test_every_pair_runs_or_refuses_and_only_rounding_differs(keep, store, share, llm_of, dense_of):
     """Against attention over what the store unpacks, so that folding scales, turning queries, rings and merging are exact; what it unpacks
     against the keys and values that the model made."""
-    if why := STORES[store].incompatible_policy(POLICIES[keep]):
+    if why := STORES[store].incompatible_policy(parse(EXAMPLES[keep].small[0]).policy):
         with pytest.raises(ValueError, match="use one of"):
             of(keep, store)
         assert "\n" not in why
@@ -141,6 +141,7 @@ def test_every_pair_runs_or_refuses_and_only_rounding_differs(keep, store, share
                     size[i] += right.pow(2).sum().item()
     fields = vars(plan.store)
     bits = {"fp8": (8, 8), "rot4": (4, 4), "rot8": (8, 8), "coupled": ("few", "few"), "mixed": (fields.get("low"),) * 2}
+    bits["tuned"] = 2, 4  # K has 2 bits in one layer, V never fewer than 4
     bits["minicache"] = ("pair", "pair") if lower else (None, None)
     bits = bits.get(store, (fields.get("k"), fields.get("v")))
     for wrong, all_of_it, b in zip(off, size, bits, strict=True):
