@@ -97,6 +97,21 @@ def auto() -> str:
     return markdown(["plan", *(c for r in found for c in (f"{r['kind']}: same top", "KL"))], [*rows, took])
 
 
+def tuned_bits() -> str:
+    """Bits by layer beside the same bits in all layers, on two models."""
+    found = {model: _read(f"tuned-{model}.json", "epyc") for model in ("smollm2", "qwen")}
+    plans, rows = [f["plan"] for f in found["qwen"]["fidelity"] if f["plan"].startswith("full")], []
+    for plan in plans:
+        cells = [f"`{plan}`"]
+        for of_model in found.values():
+            fidelity = next(f for f in of_model["fidelity"] if f["plan"] == plan)
+            size = of_model["averages"]["1000"][plan]["bytes"] / 2**20
+            cells += [f"{size:.1f} MiB", f"{fidelity['kl_mean']:.4f}", f"{fidelity['top1']:.1%}"]
+        rows.append(cells)
+    of_each = [f"{model}: {what}" for model in ("smollm2-135m", "0.5B") for what in ("cache", "KL", "same top")]
+    return markdown(["plan", *of_each], rows)
+
+
 def codes() -> str:
     """The error that rounding makes in the keys and values of a text."""
     rows = []
@@ -168,6 +183,11 @@ def decode() -> str:
 def decode_without_amx() -> str:
     """The same on two cores that have bf16 products and no AMX."""
     return _decode(_read("peers.json", "epyc")["peers_speed"])
+
+
+def decode_16384() -> str:
+    """The same machine at 16,384 tokens, with the full cache and with 1,024 tokens of it."""
+    return _decode(_read("peers-16384.json", "epyc")["peers_speed"])
 
 
 def _decode(found: list[dict]) -> str:
@@ -474,6 +494,8 @@ TABLES: dict[str, Callable[[], str]] = {
         sparse,
         decode,
         decode_without_amx,
+        decode_16384,
+        tuned_bits,
         compiled,
         pays,
         kvpress,

@@ -16,7 +16,7 @@ from nanokv.backends.base import Ops
 from nanokv.files import quoted, read_json, reason, replacing
 from nanokv.model.config import ModelConfig
 from nanokv.model.llama import Llama
-from nanokv.stores.quant.tuned import MEASURED, Tuned
+from nanokv.stores.quant.tuned import Tuned
 from nanokv.text.tokenizer import Tokenizer
 
 TEXTS, TOKENS, EVERY = (
@@ -30,8 +30,8 @@ Costs = dict[str, list[float]]
 class RoundedCache:
     """A cache for one forward pass of texts of equal length, in which one part of one layer is rounded."""
 
-    def __init__(self, store: Tuned, ops: Ops, config: ModelConfig, target: tuple[int, str, int] | None):
-        """target: layer, part ("k" or "v") and bits; None: nothing is rounded."""
+    def __init__(self, store: Tuned, ops: Ops, config: ModelConfig, target: tuple[int, str] | None):
+        """target: layer and part ("k" or "v"); None: nothing is rounded."""
         self.store, self.ops, self.config, self.target = store, ops, config, target
         self.held: dict[int, tuple[Tensor, Tensor]] = {}  # layer → K and V (B,Hkv,T,D)
         shared = config.shared_layers
@@ -46,31 +46,31 @@ class RoundedLayer:
         c = self.cache
         if self.owns:
             is_target = c.target is not None and c.target[0] == self.owner
-            c.held[self.owner] = c.store.rounded(c.ops, k, v, *c.target[1:]) if is_target else (k, v)
+            c.held[self.owner] = c.store.rounded(c.ops, k, v, c.target[1]) if is_target else (k, v)
         return c.ops.prefill(q, *c.held[self.owner], 0, c.config.window(self.owner))
 
 
 @torch.inference_mode()
 def measure(model: Llama, ops: Ops, store: Tuned, texts: Tensor, progress: Callable[[], object]) -> Costs:
-    """texts (n,T) token ids → "k2", "k4", "v2", "v4" → per layer the mean divergence (KL, nats) of the next-token
-    distribution. progress() is called after each of the forward passes, of which there are four per layer and one more.
+    """texts (n,T) token ids → "k" and "v" → per layer the mean divergence (KL, nats) of the next-token distribution.
+    progress() is called after each of the forward passes, of which there are two per layer and one more.
     """
     pos = torch.arange(texts.shape[1], device=texts.device).expand(texts.shape)
 
-    def predictions(target: tuple[int, str, int] | None) -> Tensor:
+    def predictions(target: tuple[int, str] | None) -> Tensor:
         hidden = model.hidden(texts, pos, RoundedCache(store, ops, model.config, target))
         progress()
         return model.logits(hidden[:, ::EVERY].flatten(0, 1)).float().log_softmax(-1)
 
     right, n = predictions(None), model.config.num_hidden_layers
 
-    def cost(layer: int, part: str, bits: int) -> float:
+    def cost(layer: int, part: str) -> float:
         if layer in model.config.shared_layers:
             return 0.0  # it reads another layer's
-        found = predictions((layer, part, bits))
+        found = predictions((layer, part))
         return float((right.exp() * (right - found)).sum(-1).mean().clamp(min=0))
 
-    return {f"{part}{bits}": [cost(i, part, bits) for i in range(n)] for part in "kv" for bits in MEASURED}
+    return {part: [cost(i, part) for i in range(n)] for part in "kv"}
 
 
 def passages(tokenizer: Tokenizer, n: int = TEXTS, length: int = TOKENS) -> Tensor:
@@ -105,7 +105,7 @@ def read(file: Path, fingerprint: str, config: ModelConfig) -> Costs:
     try:
         facts = read_json(file)
         costs, is_this_model = facts["costs"], facts["fingerprint"] == fingerprint
-        found = {f"{part}{bits}": costs[f"{part}{bits}"] for part in "kv" for bits in MEASURED}
+        found = {part: costs[part] for part in "kv"}
         complete = all(
             isinstance(x, list)
             and len(x) == config.num_hidden_layers

@@ -236,7 +236,7 @@ class LLM:
     def measure_bits(self, store: Tuned, file: Path) -> calibration.Costs:
         """Measure what rounding each layer costs this model, and write it to `file`."""
         texts, model = calibration.passages(self.tokenizer).to(self.device), self.models.prefill
-        n = 1 + 4 * self.config.num_hidden_layers
+        n = 1 + 2 * self.config.num_hidden_layers
         with tqdm(total=n, desc="bits by layer", unit="pass", leave=False, disable=not sys.stderr.isatty()) as bar:
             costs = calibration.measure(model, self.models.ops, store, texts, bar.update)
         calibration.write(file, self.name, self.fingerprint(), costs)

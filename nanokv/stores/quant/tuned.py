@@ -19,7 +19,8 @@ from nanokv.stores.quant.grouped import GroupState
 from nanokv.stores.quant.int import Int
 
 BITS = 2, 4, 8
-MEASURED = 2, 4  # at 8 bits the error is 17 times smaller than at 4, and what it costs 17² times
+# what rounding to so many bits costs, as a share of what 2 bits cost: the square of the error, which is a step of the scale
+SHARE = [(3 / (2**bits - 1)) ** 2 for bits in BITS]
 UNIFORM = (2, 2), (4, 2), (4, 4), (8, 4), (8, 8)  # bits of K and V, where nothing has been measured
 
 
@@ -28,10 +29,11 @@ class Tuned(StoreSpec):
     """KVTuner (Li et al. 2025, arXiv:2502.04420): K and V of each layer get the bits that they need, so that the numbers of
     the cache have `bits` bits on average. Tokens are rounded and held as in store int.
 
-    What rounding costs is measured once for a model: the text is read with K or V of a single layer rounded, and the
-    cost is the divergence of the model's next-token distribution (KL) from that without rounding. From 2 bits each, the
-    bits then go where one more bit saves most. Deviations: the paper searches for whole assignments by the accuracy on a
-    task, after it has grouped the layers by the error of their attention's output; here the costs of layers add up.
+    What rounding costs is measured once for a model: a text is read with K or V of a single layer rounded to 2 bits, and
+    the cost is the divergence of the model's next-token distribution (KL) from that without rounding. It is taken to
+    fall with the square of the rounding error. From 2 bits each, the bits then go where one more bit saves most.
+    Deviations: the paper searches for whole assignments by the accuracy on a task, after it has grouped the layers by the
+    error of their attention's output; here the costs of layers add up.
 
     bits      of a number of K and V, on average over the layers: 2 to 8
     layers    the bits themselves: k8v4x2-k4v2 are 8 for K and 4 for V in two layers, and 4 and 2 in all others; none: by
@@ -83,19 +85,18 @@ class Tuned(StoreSpec):
         return found + [found[-1]] * (n - len(found))
 
     def with_costs(self, costs: Mapping[str, Sequence[float]]) -> Tuned:
-        """This store with its `layers`. costs: "k2", "k4", "v2", "v4" → what rounding that part of each layer costs."""
-        of_part = {part: [[costs[f"{part}{b}"][i] for b in MEASURED] for i in range(len(costs["k2"]))] for part in "kv"}
-        chosen = allocate(of_part["k"] + of_part["v"], self.bits)
+        """This store with its `layers`. costs: "k" and "v" → what rounding that part of each layer to 2 bits costs."""
+        chosen = allocate([*costs["k"], *costs["v"]], self.bits)
         n = len(chosen) // 2
         runs = [(both, len(list(same))) for both, same in groupby(zip(chosen[:n], chosen[n:], strict=True))]
         return replace(self, layers="-".join(f"k{k}v{v}" + (f"x{m}" if m > 1 else "") for (k, v), m in runs))
 
-    def rounded(self, ops: Any, k: Tensor, v: Tensor, part: str, bits: int) -> tuple[Tensor, Tensor]:
-        """K and V (B,Hkv,S,D), of which one part ("k" or "v") is rounded and unpacked again, in whole groups of tokens."""
+    def rounded(self, ops: Any, k: Tensor, v: Tensor, part: str) -> tuple[Tensor, Tensor]:
+        """K and V (B,Hkv,S,D), of which one part ("k" or "v") went through 2 bits, in whole groups of tokens."""
         x, channels = (k, 1) if part == "k" else (v, Int(group=self.group).v_group(v.shape[3]))
         tokens, n = (self.group if part == "k" else 1), x.shape[2] // self.group * self.group
-        codes = ops.quantize(x[:, :, :n].contiguous(), bits, tokens, channels)
-        new = torch.cat((ops.dequantize(*codes, bits).to(x.dtype), x[:, :, n:]), 2)
+        codes = ops.quantize(x[:, :, :n].contiguous(), BITS[0], tokens, channels)
+        new = torch.cat((ops.dequantize(*codes, BITS[0]).to(x.dtype), x[:, :, n:]), 2)
         return (new, v) if part == "k" else (k, new)
 
     def incompatible_model(self, config: Any) -> str:
@@ -110,15 +111,14 @@ class Tuned(StoreSpec):
         return self.at(ctx.layer, ctx.config.num_hidden_layers).pack(rows, policy, room, ctx)
 
 
-def allocate(costs: Sequence[Sequence[float]], bits: float) -> list[int]:
-    """The bits of each part. costs: of each part, what 2 and 4 bits cost. From 2 bits each, the part is raised that saves
-    most per bit, as long as the average is at most `bits`.
+def allocate(costs: Sequence[float], bits: float) -> list[int]:
+    """The bits of each part. costs: of each part, what 2 bits cost. From 2 bits each, the part is raised that saves most
+    per bit, as long as the average is at most `bits`.
     """
-    table = [[*two_and_four, two_and_four[1] / 17**2] for two_and_four in costs]
     level, spare = [0] * len(costs), (bits - BITS[0]) * len(costs)
     while True:
         steps = [
-            ((table[i][a] - table[i][a + 1]) / (BITS[a + 1] - BITS[a]), -i)
+            (costs[i] * (SHARE[a] - SHARE[a + 1]) / (BITS[a + 1] - BITS[a]), -i)
             for i, a in enumerate(level)
             if a + 1 < len(BITS) and BITS[a + 1] - BITS[a] <= spare
         ]
