@@ -37,8 +37,8 @@ fuzz: .venv/dev
 
 # on a machine with CUDA
 gpu:
-	python -m pytest tests/gpu -q --maxfail=30
-	python -m evals.gpu --json gpu.json --stages ceilings check attention steps default plain peers
+	python -m pytest tests/gpu -q -n 8 --dist worksteal --maxfail=30
+	python -m evals.gpu --json gpu.json --stages ceilings check steps default prefill plain batches attention peers
 
 lint: .venv/dev
 	$(PY) -m ruff check --fix .

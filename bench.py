@@ -92,7 +92,8 @@ def parser() -> cli.Parser:
         nargs="+",
         metavar="PLAN",
         help="these beside full, random and streaming, instead of every registered one; of compile, endless and prose: "
-        "these alone; of drafts: lookup, or the plans that write them; of peers: full and these, beside the others' full cache",
+        "these alone; of drafts: lookup, or the plans that write them; "
+        "of peers: full and these, beside the others' full cache, and speed alone",
     )
     a("--budgets", nargs="+", metavar="B", help="for plans that name none: 512, 25%%, 64MiB")
     a("--lengths", nargs="+", type=int, metavar="N", help="tokens of prompt; of compile: two; of endless: new ones")
@@ -206,6 +207,11 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             raise ValueError(f"--{flag} is {value}; give numbers of at least 1")
+    for flag in ("budgets", "tasks", "seeds"):
+        if args.what == "peers" and args.plans is not None and getattr(args, flag) is not None:
+            raise ValueError(
+                f"--{flag} does not go with --plans in peers, which then measures speed alone; leave one out"
+            )
     if args.depth is not None and (not 0 <= args.depth <= 1 or args.full):
         raise ValueError(
             f"--depth is {args.depth}; give a place in the text from 0 to 1, and no --full, which takes all"

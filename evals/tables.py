@@ -99,8 +99,8 @@ def auto() -> str:
 
 def tuned_bits() -> str:
     """Bits by layer beside the same bits in all layers, on two models."""
-    found = {model: _read(f"tuned-{model}.json", "epyc") for model in ("smollm2", "qwen")}
-    plans, rows = [f["plan"] for f in found["qwen"]["fidelity"] if f["plan"].startswith("full")], []
+    found = {model: _read(f"tuned-{model}.json", "epyc") for model in ("smollm2-135m", "qwen2.5-coder-0.5b")}
+    plans, rows = [f["plan"] for f in found["smollm2-135m"]["fidelity"] if f["plan"].startswith("full")], []
     for plan in plans:
         cells = [f"`{plan}`"]
         for of_model in found.values():

@@ -7,7 +7,8 @@ With few queries this is the observation window of SnapKV (arXiv:2404.14469, §4
 the score of H2O (arXiv:2306.14048), and with a maximum instead of the sum, over the queries of a scoring pass, that of
 KVzip (arXiv:2505.23416). `_window_lse` finds the logsumexp of every query, and `_window_scores` joins the columns. A
 program takes ROWS rows of queries at a time, of several query heads of a KV head if a head has fewer, so that a tile
-of K serves them all: for G·w ≤ ROWS each launch reads K once, S·D elements per KV head. 4·S bytes are written.
+of K serves them all: for G·w ≤ ROWS each launch reads K once, S·D elements per KV head. 4 bytes are written for each
+score.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from string import printable
 import torch
 from tqdm import tqdm
 
-from nanokv import calibration
+from nanokv import sensitivity
 from nanokv.answer import Answer
 from nanokv.backends import BACKENDS
 from nanokv.backends.check import ALWAYS, verdicts
@@ -215,9 +215,9 @@ class LLM:
         if self.check and (failed := [f"{name} {why}" for name, why in self.check(plan.kernels).items() if why]):
             raise ValueError(f"{plan} cannot run here: kernel {failed[0]}; use --backend sdpa")
         if not plan.store.calibrated:
-            file = calibration.file_of(settings().weights, self.fingerprint(), plan.store)
-            known = calibration.read(file, self.fingerprint(), self.config) if file.is_file() else None
-            store = plan.store.with_costs(known or self.measure_bits(plan.store, file))
+            file = sensitivity.file_of(settings().weights, self.fingerprint(), plan.store)
+            known = sensitivity.read(file, self.fingerprint(), self.config) if file.is_file() else None
+            store = plan.store.with_sensitivity(known or self.measure_sensitivity(plan.store, file))
             plan = replace(plan, store=store, ready=plan.sharer is None or bool(plan.share))
         if self.config.shared_layers and not plan.ready:
             raise ValueError(
@@ -233,14 +233,16 @@ class LLM:
             layers = self.search(want, file)
         return replace(plan, share=layers, sharer=replace(want, layers=len(layers)), ready=True)
 
-    def measure_bits(self, store: Tuned, file: Path) -> calibration.Costs:
-        """Measure what rounding each layer costs this model, and write it to `file`."""
-        texts, model = calibration.passages(self.tokenizer).to(self.device), self.models.prefill
+    def measure_sensitivity(self, store: Tuned, file: Path) -> sensitivity.Sensitivity:
+        """Measure how much rounding each layer changes what this model predicts, and write it to `file`."""
+        sensitivity.check_writable(file)
+        t0, texts, model = time.perf_counter(), sensitivity.passages(self.tokenizer), self.models.prefill
         n = 1 + 2 * self.config.num_hidden_layers
         with tqdm(total=n, desc="bits by layer", unit="pass", leave=False, disable=not sys.stderr.isatty()) as bar:
-            costs = calibration.measure(model, self.models.ops, store, texts, bar.update)
-        calibration.write(file, self.name, self.fingerprint(), costs)
-        return costs
+            found = sensitivity.measure(model, self.models.ops, store, texts.to(self.device), bar.update)
+        sensitivity.write(file, self.name, self.fingerprint(), found)
+        self.notes.append(f"measured in {time.perf_counter() - t0:.0f} s how sensitive each layer is; kept in {file}")
+        return found
 
     def search(self, want: Sharing, file: Path, accepted: Callable[[object], None] | None = None) -> dict[int, int]:
         """Search for the layers that can share and write the map to `file`. accepted(pair) is called for each

@@ -12,7 +12,7 @@ import torch
 from tiny import text
 
 from kernels import reference
-from nanokv import calibration, load, parse
+from nanokv import load, parse, sensitivity
 from nanokv.cache.save import restore, save
 from nanokv.stores.quant.int import Int
 from nanokv.stores.quant.tuned import Tuned, allocate
@@ -42,19 +42,19 @@ def test_bits_go_where_they_save_most(seed):
         assert paid <= brute_force(costs, max(2, bits - 4 / len(costs))) * (1 + 1e-9)
 
 
-def test_a_layer_of_great_cost_gets_more_bits():
-    costs = {"k": [90.0, 0.1, 0.1], "v": [0.1, 0.1, 2.0]}
-    assert Tuned(bits=4).with_costs(costs).layers == "k8v2-k4v2-k4v4"
-    assert Tuned(bits=2).with_costs(costs).layers == "k2v2x3"
-    assert Tuned(bits=8).with_costs(costs).layers == "k8v8x3"
+def test_a_sensitive_layer_gets_more_bits():
+    found = {"k": [90.0, 0.1, 0.1], "v": [0.1, 0.1, 2.0]}
+    assert Tuned(bits=4).with_sensitivity(found).layers == "k8v2-k4v2-k4v4"
+    assert Tuned(bits=2).with_sensitivity(found).layers == "k2v2x3"
+    assert Tuned(bits=8).with_sensitivity(found).layers == "k8v8x3"
 
 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ("bits=1.5", "from 2 to 8"),
-        ("layers=k3v4", "k8v4x2-k4v2"),
-        ("layers=k8v4x", "k8v4x2-k4v2"),
+        ("layers=k3v4", "bits are 2, 4 or 8"),
+        ("layers=k8v4x", "is no k8v4 or k8v4x2"),
         ("layers=k8v4x0", "names no layer"),
         ("group=1", "group"),
     ],
@@ -107,15 +107,15 @@ def logits_with_one_rounded(llm, ids: torch.Tensor, layer: int, part: str, group
         return model.logits(model.hidden(ids[None], torch.arange(len(ids))[None], Cache()))[0]
 
 
-def test_costs_are_those_of_a_plain_loop(llm_of):
+def test_the_sensitivity_is_that_of_a_plain_loop(llm_of):
     llm, store = llm_of("g3"), Tuned(group=8)
     texts = torch.tensor([text(42, 1), text(42, 2)])
-    found = calibration.measure(llm.models.prefill, llm.models.ops, store, texts, lambda: None)
+    found = sensitivity.measure(llm.models.prefill, llm.models.ops, store, texts, lambda: None)
     for part, layer in itertools.product("kv", range(3)):
         kl = []
         for ids in texts:
             p, q = (
-                logits_with_one_rounded(llm, ids, at, part, 8).double().softmax(-1)[:: calibration.EVERY]
+                logits_with_one_rounded(llm, ids, at, part, 8).double().softmax(-1)[:: sensitivity.EVERY]
                 for at in (-1, layer)
             )
             kl += (p * (p / q).log()).sum(-1).tolist()
@@ -125,31 +125,43 @@ def test_costs_are_those_of_a_plain_loop(llm_of):
 
 def test_a_model_is_measured_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOKV_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr(calibration.passages, "__defaults__", (2, 40))
+    monkeypatch.setattr(sensitivity.passages, "__defaults__", (2, 40))
     llm = load(str(tiny("g3")[0]), dtype="float32")
     plan = llm.ready(parse("full+tuned:bits=3,group=8"))
     (file,) = (tmp_path / "maps").iterdir()
     both = [plan.store.at(i, 3) for i in range(3)]
     assert plan.ready and 2.34 <= sum(x.k + x.v for x in both) / 6 <= 3
     assert parse(str(plan)) == plan  # the plan that runs names its bits
-    monkeypatch.setattr(calibration, "measure", None)
+    monkeypatch.setattr(sensitivity, "measure", None)
     assert llm.ready(parse("full+tuned:bits=3,group=8")) == plan
     assert llm.ready(parse("full+tuned:bits=8,group=8")).store.layers == "k8v8x3"
     facts = json.loads(file.read_text())
     for damage, says in (
-        ({"fingerprint": "x"}, "of another model"),
-        ({"costs": {}}, "does not hold"),
-        ({"costs": facts["costs"] | {"k": [1.0]}}, "lacks the costs"),
-        ({"costs": facts["costs"] | {"k": ["a"] * 3}}, "lacks the costs"),
+        ({"fingerprint": "x"}, "is of another model"),
+        ({"sensitivity": {}}, "does not hold"),
+        ({"sensitivity": None}, "does not hold"),
+        *(
+            ({"sensitivity": facts["sensitivity"] | {"k": k}}, "does not hold")
+            for k in ([1.0], ["a"] * 3, [1.0, True, 2.0], [1.0, 10**400, 2.0], [-1.0] * 3)
+        ),
+        ("{", "cannot be read as JSON"),
     ):
-        file.write_text(json.dumps(facts | damage))
+        file.write_text(damage if isinstance(damage, str) else json.dumps(facts | damage))
         with pytest.raises(ValueError, match=f"{says}.*; delete it to measure again"):
             llm.ready(parse("full+tuned:group=8"))
 
 
+def test_a_file_that_cannot_be_written_is_told_before_measuring(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOKV_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(sensitivity, "measure", None)
+    (tmp_path / "maps").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written .*tuned:layers=k8v4x2-k4v2"):
+        load(str(tiny("g3")[0]), "full+tuned", dtype="float32")
+
+
 def test_a_saved_cache_needs_no_measurement(llm_of, tmp_path, monkeypatch):
     """Its plan names the bits of each layer."""
-    monkeypatch.setattr(calibration, "measure", None)
+    monkeypatch.setattr(sensitivity, "measure", None)
     llm, plan = llm_of("g3"), parse("full+tuned:layers=k8v4-k2v4,group=4,residual=2")
     session = llm.session(8, plan=plan)
     session.start([text(40, 1)])

@@ -19,7 +19,7 @@ from nanokv.stores.quant.grouped import GroupState
 from nanokv.stores.quant.int import Int
 
 BITS = 2, 4, 8
-# what rounding to so many bits costs, as a share of what 2 bits cost: the square of the error, which is a step of the scale
+# the divergence with so many bits, as a share of that with 2: it falls with the square of the step between two levels
 SHARE = [(3 / (2**bits - 1)) ** 2 for bits in BITS]
 UNIFORM = (2, 2), (4, 2), (4, 4), (8, 4), (8, 8)  # bits of K and V, where nothing has been measured
 
@@ -29,21 +29,23 @@ class Tuned(StoreSpec):
     """KVTuner (Li et al. 2025, arXiv:2502.04420): K and V of each layer get the bits that they need, so that the numbers of
     the cache have `bits` bits on average. Tokens are rounded and held as in store int.
 
-    What rounding costs is measured once for a model: a text is read with K or V of a single layer rounded to 2 bits, and
-    the cost is the divergence of the model's next-token distribution (KL) from that without rounding. It is taken to
-    fall with the square of the rounding error. From 2 bits each, the bits then go where one more bit saves most.
-    Deviations: the paper searches for whole assignments by the accuracy on a task, after it has grouped the layers by the
-    error of their attention's output; here the costs of layers add up.
+    The sensitivity of a layer's K or V is measured once for a model and a group: a text is read with that part alone
+    rounded to 2 bits, and the sensitivity is the divergence (KL) of the model's next-token distribution from that
+    without rounding. With more bits it is taken to fall with the square of the rounding error. From 2 bits each, the bits
+    then go where one more bit gains most. A part gets 8 bits while another has 2 only if it is 48 times as sensitive, so
+    bits=4 is mostly `int4`. Deviations: the paper searches for whole assignments by the accuracy on a task, after it has
+    grouped the layers by the error of their attention's output; here the divergences of layers add up.
 
-    bits      of a number of K and V, on average over the layers: 2 to 8
-    layers    the bits themselves: k8v4x2-k4v2 are 8 for K and 4 for V in two layers, and 4 and 2 in all others; none: by
-              what was measured
+    bits      of a code of K or V, on average over the layers, without scales and exact tokens: 2 to 8; read only where
+              `layers` is none
+    layers    the bits themselves, from the first layer on. k8v4x2-k4v2 means: 8 bits for K and 4 for V in two layers, then
+              4 and 2 in all others. none: by the sensitivity
     group     tokens of K, and channels of V, that share a scale
     residual  last tokens that stay exact, at least
     pin       first tokens that stay exact
     """
 
-    bits: float = 4.0
+    bits: float = 3.0
     layers: str | None = None
     group: int = 64
     residual: int = 64
@@ -78,15 +80,17 @@ class Tuned(StoreSpec):
         for text in (self.layers or "k4v4").split("-"):
             match = re.fullmatch(r"k([248])v([248])(?:x(\d{1,4}))?", text)
             if not match:
-                raise ValueError(f"layers={self.layers}; write k8v4x2-k4v2, with 2, 4 or 8 bits")
+                raise ValueError(
+                    f"layers={self.layers}: {text!r} is no k8v4 or k8v4x2 (K 8 bits, V 4, in two layers); bits are 2, 4 or 8"
+                )
             found += [(int(match[1]), int(match[2]))] * int(match[3] or 1)
         if not found:
             raise ValueError(f"layers={self.layers} names no layer; write k8v4x2-k4v2")
         return found + [found[-1]] * (n - len(found))
 
-    def with_costs(self, costs: Mapping[str, Sequence[float]]) -> Tuned:
-        """This store with its `layers`. costs: "k" and "v" → what rounding that part of each layer to 2 bits costs."""
-        chosen = allocate([*costs["k"], *costs["v"]], self.bits)
+    def with_sensitivity(self, sensitivity: Mapping[str, Sequence[float]]) -> Tuned:
+        """This store with its `layers`. sensitivity: "k" and "v" → that of each layer."""
+        chosen = allocate([*sensitivity["k"], *sensitivity["v"]], self.bits)
         n = len(chosen) // 2
         runs = [(both, len(list(same))) for both, same in groupby(zip(chosen[:n], chosen[n:], strict=True))]
         return replace(self, layers="-".join(f"k{k}v{v}" + (f"x{m}" if m > 1 else "") for (k, v), m in runs))
@@ -105,20 +109,20 @@ class Tuned(StoreSpec):
         return self.at(0, 1).incompatible_model(config)
 
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
-        return self.at(0, 1).cost(config, dtype, sink)
+        return self.at(0, 1).cost(config, dtype, sink)  # the first layer's; `Plan.cost` asks each layer for its own
 
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> Store:
         return self.at(ctx.layer, ctx.config.num_hidden_layers).pack(rows, policy, room, ctx)
 
 
-def allocate(costs: Sequence[float], bits: float) -> list[int]:
-    """The bits of each part. costs: of each part, what 2 bits cost. From 2 bits each, the part is raised that saves most
-    per bit, as long as the average is at most `bits`.
+def allocate(sensitivity: Sequence[float], bits: float) -> list[int]:
+    """The bits of each part, by the sensitivity of each. From 2 bits each, the part is raised that gains most per bit, as
+    long as the average is at most `bits`.
     """
-    level, spare = [0] * len(costs), (bits - BITS[0]) * len(costs)
+    level, spare = [0] * len(sensitivity), (bits - BITS[0]) * len(sensitivity)
     while True:
         steps = [
-            (costs[i] * (SHARE[a] - SHARE[a + 1]) / (BITS[a + 1] - BITS[a]), -i)
+            (sensitivity[i] * (SHARE[a] - SHARE[a + 1]) / (BITS[a + 1] - BITS[a]), -i)
             for i, a in enumerate(level)
             if a + 1 < len(BITS) and BITS[a + 1] - BITS[a] <= spare
         ]

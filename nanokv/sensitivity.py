@@ -1,10 +1,11 @@
-"""What rounding the keys or the values of a single layer costs a model, measured once and kept in a file beside the
-weights. For stores whose bits differ by layer.
+"""How much rounding the keys or the values of a single layer changes what a model predicts: measured once, and kept in a
+file beside the weights. For the store whose bits differ by layer.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanokv.backends.base import Ops
-from nanokv.files import quoted, read_json, reason, replacing
+from nanokv.files import quoted, read_json, replacing
 from nanokv.model.config import ModelConfig
 from nanokv.model.llama import Llama
 from nanokv.stores.quant.tuned import Tuned
@@ -24,7 +25,7 @@ TEXTS, TOKENS, EVERY = (
     256,
     4,
 )  # texts, their length, and at which of their tokens the model's predictions are compared
-Costs = dict[str, list[float]]
+Sensitivity = dict[str, list[float]]
 
 
 class RoundedCache:
@@ -51,7 +52,7 @@ class RoundedLayer:
 
 
 @torch.inference_mode()
-def measure(model: Llama, ops: Ops, store: Tuned, texts: Tensor, progress: Callable[[], object]) -> Costs:
+def measure(model: Llama, ops: Ops, store: Tuned, texts: Tensor, progress: Callable[[], object]) -> Sensitivity:
     """texts (n,T) token ids → "k" and "v" → per layer the mean divergence (KL, nats) of the next-token distribution.
     progress() is called after each of the forward passes, of which there are two per layer and one more.
     """
@@ -64,13 +65,13 @@ def measure(model: Llama, ops: Ops, store: Tuned, texts: Tensor, progress: Calla
 
     right, n = predictions(None), model.config.num_hidden_layers
 
-    def cost(layer: int, part: str) -> float:
+    def divergence(layer: int, part: str) -> float:
         if layer in model.config.shared_layers:
             return 0.0  # it reads another layer's
         found = predictions((layer, part))
         return float((right.exp() * (right - found)).sum(-1).mean().clamp(min=0))
 
-    return {part: [cost(i, part) for i in range(n)] for part in "kv"}
+    return {part: [divergence(i, part) for i in range(n)] for part in "kv"}
 
 
 def passages(tokenizer: Tokenizer, n: int = TEXTS, length: int = TOKENS) -> Tensor:
@@ -86,38 +87,45 @@ def passages(tokenizer: Tokenizer, n: int = TEXTS, length: int = TOKENS) -> Tens
 
 
 def file_of(weights: Path, fingerprint: str, store: Tuned) -> Path:
-    """The file in which a model's costs are kept."""
+    """The file in which a model's sensitivity is kept."""
     return weights / "maps" / f"{fingerprint}-bits-{store.group}.json"
 
 
-def write(file: Path, model: str, fingerprint: str, costs: Costs) -> None:
-    facts: dict[str, Any] = {"model": model, "fingerprint": fingerprint, "costs": costs}
+def check_writable(file: Path) -> None:
+    """ValueError if the file cannot be written: a measurement takes a minute, so this is asked before."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as part:
-            part.write_text(json.dumps(facts, indent=1) + "\n")
+        if file.exists() or not os.access(file.parent, os.W_OK):
+            raise OSError(0, "it is a folder" if file.exists() else "its folder is read-only")
     except OSError as e:
-        raise ValueError(f"{file} cannot be written ({e.strerror}); set NANOKV_WEIGHTS to a folder of yours") from None
+        raise ValueError(
+            f"{file}, which keeps the sensitivity of the layers, cannot be written ({e.strerror}); "
+            "make its folder writable, or give the bits as in tuned:layers=k8v4x2-k4v2"
+        ) from None
 
 
-def read(file: Path, fingerprint: str, config: ModelConfig) -> Costs:
-    """ValueError if the file is incomplete or of another model."""
+def write(file: Path, model: str, fingerprint: str, found: Sensitivity) -> None:
+    facts: dict[str, Any] = {"model": model, "fingerprint": fingerprint, "sensitivity": found}
+    with replacing(file) as part:
+        part.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def read(file: Path, fingerprint: str, config: ModelConfig) -> Sensitivity:
+    """ValueError if the file is damaged, or of another model."""
     try:
         facts = read_json(file)
-        costs, is_this_model = facts["costs"], facts["fingerprint"] == fingerprint
-        found = {part: costs[part] for part in "kv"}
-        complete = all(
-            isinstance(x, list)
-            and len(x) == config.num_hidden_layers
-            and all(isinstance(y, float | int) and 0 <= y < float("inf") for y in x)
-            for x in found.values()
-        )
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(
-            f"{file} does not hold what rounding costs ({reason(e)}); delete it to measure again"
-        ) from None
-    if not is_this_model:
+    except ValueError:
+        raise ValueError(f"{file} cannot be read as JSON; delete it to measure again") from None
+    if facts.get("fingerprint") != fingerprint:
         raise ValueError(f"{file} is of another model ({quoted(facts.get('model'))}); delete it to measure again")
-    if not complete:
-        raise ValueError(f"{file} lacks the costs of some layers; delete it to measure again")
-    return found
+    found = facts.get("sensitivity")
+    n = config.num_hidden_layers
+    right = isinstance(found, dict) and all(
+        isinstance(found.get(part), list)
+        and len(found[part]) == n
+        and all(isinstance(x, float) and 0 <= x < float("inf") for x in found[part])
+        for part in "kv"
+    )
+    if not right:
+        raise ValueError(f"{file} does not hold a sensitivity for each of {n} layers; delete it to measure again")
+    return {part: found[part] for part in "kv"}
