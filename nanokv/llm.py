@@ -109,6 +109,7 @@ def load(
     ops = ops if ops.has_kernels else replace(ops, linear=use.linear)
     calls = Calls() if watch else None
     ops = calls.watched(ops) if calls else ops
+    runner = "eager" if settings().debug and runner == "auto" else runner  # a captured step cannot stop half way
     main = loader.empty(config, ops, where, use.prefill)
     if tensors is None:
         loader.randomise(main)
@@ -116,7 +117,7 @@ def load(
         loader.fill(main, tensors, str(path), bar)
     decode = loader.copy(main, ops, use.decode) if use.decode != use.prefill else main
     models = Models(main, decode, ops, make(runner, decode, compile_options), use.cache)
-    if settings().debug and models.runner.name == "eager":  # compiled steps cannot stop half way
+    if settings().debug and models.runner.name == "eager":
         for each in {main, decode}:
             watch_finite(each)
     name = f"{model} (random weights)" if random_weights else model
@@ -214,15 +215,15 @@ class LLM:
         """
         if self.check and (failed := [f"{name} {why}" for name, why in self.check(plan.kernels).items() if why]):
             raise ValueError(f"{plan} cannot run here: kernel {failed[0]}; use --backend sdpa")
+        if self.config.shared_layers and plan.sharer and not plan.share:
+            raise ValueError(
+                f"{self.name} was trained with shared layers, so no others can be found: leave {plan.names[-1]} out"
+            )
         if not plan.store.calibrated:
             file = sensitivity.file_of(settings().weights, self.fingerprint(), plan.store)
             known = sensitivity.read(file, self.fingerprint(), self.config) if file.is_file() else None
             store = plan.store.with_sensitivity(known or self.measure_sensitivity(plan.store, file))
             plan = replace(plan, store=store, ready=plan.sharer is None or bool(plan.share))
-        if self.config.shared_layers and not plan.ready:
-            raise ValueError(
-                f"{self.name} was trained with shared layers, so no others can be found: leave {plan.names[-1]} out"
-            )
         if plan.ready:
             return replace(plan, share=plan.share or self.config.shared_layers)
         want = plan.sharer
@@ -236,7 +237,8 @@ class LLM:
     def measure_sensitivity(self, store: Tuned, file: Path) -> sensitivity.Sensitivity:
         """Measure how much rounding each layer changes what this model predicts, and write it to `file`."""
         sensitivity.check_writable(file)
-        t0, texts, model = time.perf_counter(), sensitivity.passages(self.tokenizer), self.models.prefill
+        t0, model = time.perf_counter(), self.models.prefill
+        texts = sensitivity.passages(self.tokenizer, store.group)
         n = 1 + 2 * self.config.num_hidden_layers
         with tqdm(total=n, desc="bits by layer", unit="pass", leave=False, disable=not sys.stderr.isatty()) as bar:
             found = sensitivity.measure(model, self.models.ops, store, texts.to(self.device), bar.update)

@@ -74,10 +74,11 @@ def measure(model: Llama, ops: Ops, store: Tuned, texts: Tensor, progress: Calla
     return {part: [divergence(i, part) for i in range(n)] for part in "kv"}
 
 
-def passages(tokenizer: Tokenizer, n: int = TEXTS, length: int = TOKENS) -> Tensor:
-    """(n,length) token ids of the documentation that every CPython carries."""
+def passages(tokenizer: Tokenizer, group: int, n: int = TEXTS, tokens: int = TOKENS) -> Tensor:
+    """(n,length) token ids of the documentation that every CPython carries: at least so many tokens each, in whole groups."""
     from pydoc_data.topics import topics
 
+    length = -(-tokens // group) * group
     ids = tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics))[: 40 * n * length])
     if len(ids) < n * length:
         raise ValueError(

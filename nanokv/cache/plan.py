@@ -14,7 +14,6 @@ import torch
 
 from nanokv.cache.budget import Workload
 from nanokv.cache.protocol import StoreSpec
-from nanokv.cache.scores import Scores
 from nanokv.files import clipped
 from nanokv.model.config import ModelConfig
 from nanokv.policies import POLICIES
@@ -97,10 +96,14 @@ class Plan:
     @property
     def kernels(self) -> tuple[str, ...]:
         """The kernels that this plan runs beside those of every step."""
-        return (
-            *self.store.kernels,
-            *(("attention_scores",) if self.policy.scores != Scores() else ()),
-        )
+        return *self.store.kernels, *(("attention_scores",) if self._scores_by_kernel() else ())
+
+    def _scores_by_kernel(self) -> bool:
+        """Whether a kernel computes the scores of the prompt; the backend in backends/triton.py decides by the same rule."""
+        wanted = self.policy.scores
+        asks = wanted.last_queries != 0 or self.policy.passes(FAR) > 0
+        joins = wanted.over_queries == "sum" or wanted.over_group == wanted.over_queries == "max"
+        return asks and joins and wanted.gumbel_seed is None and wanted.near is None
 
     def device_bytes(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> float:
         """An upper bound, once fitted, of one layer's bytes on the device for one row after a prompt of n tokens."""
@@ -143,6 +146,7 @@ class Plan:
         return "+".join(canonical(name, part) for name, part in zip(self.names, parts, strict=True))
 
 
+FAR = 1 << 20  # tokens of a prompt that is longer than any budget
 AXIS_NAMES = "keep", "store", "share"
 STORE_AXIS = "decide how they are stored"
 AXES = {

@@ -356,6 +356,14 @@ def test_attention_scores(w, how, window, dtype):
     same([kernels.attention_scores(*ask)], [reference.attention_scores(*ask)], dtype)
 
 
+@pytest.mark.parametrize("dim", [96, 256])
+def test_attention_scores_of_wide_heads(dim):
+    """A program takes fewer rows at a time where they are long."""
+    q, k = normal(1, H, 70, dim) * 3, normal(1, HKV, 90, dim, seed=1)
+    ask = q, k, 20, None, "max", "max"
+    same([kernels.attention_scores(*ask)], [reference.attention_scores(*ask)], torch.float32)
+
+
 def test_attention_scores_can_fail():
     q, k = normal(B, H, 16, D) * 3, normal(B, HKV, S, D, seed=1)
     with pytest.raises(AssertionError):

@@ -135,6 +135,7 @@ def test_a_model_is_measured_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity, "measure", None)
     assert llm.ready(parse("full+tuned:bits=3,group=8")) == plan
     assert llm.ready(parse("full+tuned:bits=8,group=8")).store.layers == "k8v8x3"
+    assert sensitivity.passages(llm.tokenizer, 48).shape == (2, 48)  # a group that is longer than the text
     facts = json.loads(file.read_text())
     for damage, says in (
         ({"fingerprint": "x"}, "is of another model"),
