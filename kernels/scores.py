@@ -220,7 +220,9 @@ def attention_scores(
     asked = over_group, over_queries, noise, near
     assert (over_queries == "sum" or over_group == over_queries == "max") and noise is None and near is None, asked
     assert k.stride(3) == 1, k.stride()
-    rows = ROWS * 256 // max(256, D * q.itemsize)  # rows of more than 256 bytes would not fit the shared memory
+    rows = (
+        ROWS * 256 // max(256, triton.next_power_of_2(D) * q.itemsize)
+    )  # rows of more than 256 bytes would not fit the shared memory
     q, G, block_q = q.contiguous(), H // heads, min(rows, triton.next_power_of_2(w))
     at_once = max(1, min(triton.next_power_of_2(G), rows // block_q))  # query heads
     if at_once * block_q < 16:  # a product has 16 rows at least
