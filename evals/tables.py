@@ -81,6 +81,11 @@ def without_question_long() -> str:
     return _scores(_read("values-4096.json", "epyc"))
 
 
+def few_bytes() -> str:
+    """KVzip with values counted, and with more tokens of fewer bits."""
+    return _scores(_read("few-bytes-1000.json", "epyc"))
+
+
 def finishers() -> str:
     """Policies whose kept values take over a part of what was evicted."""
     return _scores(_read("finish-1000.json", "epyc"))
@@ -487,6 +492,7 @@ TABLES: dict[str, Callable[[], str]] = {
         stores,
         without_question,
         without_question_long,
+        few_bytes,
         finishers,
         auto,
         codes,
