@@ -20,11 +20,8 @@ from nanokv.model.llama import Llama
 from nanokv.stores.quant.tuned import Tuned
 from nanokv.text.tokenizer import Tokenizer
 
-TEXTS, TOKENS, EVERY = (
-    2,
-    256,
-    4,
-)  # texts, their length, and at which of their tokens the model's predictions are compared
+TEXTS, TOKENS = 2, 256  # texts, and tokens of each
+EVERY = 4  # the model's predictions are compared at every fourth token
 Sensitivity = dict[str, list[float]]
 
 

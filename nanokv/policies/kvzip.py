@@ -31,8 +31,8 @@ class KVzip(Scorer):
     token; scores are fp32, as if the model had no sliding window.
 
     normed=true weighs a token's score with |W_o v|₂, how far its value can move the layer's output (KVzip+, of kvpress
-    0.5.5). Deviation: the norm is the mean over the query heads of the KV head, and the score is not divided by the length
-    of the query's hidden state, which is nearly the same for all queries behind the layer's norm.
+    0.5.5). Deviations: the norm is the mean over the query heads of the KV head, and the score is not divided by the length
+    of the query's hidden state, which a cache does not see.
 
     sink    first tokens that always stay
     piece   tokens that are repeated in one pass
