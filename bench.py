@@ -35,9 +35,10 @@ from evals.quality import Item, named, registered
 from evals.tasks import TASKS
 from nanokv import cli, streams
 from nanokv.cache.plan import Plan, parse
+from nanokv.compiled import MODES
 from nanokv.files import check_outputs, write_text
 from nanokv.llm import LLM, load
-from nanokv.runner import MODES, RUNNERS
+from nanokv.runner import RUNNERS
 from weights.registry import DEFAULT
 
 PROGRAM = "bench.py"

@@ -16,9 +16,10 @@ from torch._inductor.utils import fresh_cache
 from evals.quality import servable, text_of
 from evals.speed import ROUNDS, STEPS, alternate, stepper
 from nanokv.cache.plan import Plan
+from nanokv.compiled import Compiled, CompileOptions
 from nanokv.engine import Session
 from nanokv.llm import LLM
-from nanokv.runner import Compiled, CompileOptions, Eager
+from nanokv.runner import Eager
 
 
 def measure(llm: LLM, plans: dict[str, Plan], lengths: tuple[int, int], modes: Iterable[CompileOptions]) -> list[dict]:

@@ -22,11 +22,12 @@ from evals.quality import PROTOCOLS, Item, mean, prompt_and_turns, solved, text_
 from evals.speed import ROUNDS, STEPS, alternate, stepper, timed, weight_bytes
 from nanokv import parse
 from nanokv.cache.plan import Plan
+from nanokv.compiled import Compiled
 from nanokv.engine import Session
 from nanokv.inspect.dense import begin
 from nanokv.llm import LLM
 from nanokv.policies import POLICIES
-from nanokv.runner import Compiled, Eager
+from nanokv.runner import Eager
 from weights.fetch import locate
 
 INSTALL = "pip install -r requirements-peers.txt"

@@ -20,7 +20,7 @@ from weights.registry import settings
 
 if TYPE_CHECKING:
     from nanokv.answer import Answer
-    from nanokv.runner import CompileOptions
+    from nanokv.compiled import CompileOptions
 
 
 # of a directory that --model names, what no output may replace
@@ -93,7 +93,7 @@ def add_compile_flags(add: Callable[..., object]) -> None:
 
 def compile_options(args: argparse.Namespace) -> CompileOptions:
     """What the flags of `add_compile_flags` say. ValueError if torch does not know it."""
-    from nanokv.runner import CompileOptions
+    from nanokv.compiled import CompileOptions
 
     return CompileOptions.parse(args.compile_mode, args.compile_backend, args.compile_dynamic, args.compile_option)
 

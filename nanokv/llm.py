@@ -28,13 +28,14 @@ from nanokv.backends.triton import triton_for
 from nanokv.backends.watch import Calls
 from nanokv.cache.plan import Plan, nearest, parse
 from nanokv.cache.report import Report, mib
+from nanokv.compiled import CompileOptions
 from nanokv.device import check_weights, choose_device, choose_precision, free_bytes
 from nanokv.engine import Models, Session
 from nanokv.inspect.finite import watch as watch_finite
 from nanokv.model import loader
 from nanokv.model.config import ModelConfig
 from nanokv.model.presets import PRESETS
-from nanokv.runner import RUNNERS, CompileOptions, make
+from nanokv.runner import RUNNERS, make
 from nanokv.sharing import search
 from nanokv.sharing.base import Sharing
 from nanokv.speculate import Lookup, SecondSession, Speculation, check_plans, draft_plan

@@ -41,7 +41,7 @@ class KVCache:
         self.plans, self.plan, self.stores, self.layer_scores = plans, plans[0], stores, layer_scores
         self.room, self.ctx, self.shared = room, ctx, shared
         self.since_rescore = 0  # tokens
-        self.layout = 0  # counts changes of the stores' memory; a step captured at another count is stale
+        self.layout = object()  # another one after each change of the stores' memory, which makes a recorded step stale
         self.layers: list[Owner | Reader] = []
         plan, policy = self.plan, self.plan.policy
         rows = next(iter(stores.values())).slots.cursor.shape[0]
@@ -97,13 +97,13 @@ class KVCache:
         ahead = self.plan.slots_ahead(room, self.since_rescore)
         for i, store in self.stores.items():
             if store.reserve(ahead):
-                self.layout += 1
+                self.layout = object()
             else:
                 self._pack(i, store.unpack(), ahead)
         self.room = room
 
     def _pack(self, i: int, rows: list[Kept], ahead: int) -> None:
-        self.layout += 1
+        self.layout = object()
         frozen = self.stores[i].slots.frozen
         store = self.plan.store_of(i, self.ctx.config.num_hidden_layers)
         self.stores[i] = self.layers[i].store = store.pack(rows, self.plan.policy, ahead, self.ctx.of_layer(i))
@@ -120,7 +120,8 @@ class KVCache:
         the policy rescores.
         """
         for store in self.stores.values():
-            self.layout += bool(store.maintain(written))
+            if store.maintain(written):
+                self.layout = object()
         self.since_rescore += written
         if self.plan.policy.rescore_every and self.since_rescore >= self.plan.policy.rescore_every:
             self.since_rescore = 0
@@ -155,7 +156,7 @@ class KVCache:
         if not store.refill(rows, ahead):
             self._pack(i, rows, ahead)
         elif store.refill_ends_capture:
-            self.layout += 1
+            self.layout = object()
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Let row i hold what row rows[i] holds."""
@@ -163,7 +164,7 @@ class KVCache:
         for i, store in self.stores.items():
             if self.shared:
                 store.reorder(rows, ahead)
-                self.layout += 1
+                self.layout = object()
             else:
                 held = store.unpack()
                 self._pack(i, [held[row] for row in rows], ahead)

@@ -41,12 +41,15 @@ class Llama(nn.Module):
         """The output projection (C, H·D) of each layer, for caches whose policy measures what a value contributes."""
         return tuple(block.self_attn.o_proj.weight for block in self.layers)
 
+    def embed(self, tokens: Tensor, pos: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """tokens, pos (B,T) → what the first block is given: x (B,T,C) fp32, and the angles of rotation."""
+        return self.embed_tokens(tokens).float(), angles(self.inv_freq, pos)  # the residual stream stays fp32
+
     def hidden(self, tokens: Tensor, pos: Tensor, cache: Cache, run: Callable | None = None) -> Tensor:
         """tokens, pos (B,T) → (B,T,C) after the last norm. `run(block, x, pos, angle, layer)`, if given, replaces the
         call of each block.
         """
-        x = self.embed_tokens(tokens).float()  # the residual stream stays fp32
-        angle = angles(self.inv_freq, pos)
+        x, angle = self.embed(tokens, pos)
         for block, layer in zip(self.layers, cache.layers, strict=True):
             x = block(x, pos, angle, layer) if run is None else run(block, x, pos, angle, layer)
         return self.norm(x, self.lm_head.weight.dtype)
@@ -54,6 +57,10 @@ class Llama(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(…,C) → (…,vocab)."""
         return self.linear(hidden, self.lm_head.weight, None)
+
+    def head(self, x: Tensor) -> Tensor:
+        """x (B,T,C) after the last block → logits of the last token (B,vocab)."""
+        return self.logits(self.norm(x[:, -1], self.lm_head.weight.dtype))
 
     def forward(self, tokens: Tensor, pos: Tensor, cache: Cache) -> Tensor:
         """tokens, pos (B,T) → logits of the last token (B,vocab)."""

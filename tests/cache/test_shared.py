@@ -10,7 +10,7 @@ from helpers import first, held_positions
 from tiny import text
 
 from nanokv import engine, parse
-from nanokv.runner import Compiled, CompileOptions
+from nanokv.compiled import Compiled, CompileOptions
 from nanokv.stores.dense import SLOT_COUNTERS
 from nanokv.stores.shared import SharedPrefix
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -13,10 +15,11 @@ from tiny import text
 from nanokv import load, parse
 from nanokv.cache.decode import KVCache
 from nanokv.cache.plan import Plan
+from nanokv.compiled import Compiled, CompileOptions
 from nanokv.engine import Session
 from nanokv.llm import LLM
 from nanokv.policies import POLICIES
-from nanokv.runner import Compiled, CompileOptions, Eager, make
+from nanokv.runner import Eager, make
 from nanokv.stores import STORES
 
 LENGTHS, STEPS = (60, 43, 77), 4
@@ -43,10 +46,15 @@ def counted(llm: LLM, plan: Plan, steps: int = STEPS) -> tuple[list[int], int, l
 
 
 def kind(layer) -> tuple:
-    """What decides the shape of a step besides sizes: whether the layer stores, its store's sets, whether groups are overwritten."""
+    """What decides the shape of a step besides sizes: whether the layer stores, its store's sets and bits, its role in a
+    pair of layers, whether groups are overwritten.
+    """
     store = getattr(layer, "store", None) or layer.owner.store
     sets = [bool(getattr(store, name, 0)) for name in ("n_groups", "n_pinned", "n_candidates")]
-    return layer.owns, *sets, getattr(store.slots, "wraps", None)
+    spec = getattr(store, "spec", None)
+    bits = [getattr(spec, name, None) for name in ("k", "v")]
+    role = [getattr(store, name, None) for name in ("is_merged", "is_upper")]
+    return layer.owns, *sets, *bits, *role, getattr(store.slots, "wraps", None)
 
 
 def check(store: str, counts: list[int], kinds: int, differences: list[float], more: int = 0) -> None:
@@ -55,7 +63,9 @@ def check(store: str, counts: list[int], kinds: int, differences: list[float], m
     rounds = store not in ("dense", "ragged", "shadow", "quest")
     assert sorted(differences)[1 if rounds else 2] < 1e-4
     assert max(differences) < 2e-3
-    assert counts[2] == counts[1] <= 2 * kinds + more + 1  # and the head's
+    # a kind that few layers are of, as those with some bits of `tuned`, may meet its second size at the third length only
+    assert counts[2] <= counts[1] + (store == "tuned")
+    assert counts[2] <= 2 * kinds + more + 1  # and the head's
 
 
 def small(keep: str, store: str) -> Plan:
@@ -119,9 +129,9 @@ def test_a_cache_that_is_not_frozen_compiles_as_it_grows(llm_of, monkeypatch):
     assert max(differences) < 1e-4 and counts[-1] > 3
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    "plan", ["snapkv:budget=20,window=4,heads=ada,every=4+ragged", "full", "snapkv:budget=20,window=4,every=4"]
+    "plan",
+    first(1, ["full", "snapkv:budget=20,window=4,heads=ada,every=4+ragged", "snapkv:budget=20,window=4,every=4"]),
 )
 def test_a_compiled_step_follows_its_cache_into_new_memory(plan, llm_of):
     """More room, or another look."""
@@ -152,6 +162,34 @@ def test_a_turn_of_several_tokens_goes_on_from_a_compiled_cache(llm_of):
             out = session.feed(torch.tensor([piece, piece]))
         logits.append(out)
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_from_the_third_step_on_recorded_graphs_are_called_without_torch_compile(llm_of):
+    llm, found = llm_of("g3"), []
+    runner = Compiled(llm.models.decode, CompileOptions(backend="eager"))
+    for models in (llm.models, replace(llm.models, runner=runner)):
+        session = Session(models, parse("h2o:budget=20"), 8)
+        session.start([text(30, seed=5)])
+        logits = [session.feed(torch.tensor([[t]])) for t in (3, 4)]
+        if models.runner is runner:
+            runner.block = runner.head = None  # a call would fail
+        found.append(torch.cat(logits + [session.feed(torch.tensor([[t]])) for t in (5, 6, 7)]))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+def test_a_recorded_step_does_not_keep_a_dropped_cache(llm_of):
+    llm = llm_of("g3")
+    session = Session(
+        replace(llm.models, runner=Compiled(llm.models.decode, CompileOptions(backend="eager"))), parse("full"), 8
+    )
+    session.start([text(30, seed=5)])
+    for t in (3, 4, 5):
+        session.feed(torch.tensor([[t]]))
+    held = [weakref.ref(x) for store in session.cache.stores.values() for x in store.tensors()]
+    assert held and all(ref() is not None for ref in held)
+    session.cache = None
+    gc.collect()
+    assert all(ref() is None for ref in held)
 
 
 def test_inductor_writes_the_same_logits(llm_of):
@@ -198,7 +236,7 @@ def test_auto_is_plain_calls(llm_of):
 
 
 def test_compiling_without_a_compiler_is_refused_in_one_sentence(llm_of, monkeypatch):
-    monkeypatch.setattr("nanokv.runner.which", lambda name: None)
+    monkeypatch.setattr("nanokv.compiled.which", lambda name: None)
     with pytest.raises(ValueError, match="use --runner eager"):
         make("compile", llm_of("g3").models.decode)
 

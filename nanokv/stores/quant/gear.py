@@ -99,14 +99,18 @@ class Gear(Int):
         sliding_window: int | None,
         exact: tuple[Tensor, Tensor, Tensor | None, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        parts, groups = [], k[0].shape[2]
+        parts = []
         if exact is not None:
             parts.append(ops.decode(q, *exact, query_pos, sliding_window)[:2])
         step = max(1, (ops.unpack_block or TOKENS_AT_ONCE) // self.group)
-        for a in range(0, groups, step):
-            some = ([x[:, :, a : a + step] for x in planes] for planes in (k, v))
+        if torch.compiler.is_compiling():  # a loop over blocks would be another graph for each number of groups
+            blocks = [(slice(None), slice(None))]
+        else:
+            starts = range(0, k[0].shape[2], step)
+            blocks = [(slice(a, a + step), slice(a * self.group, (a + step) * self.group)) for a in starts]
+        for groups, tokens in blocks:
+            some = ([x[:, :, groups] for x in planes] for planes in (k, v))
             block = [x.flatten(2, 3).to(q.dtype) for x in self.decode(ops, *some)]
-            tokens = slice(a * self.group, (a + step) * self.group)
             mask = None if visible is None else visible[:, :, tokens]
             parts.append(ops.decode(q, *block, mask, key_pos[:, :, tokens], query_pos, sliding_window)[:2])
         return merge(parts)
