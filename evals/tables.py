@@ -190,6 +190,16 @@ def decode_without_amx() -> str:
     return _decode(_read("peers.json", "epyc")["peers_speed"])
 
 
+def decode_recorded() -> str:
+    """The same machine, since compiled steps are recorded."""
+    return _decode(_read("peers-recorded.json", "epyc")["peers_speed"])
+
+
+def decode_qwen() -> str:
+    """The same machine, and a model that reads four times as many bytes of weights."""
+    return _decode(_read("peers-qwen-4096.json", "epyc")["peers_speed"])
+
+
 def decode_16384() -> str:
     """The same machine at 16,384 tokens, with the full cache and with 1,024 tokens of it."""
     return _decode(_read("peers-16384.json", "epyc")["peers_speed"])
@@ -500,6 +510,8 @@ TABLES: dict[str, Callable[[], str]] = {
         sparse,
         decode,
         decode_without_amx,
+        decode_recorded,
+        decode_qwen,
         decode_16384,
         tuned_bits,
         compiled,

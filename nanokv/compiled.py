@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import which
 from subprocess import SubprocessError
-from typing import Any
+from types import FunctionType
+from typing import Any, get_origin
 
 import torch
 from torch import Tensor
@@ -49,11 +52,17 @@ class CompileOptions:
                 f"compile options are Inductor's, and the backend is {self.backend}; leave one of them out"
             )
         known = _inductor().list_options() if self.options else []
-        for key in self.options:
+        for key, value in self.options.items():
             if key not in known:
                 close = difflib.get_close_matches(key, known, 3, 0.6)
                 hint = f" (did you mean {' or '.join(close)}?)" if close else ""
                 raise ValueError(f"torch's Inductor has no option {key!r}{hint}; see torch._inductor.config")
+            allowed = importlib.import_module("torch._inductor.config").get_type(key)
+            if get_origin(allowed) is None and not isinstance(value, allowed):
+                raise ValueError(
+                    f"compile option {key} is a {allowed.__name__}, and {value!r} is a {type(value).__name__}; "
+                    "give JSON, as in max_autotune=true"
+                )
 
     @classmethod
     def parse(cls, mode: str, backend: str, dynamic: str, pairs: Sequence[str]) -> CompileOptions:
@@ -74,7 +83,9 @@ class Compiled:
     """Compiles one block, and the head behind the last block, with torch.compile.
 
     A plan gets at most two graphs per kind of block, whatever the lengths. Layers are of one kind if they agree in
-    what decides a step's operations: whether they store, and which parts their store has.
+    what decides a step's operations: whether they store, and which parts their store has. Before each call torch
+    checks its guards. The weights and the program never change while this object lives, so only guards on the cache's
+    layer and the inputs are kept.
 
     On a CPU the second step over the same memory is recorded and later ones are replayed, see `Recording`.
     """
@@ -85,46 +96,47 @@ class Compiled:
         """backend: instead of the one that `how` names, a function of a graph and its example inputs, for tests."""
         how = how or CompileOptions()
         self.model, self.compile_s = model, 0.0
-        self.replays = model.embed_tokens.weight.device.type == "cpu"
-        self.layout: object = None  # the cache's memory in the last step
+        self.layout: object = None  # `KVCache.layout` at the last step
         self.recording: Recording | None = None
-        self.calls: list[Call] | None = None  # a list while a step is recorded
+        self.notes = Notes() if model.embed_tokens.weight.device.type == "cpu" else None
         options = {}
         if backend is None and how.backend == "inductor":
-            if self.replays:
+            if self.notes:
                 options |= {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
             # torch.compile takes a mode or options, not both, so the mode is written out
             options |= _inductor().list_mode_options(how.mode) | dict(how.options)
-        given = {"fullgraph": True, "dynamic": how.dynamic}
-        if self.replays:
-            given["backend"] = self._noting(backend or how.backend, options)
-        else:
-            given |= {"backend": backend or how.backend, "options": options}
-        self.block, self.head = (torch.compile(f, **given) for f in (Block.forward, Llama.head))
+        chosen = backend or how.backend
+        if self.notes:
+            chosen, options = self.notes.noting(chosen, options), {}
+        options["guard_filter_fn"] = lambda guards: [_keep_guard(guard) for guard in guards]
+        given = {"backend": chosen, "fullgraph": True, "dynamic": how.dynamic}
+        self.block, self.head = (
+            torch.compile(_own_code_object(f), options=dict(options), **given) for f in (Block.forward, Llama.head)
+        )
 
     def step(self, tokens: Tensor, pos: Tensor, cache: KVCache) -> Tensor:
         cache.freeze()
         x, angle = self.model.embed(tokens, pos)
         if self.layout is not cache.layout:
             self.layout, self.recording = cache.layout, None
-            return self._run(x, pos, angle, cache)
-        if self.recording is not None:
+        elif self.recording is not None:
             return self.recording.replay((x, pos, *angle))
-        if not self.replays:
-            return self._run(x, pos, angle, cache)
-        self.calls = []
-        logits = self._run(x, pos, angle, cache)
-        self.calls, self.recording = None, Recording(self.calls, (x, pos, *angle))
-        return logits
+        elif self.notes:
+            with self.notes.taken() as calls:
+                logits = self._run(x, pos, angle, cache)
+            self.recording = Recording(calls, (x, pos, *angle), logits)
+            return logits
+        return self._run(x, pos, angle, cache)
 
     def _run(self, x: Tensor, pos: Tensor, angle: tuple[Tensor, Tensor], cache: KVCache) -> Tensor:
         """The step by compiled functions, which compile if no graph fits."""
         t0, before = time.perf_counter(), _n_compiled()
         try:
             with (
-                torch._dynamo.config.patch(recompile_limit=256),
+                # a process may see many plans; a number such as the norm's epsilon is a constant of its graph
+                torch._dynamo.config.patch(recompile_limit=256, specialize_float=True),
                 warnings.catch_warnings(),
-            ):  # a process may see many plans
+            ):
                 warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")  # weights are fp16 where the cache is bf16
                 for block, layer in zip(self.model.layers, cache.layers, strict=True):
                     x = self.block(block, x, pos, angle, layer)
@@ -137,8 +149,29 @@ class Compiled:
             self.compile_s += time.perf_counter() - t0
         return out
 
-    def _noting(self, backend: str | Callable, options: Mapping[str, object]) -> Callable:
-        """A backend for torch.compile that compiles a graph as `backend` does, and notes its calls in `self.calls`."""
+
+Call = tuple[Callable, tuple, Sequence[Tensor]]  # a compiled graph, what it was given, what it returned
+
+
+class Notes:
+    """Notes each call of a compiled graph while a step is recorded. torch keeps this object as long as its graphs, so it
+    must not hold the model.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[Call] | None = None
+
+    @contextmanager
+    def taken(self) -> Iterator[list[Call]]:
+        """Within this context the list gets each call of a graph."""
+        self.calls = calls = []
+        try:
+            yield calls
+        finally:
+            self.calls = None
+
+    def noting(self, backend: str | Callable, options: Mapping[str, object]) -> Callable:
+        """A backend for torch.compile: it compiles a graph as `backend` does, and notes its calls."""
         compile_graph = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
         patches = {"config_patches": options} if options else {}
 
@@ -156,36 +189,35 @@ class Compiled:
         return compile_and_note
 
 
-Call = tuple[Callable, tuple, Sequence[Tensor]]  # a compiled graph, what it was given, what it returned
-
-
 class Recording:
     """The calls of compiled graphs in one step, made again with another token.
 
-    A call of a compiled function checks guards and collects the arguments in Python, which took 75 µs of the 350 µs of
-    a block on smollm2-135m. In a step over the same memory nothing of that changes, except the tensors that the step
-    is given and those that its graphs return. The others are held weakly, so a cache that is dropped is freed.
+    A call of a compiled function checks guards and collects the graph's arguments in Python. Over the same memory each
+    step calls the same graphs with the same tensors. Only two kinds are new: the step's inputs, and what an earlier
+    graph of the step returned. The others are held weakly, so a cache that is dropped is freed.
     """
 
-    def __init__(self, calls: Sequence[Call], inputs: Sequence[Tensor]):
-        """calls: of one step, in order. inputs: the tensors that are other ones in each step."""
-        place = {id(x): i for i, x in enumerate(inputs)}  # in the list of a step's own tensors
+    def __init__(self, calls: Sequence[Call], inputs: Sequence[Tensor], logits: Tensor):
+        """calls: of one step, in order. inputs: what the step was given. logits: what it returned."""
+        # where a tensor stands in the list of the step's own tensors. `calls` keeps all alive, so no two have one id
+        place = {id(x): i for i, x in enumerate(inputs)}
         self.calls, n = [], len(inputs)
         for graph, args, outs in calls:
             own = [(i, place[id(x)]) for i, x in enumerate(args) if id(x) in place]
             self.calls.append((graph, [_weakly(x) for x in args], own))
             place |= {id(x): n + i for i, x in enumerate(outs)}
             n += len(outs)
+        self.logits = place[id(logits)]
 
     def replay(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The same calls for these inputs → what the last graph returns."""
+        """The same calls for these inputs → logits (B,vocab)."""
         tensors = list(inputs)
         for graph, constants, own in self.calls:
             args = [constant() for constant in constants]
             for i, place in own:
                 args[i] = tensors[place]
             tensors += graph(*args)
-        return tensors[-1]
+        return tensors[self.logits]
 
 
 def _weakly(x: Any) -> Callable[[], Any]:
@@ -225,6 +257,18 @@ def _inductor() -> Any:
     import torch._inductor
 
     return torch._inductor
+
+
+def _keep_guard(guard: Any) -> bool:
+    """Whether this guard is on something that a step is given, which may change."""
+    return not guard.is_global and not guard.name.startswith(("self", "L['self']"))
+
+
+def _own_code_object(function: Callable) -> Callable:
+    """A copy of the function with its own code object. torch keeps graphs by code object, and two models must not
+    share theirs, because `_keep_guard` drops the guards that tell them apart.
+    """
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
 
 
 def _n_compiled() -> int:

@@ -147,6 +147,14 @@ def sdpa_decode_quant(
         return sdpa_decode(q, k, v, visible, key_pos, query_pos, sliding_window)[:2]
     (kq, ks, kz), (vq, vs, vz) = k, v
     heads, groups, S, runs = ks.shape[1], ks.shape[2], kq.shape[2], vs.shape[3]
+    if (
+        compiles_for_cpu(q) and runs == 1
+    ):  # one scale for a token's V: Inductor makes one loop of casting and multiplying
+        k_fields = [codes for _, codes in _numbers(kq, bits[0])], _bytewise(ks, bits[0]), _bytewise(kz, bits[0])
+        v_fields = [codes for _, codes in _numbers(vq, bits[1])], vs, vz
+        shown = reference.mask(visible, key_pos, query_pos, sliding_window, S)
+        out, lse = inductor_cpu.decode_quant(_bytewise(q, bits[0]), k_fields, v_fields, shown)
+        return _channelwise(out, bits[1]), lse
     scaled_q = q.view(B, heads, -1, D).float() * D**-0.5  # (B,Hkv,G,D)
     # the zero points add one number per group
     score = (kz.float() @ scaled_q.transpose(2, 3))[..., None]  # (B,Hkv,groups,G,1)

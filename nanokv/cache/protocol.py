@@ -41,7 +41,7 @@ class Store(Protocol):
     length: Tensor  # (B,Hkv) int32: tokens held
     needs_host_sync: bool  # a step over this store waits for the host, so it cannot be compiled or captured
     lossless_prefix: int | None  # so many first tokens come back from unpack() bit for bit; None: all
-    refill_ends_capture: bool  # a step that was captured before a `refill` cannot be replayed after it
+    refill_ends_capture: bool  # a step that was captured or recorded before a `refill` cannot be replayed after it
     until_maintenance: int | None  # so many more tokens may come at once before `maintain`; None: any number
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:

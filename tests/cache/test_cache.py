@@ -332,19 +332,26 @@ def test_a_saved_cache_goes_on_as_the_one_that_was_saved(plan, llm_of, tmp_path)
     [("snapkv:budget=20,window=4,kernel=3,every=4", True), ("adakv:budget=20,window=4,kernel=3,every=4", False)],
 )
 def test_a_captured_step_outlives_a_rescore_in_the_same_memory(plan, stays, llm_of):
-    """`layout` counts what makes a captured step stale; where it stays, every tensor of the cache is the same."""
+    """Another `layout` makes a captured or recorded step stale. Where it stays, every tensor of the cache is the same
+    object at the same address.
+    """
+
+    def tensors():
+        return [(x, x.data_ptr()) for store in session.cache.stores.values() for x in store.tensors()]
+
     llm = llm_of("g3")
     session = llm.session(12, plan=parse(plan))
     session.start([text(60, seed=1)])
     session.cache.freeze()
-    before = session.cache.layout, [x.data_ptr() for store in session.cache.stores.values() for x in store.tensors()]
+    layout, before = session.cache.layout, tensors()
     session.feed(torch.tensor([[3]]))
     held = session.cache.stores[0].slots.cursor.clone()
     for t in range(4):
         session.feed(torch.tensor([[t]]))
     assert (session.cache.stores[0].slots.cursor < held + 4).any()  # it was rescored
-    after = session.cache.layout, [x.data_ptr() for store in session.cache.stores.values() for x in store.tensors()]
-    assert (before == after) == stays
+    assert (session.cache.layout is layout) == stays
+    if stays:
+        assert all(a is b and m == n for (a, m), (b, n) in zip(before, tensors(), strict=True))
 
 
 def test_random_draws_anew_when_it_looks_again(llm_of):

@@ -528,6 +528,10 @@ def test_backends_are_explained(model, capsys):
         (["--runner", "compile", "--compile-option", "max_autotun=true"], "did you mean max_autotune"),
         (["--runner", "compile", "--compile-option", "max_autotune"], "no KEY=VALUE pair"),
         (
+            ["--runner", "compile", "--compile-option", "epilogue_fusion=no"],
+            "epilogue_fusion is a bool, and 'no' is a str",
+        ),
+        (
             ["--runner", "compile", "--compile-backend", "eager", "--compile-option", "max_autotune=true"],
             "leave one of them out",
         ),

@@ -177,19 +177,49 @@ def test_from_the_third_step_on_recorded_graphs_are_called_without_torch_compile
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
-def test_a_recorded_step_does_not_keep_a_dropped_cache(llm_of):
-    llm = llm_of("g3")
-    session = Session(
-        replace(llm.models, runner=Compiled(llm.models.decode, CompileOptions(backend="eager"))), parse("full"), 8
-    )
+def test_a_recorded_step_keeps_neither_a_dropped_cache_nor_a_dropped_model(tiny):
+    models = load(str(tiny("g3")[0]), dtype="float32").models
+    models = replace(models, runner=Compiled(models.decode, CompileOptions(backend="eager")))
+    session = Session(models, parse("full"), 8)
     session.start([text(30, seed=5)])
     for t in (3, 4, 5):
         session.feed(torch.tensor([[t]]))
     held = [weakref.ref(x) for store in session.cache.stores.values() for x in store.tensors()]
-    assert held and all(ref() is not None for ref in held)
+    weights = [weakref.ref(x) for x in models.decode.parameters()]
     session.cache = None
     gc.collect()
-    assert all(ref() is None for ref in held)
+    assert held and all(ref() is None for ref in held)
+    assert weights and all(ref() is not None for ref in weights)
+    del models, session
+    gc.collect()
+    assert all(ref() is None for ref in weights)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_two_plans_with_other_numbers_take_turns_on_one_runner(dynamic, llm_of):
+    """Numbers such as a share or the norm's epsilon, which torch would otherwise make inputs of a graph."""
+    llm = llm_of("g3")
+    runner = Compiled(llm.models.decode, CompileOptions(backend="eager", dynamic=dynamic))
+    for plan in ("h2o:budget=20,recent=0.5", "h2o:budget=20,recent=0.3"):
+        found = []
+        for models in (llm.models, replace(llm.models, runner=runner)):
+            session = Session(models, parse(plan), 8)
+            session.start([text(30, seed=5)])
+            found.append(torch.cat([session.feed(torch.tensor([[t]])) for t in (3, 4, 5, 6, 7)]))
+        torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+def test_an_error_in_a_step_that_is_recorded_ends_the_recording(llm_of):
+    llm = llm_of("g3")
+    runner = Compiled(llm.models.decode, CompileOptions(backend="eager"))
+    session = Session(replace(llm.models, runner=runner), parse("full"), 8)
+    session.start([text(30, seed=5)])
+    session.feed(torch.tensor([[3]]))
+    head, runner.head = runner.head, None
+    with pytest.raises(TypeError):
+        session.feed(torch.tensor([[4]]))
+    assert runner.notes.calls is None and runner.recording is None
+    runner.head = head
 
 
 def test_inductor_writes_the_same_logits(llm_of):

@@ -203,7 +203,9 @@ def test_a_rotation_takes_away_what_outliers_do_to_blocks():
 @pytest.mark.parametrize("bits", [(2, 2), (4, 4), (8, 8), (8, 2), (2, 4)])
 @pytest.mark.parametrize("dim", [16, 64, 96])
 @pytest.mark.parametrize("channels", [1, 2, 4])
-def test_folding_scales_is_attention_over_what_the_codes_stand_for(bits, dim, channels):
+@pytest.mark.parametrize("compiling", [False, True])  # what Inductor is given is computed here by plain torch
+def test_folding_scales_is_attention_over_what_the_codes_stand_for(bits, dim, channels, compiling, monkeypatch):
+    monkeypatch.setattr("nanokv.backends.torch_cpu.compiles_for_cpu", lambda x: compiling)
     B, H, Hkv, S = 2, 6, 2, 96
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(B, n, m, dim, generator=draw) for n, m in ((H, 1), (Hkv, S), (Hkv, S)))
