@@ -31,7 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from evals import record, show
-from evals.quality import Item, named, registered
+from evals.quality import Auto, Item, named, registered
 from evals.tasks import TASKS
 from nanokv import cli, streams
 from nanokv.cache.plan import Plan, parse
@@ -245,17 +245,22 @@ class Job:
     on: bool  # a terminal watches
     journal: record.Journal | None = None
 
-    def plans(self, *budgets: str) -> dict[str, Plan]:
-        return {name: self.llm.ready(plan) for name, plan in plans_of(self.args, budgets).items()}
+    def plans(self, *budgets: str) -> dict[str, Plan | Auto]:
+        found = plans_of(self.args, budgets)
+        return {name: p if isinstance(p, Auto) else self.llm.ready(p) for name, p in found.items()}
 
     def bar(self, things: Sequence, name: str) -> tqdm:
         return tqdm(things, desc=name, leave=False, disable=not self.on)
 
 
-def plans_of(args: argparse.Namespace, budgets: Sequence[str]) -> dict[str, Plan]:
+def plans_of(args: argparse.Namespace, budgets: Sequence[str]) -> dict[str, Plan | Auto]:
     """Name → plan: the registered ones (of the bare run a few), or the asked ones with full, random and streaming;
-    full always first.
+    full always first. Of quality, auto may be among those that are asked for.
     """
+    if "auto" in (args.plans or ()) and args.what not in ("quick", "quality"):
+        raise ValueError(
+            f"auto takes another plan for each prompt, and {args.what} measures plans; give plans, or run quality"
+        )
     texts = QUICK if args.what == "quick" else [*registered(), *TUNED]
     return named(texts if args.plans is None else ["full", "random", "streaming", *args.plans], args.budgets or budgets)
 

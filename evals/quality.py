@@ -13,13 +13,14 @@ agnostic: only the text is compressed and every question follows. turn 2: anothe
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from evals.tasks import TASKS, Task, prose
-from nanokv import parse
+from nanokv import auto, parse
 from nanokv.cache.plan import Plan
 from nanokv.engine import Session
 from nanokv.inspect.dense import begin
@@ -69,6 +70,21 @@ class Item:
 
         where = {} if self.depth is None else {"depth": self.depth}
         return TASKS[self.task](self.seed, self.length, count, **where)
+
+
+@dataclass(frozen=True)
+class Auto:
+    """`--policy auto` under a budget, in the place of a plan. Each prompt gets a plan of its own."""
+
+    budget: str
+
+    def __str__(self) -> str:
+        return f"auto under {self.budget}"
+
+
+def resolved(llm: LLM, plans: Sequence[Plan | Auto], ids: Sequence[int], room: int) -> list[Plan]:
+    """Return the plans with which the prompt `ids` is served."""
+    return [auto.choose(llm, ids, p.budget, room)[0].plan if isinstance(p, Auto) else p for p in plans]
 
 
 @dataclass(frozen=True)
@@ -139,12 +155,15 @@ def servable(
     return good, refused
 
 
-def judge(llm: LLM, plans: Sequence[Plan], item: Item) -> list[dict]:
-    """Score every plan under both protocols on one text, with one prefill each. A refused plan gets a reason."""
+def judge(llm: LLM, given: Sequence[Plan | Auto], item: Item) -> list[dict]:
+    """Score every plan under both protocols on one text, with one prefill each. A refused plan gets a reason, and auto
+    the plan that it took.
+    """
     task, records = item.make(llm.tokenizer), []
     for protocol in PROTOCOLS:
         ids, turns = prompt_and_turns(task, llm.tokenizer, protocol)
         room = sum(len(t.ids) for t in turns)
+        plans = resolved(llm, given, ids, room)
         good, refused = servable(llm, plans, len(ids), room)
         records += [{"plan": i, "protocol": protocol, "refused": reason} for i, reason in refused.items()]
         for i, start in begin(llm, [plans[i] for i in good], ids, room):
@@ -155,8 +174,10 @@ def judge(llm: LLM, plans: Sequence[Plan], item: Item) -> list[dict]:
                 scores.append(solved(before, after, turn))
                 before = after[-1:]
             report = report or session.report()  # a policy that waits has no report before the first token
-            size = {k: getattr(report, k) for k in ("bytes", "full_bytes", "host_bytes")}
-            records.append({"plan": good[i], "protocol": protocol, "scores": scores, **size})
+            found = {k: getattr(report, k) for k in ("bytes", "full_bytes", "host_bytes")}
+            if isinstance(given[good[i]], Auto):
+                found["took"] = str(plans[good[i]])
+            records.append({"plan": good[i], "protocol": protocol, "scores": scores, **found})
     return records
 
 
@@ -170,7 +191,7 @@ def text_of(llm: LLM, seed: int, tokens: int) -> list[int]:
     return ids[:tokens]
 
 
-def fidelity(llm: LLM, plans: Sequence[Plan], seed: int, length: int, n: int) -> list[dict]:
+def fidelity(llm: LLM, given: Sequence[Plan | Auto], seed: int, length: int, n: int) -> list[dict]:
     """Compare every plan with the first one, token by token, on n tokens that follow a prompt of prose.
 
     The prompt has `length` tokens. One more token between it and the n tokens is skipped, because its logits come from
@@ -178,6 +199,7 @@ def fidelity(llm: LLM, plans: Sequence[Plan], seed: int, length: int, n: int) ->
     """
     ids = text_of(llm, seed, length + n + 1)
     ids, text = ids[:length], ids[length:]
+    plans = resolved(llm, given, ids, n + 1)
     good, refused = servable(llm, plans, length, n + 1)
     starts = dict(begin(llm, [plans[i] for i in good], ids, n + 1))
 
@@ -222,10 +244,15 @@ def merged(names: Sequence[str], found: dict[tuple[int, int], list[dict]]) -> li
     return out
 
 
-def named(texts: Sequence[str], budgets: Sequence[str]) -> dict[str, Plan]:
-    """Parse plans and give them short names. A plan that takes a budget and names none is listed once per budget."""
+def named(texts: Sequence[str], budgets: Sequence[str]) -> dict[str, Plan | Auto]:
+    """Parse plans and give them short names. A plan that takes a budget and names none is listed once per budget, and so
+    is auto.
+    """
     plans = {}
     for text in texts:
+        if text == "auto":
+            plans |= {f"auto {b}": Auto(b) for b in budgets}
+            continue
         plan = parse(text)
         if "budget=" in text or not _takes_budget(plan):
             plans[text] = plan
@@ -289,6 +316,8 @@ def _means(selected: list[dict], full: list[dict]) -> dict:
         return {"refused": refused[0]}
     found = {"score": mean([r["scores"][0] for r in selected]), "turn2": mean([r["scores"][1] for r in selected])}
     found |= {k: mean([r.get(k, 0) for r in selected]) for k in ("bytes", "full_bytes", "host_bytes")}
+    if took := [r["took"] for r in selected if "took" in r]:
+        found["took"] = dict(Counter(took))
     both = [[m["scores"][i] == 1 for m, f in zip(selected, full, strict=True) if f["scores"][i] == 1] for i in (0, 1)]
     return found | {"of_full": [[sum(x), len(x)] for x in both]}
 

@@ -17,6 +17,7 @@ from evals import quality, record, show
 from evals.quality import Answer, Item, judge, prompt_and_turns, solved
 from evals.tasks import TASKS
 from nanokv import parse
+from nanokv.auto import choose
 from nanokv.cache.plan import Plan
 from nanokv.engine import Session, prefill
 from nanokv.inspect import fidelity
@@ -214,6 +215,22 @@ def test_a_plan_that_cannot_serve_a_text_says_why(llm_of):
     assert "threshold" in said
     with pytest.raises(ValueError, match="512 of this model's context"):
         judge(llm_of("llama31"), [parse("full")], Item("keyvalue", 600, 0))
+
+
+def test_auto_takes_a_plan_for_each_prompt(llm_of):
+    llm = llm_of("llama31")
+    plans = quality.named(["full", "streaming:budget=25%", "auto"], ["25%"])
+    assert list(plans) == ["full", "streaming:budget=25%", "auto 25%"]
+    item = Item("keyvalue", 200, 0)
+    found = quality.judge(llm, list(plans.values()), item)
+    ids, turns = quality.prompt_and_turns(item.make(llm.tokenizer), llm.tokenizer, "agnostic")
+    room = sum(len(t.ids) for t in turns)
+    best = min(choose(llm, ids, "25%", room), key=lambda trial: (trial.kl, trial.bytes))
+    (took,) = (r["took"] for r in found if r["plan"] == 2 and r["protocol"] == "agnostic")
+    assert took == str(best.plan) and all("took" not in r for r in found if r["plan"] < 2)
+    (part,) = quality.summary("m", list(plans), {item: found}, 0.0)
+    assert part["plans"]["auto 25%"]["agnostic"]["took"] == {took: 1}
+    assert [r["plan"] for r in quality.fidelity(llm, list(plans.values()), 0, 200, 4)] == [0, 1, 2]
 
 
 def test_plans_are_named_once_for_every_budget():
