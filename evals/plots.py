@@ -6,8 +6,10 @@ python -m evals.plots results/quality.json results      draws a saved result
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 from evals.show import averages
@@ -35,11 +37,12 @@ def draw(result: dict, folder: Path) -> Iterator[Path]:
 def method(name: str) -> str:
     """Return a plan's name without its budget."""
     head, _, last = name.rpartition(" ")
-    return head if head and last[:1].isdigit() else name
+    name = re.sub(r"budget=[^,+]*,?", "", head if head and last[:1].isdigit() else name)
+    return re.sub(r"[:,](?=\+|$)", "", name)
 
 
 def pareto(result: dict, folder: Path) -> Iterator[Path]:
-    """Plot score against bytes. Up and left is better."""
+    """Plot score against bytes. Up and left is better; a broad grey line is the best score within so many bytes."""
     from matplotlib import pyplot as plt
 
     for length in sorted({p["length"] for p in result["quality"]}):
@@ -71,6 +74,9 @@ def pareto(result: dict, folder: Path) -> Iterator[Path]:
                 )
                 if full and shown:
                     panel.axhline(100 * shown[0][1], color="0.8", linewidth=0.8, zorder=0)
+            points = sorted((x, y[key]) for line in lines.values() for x, y in line if y[key] is not None)
+            best = [100 * y for y in accumulate((y for _, y in points), max)]
+            panel.step([x for x, _ in points], best, where="post", color="0.85", linewidth=5, zorder=0)
             panel.set(title=title, xlabel="cache, MiB", ylim=(-3, 103))
             panel.set_xlim(left=0)
         panels[0].set_ylabel(f"% solved, mean of {len(parts)} tasks")

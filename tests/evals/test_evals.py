@@ -14,6 +14,7 @@ from helpers import ROOT
 from tiny import text, write_seeded
 
 from evals import quality, record, show
+from evals.plots import method
 from evals.quality import Answer, Item, judge, prompt_and_turns, solved
 from evals.tasks import TASKS
 from nanokv import parse
@@ -231,6 +232,20 @@ def test_auto_takes_a_plan_for_each_prompt(llm_of):
     (part,) = quality.summary("m", list(plans), {item: found}, 0.0)
     assert part["plans"]["auto 25%"]["agnostic"]["took"] == {took: 1}
     assert [r["plan"] for r in quality.fidelity(llm, list(plans.values()), 0, 200, 4)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("full+int4", "full+int4"),
+        ("snapkv:window=8 25%", "snapkv:window=8"),
+        ("snapkv:window=8,budget=25%+int4", "snapkv:window=8+int4"),
+        ("kvzip:budget=64MiB", "kvzip"),
+        ("kvzip:budget=25%,normed=true+int4", "kvzip:normed=true+int4"),
+    ],
+)
+def test_a_picture_has_one_line_for_the_budgets_of_a_plan(name, expected):
+    assert method(name) == expected
 
 
 def test_plans_are_named_once_for_every_budget():
