@@ -147,20 +147,13 @@ def sdpa_decode_quant(
         return sdpa_decode(q, k, v, visible, key_pos, query_pos, sliding_window)[:2]
     (kq, ks, kz), (vq, vs, vz) = k, v
     heads, groups, S, runs = ks.shape[1], ks.shape[2], kq.shape[2], vs.shape[3]
-    if (
-        compiles_for_cpu(q) and runs == 1
-    ):  # one scale for a token's V: Inductor makes one loop of casting and multiplying
-        k_fields = [codes for _, codes in _numbers(kq, bits[0])], _bytewise(ks, bits[0]), _bytewise(kz, bits[0])
-        v_fields = [codes for _, codes in _numbers(vq, bits[1])], vs, vz
-        shown = reference.mask(visible, key_pos, query_pos, sliding_window, S)
-        out, lse = inductor_cpu.decode_quant(_bytewise(q, bits[0]), k_fields, v_fields, shown)
-        return _channelwise(out, bits[1]), lse
+    dots, mix = (inductor_cpu.dots, inductor_cpu.mix) if compiles_for_cpu(q) else (_dots, torch.matmul)
     scaled_q = q.view(B, heads, -1, D).float() * D**-0.5  # (B,Hkv,G,D)
     # the zero points add one number per group
-    score = (kz.float() @ scaled_q.transpose(2, 3))[..., None]  # (B,Hkv,groups,G,1)
+    score = dots(scaled_q, kz.float()).transpose(2, 3)[..., None]  # (B,Hkv,groups,G,1)
     scaled_q = _bytewise(scaled_q[:, :, None] * ks.float()[:, :, :, None], bits[0])
     for channels, codes in _numbers(kq, bits[0]):
-        score = score + scaled_q[..., channels] @ codes.unflatten(2, (groups, -1)).transpose(3, 4)  # (…,G,tokens)
+        score = score + dots(scaled_q[..., channels], codes.unflatten(2, (groups, -1)))  # (…,G,tokens)
     score = score.transpose(2, 3).flatten(3)  # (B,Hkv,G,S)
     visible = reference.mask(visible, key_pos, query_pos, sliding_window, S)
     if visible is not None:
@@ -171,10 +164,14 @@ def sdpa_decode_quant(
     # V has a scale per run of channels: multiply the weights by each scale, then take each run's channels from its
     # own product
     scaled = (weight[:, :, None] * vs.float().transpose(2, 3)[:, :, :, None]).flatten(2, 3)  # (B,Hkv,runs·G,S)
-    part = _channelwise(torch.cat([scaled @ codes for _, codes in _numbers(vq, bits[1])], -1), bits[1])
+    part = _channelwise(torch.cat([mix(scaled, codes) for _, codes in _numbers(vq, bits[1])], -1), bits[1])
     part = part.unflatten(2, (runs, -1)).unflatten(4, (runs, -1)).diagonal(0, 2, 4)  # (B,Hkv,G,D/runs,runs)
-    out = (part.transpose(3, 4) + (weight @ vz.float())[..., None]).flatten(3) / total.masked_fill(total == 0, 1)
+    out = (part.transpose(3, 4) + mix(weight, vz.float())[..., None]).flatten(3) / total.masked_fill(total == 0, 1)
     return out.reshape(B, H, T, D).to(q.dtype), (largest + total.log()).view(B, H, T)
+
+
+def _dots(x: Tensor, y: Tensor) -> Tensor:
+    return x @ y.transpose(-1, -2)
 
 
 def _numbers(words: Tensor, bits: int) -> list[tuple[slice, Tensor]]:
