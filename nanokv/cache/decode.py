@@ -274,7 +274,7 @@ class Owner:
             self.step_scores.append(scores)
             if is_last_reader:
                 scores = torch.stack(self.step_scores) if len(self.step_scores) > 1 else self.step_scores[0][None]
-                self.store.slots.attention = self.policy.update_scores(self.store.slots, scores, pos)
+                self.store.slots.set_attention(self.policy.update_scores(self.store.slots, scores, pos))
                 self.step_scores = []
         return out.to(q.dtype)
 

@@ -36,7 +36,7 @@ class Slots:
         self.flat_pos = length.new_full((self.total,), -1)
         self.flat_attention: Tensor | None = None  # fp32, only under a policy that scores decode steps
         if rows[0].attention is not None:
-            # one spare entry takes what the `attention` setter writes for slots that a head does not have
+            # one spare entry takes what `set_attention` writes for slots that a head does not have
             spare = 1 if ragged else 0
             self.flat_attention = self.flat_pos.new_zeros(self.total + spare, dtype=torch.float32)
         self._fill(rows)
@@ -111,9 +111,12 @@ class Slots:
         """(B,Hkv,S) fp32: the score of each slot."""
         return self.padded(self.flat_attention, 0)
 
-    @attention.setter
-    def attention(self, new: Tensor) -> None:
-        """new (B,Hkv,n): scores of the first n slots."""
+    def set_attention(self, new: Tensor) -> None:
+        """new (B,Hkv,n): scores of the first n slots.
+
+        This is no setter of a property: torch 2.11 calls those behind a compiled graph, and a recorded step calls graphs
+        alone.
+        """
         n = new.shape[2]
         if not self.ragged:
             self.attention[:, :, :n] = new
