@@ -86,6 +86,29 @@ def few_bytes() -> str:
     return _scores(_read("few-bytes-1000.json", "epyc"))
 
 
+def frontier() -> str:
+    """For each share of a dense cache's bytes, the plan that solves most within it, under each protocol."""
+    (found,) = _read("pareto-2000.json", "epyc")["averages"].values()
+    dense = found["full"]["bytes"] * found["full"]["ratio"]
+    rows = []
+    for share in FRONTIER:
+        within = {name: a for name, a in found.items() if a["bytes"] <= share * dense}
+        cells = []
+        for key in ("aware", "agnostic", "turn2"):
+            best = max(within, key=lambda name: (within[name][key], -within[name]["bytes"]))
+            cells.append(f"`{_as_plan(best)}` {percent(within[best][key])}")
+        rows.append([percent(share), *cells])
+    return markdown(["bytes, at most", "question known", "question later", "second question"], rows)
+
+
+def pareto() -> str:
+    """All plans of that run."""
+    return _scores(_read("pareto-2000.json", "epyc"))
+
+
+FRONTIER = (0.6, 0.15, 0.14, 0.1, 0.07)  # shares of a dense cache's bytes
+
+
 def finishers() -> str:
     """Policies whose kept values take over a part of what was evicted."""
     return _scores(_read("finish-1000.json", "epyc"))
@@ -138,6 +161,11 @@ def sparse() -> str:
     return _paces("shadow-speed.json")
 
 
+def codes_compiled() -> str:
+    """Decode speed over rounded caches with compiled blocks, at two lengths."""
+    return _by_length(_read("codes-compiled.json", "epyc")["speed"])
+
+
 def _paces(file: str) -> str:
     found = _read(file)["speed"]
     full = next(f for f in found if f["plan"] == "full")
@@ -156,13 +184,16 @@ def _paces(file: str) -> str:
 
 def compiled() -> str:
     """Decode speed with compiled blocks, against the full cache in the same run."""
+    return _by_length([f for file in ("speed-compiled.json", "speed-8000.json") for f in _read(file)["speed"]])
+
+
+def _by_length(found: list[dict]) -> str:
     rows = []
-    for file in ("speed-compiled.json", "speed-8000.json"):
-        found = _read(file)["speed"]
-        for f in found:
-            of = f["decode_tok_s"] / found[0]["decode_tok_s"]
-            size = f"{f['bytes'] / 2**20:.1f} MiB"
-            rows.append([f"`{f['plan']}`", str(f["length"]), f"{f['decode_tok_s']:.1f}", f"{of:.2f}", size])
+    for f in found:
+        full = next(x for x in found if x["plan"] == "full" and x["length"] == f["length"])
+        of = f["decode_tok_s"] / full["decode_tok_s"]
+        size = f"{f['bytes'] / 2**20:.1f} MiB"
+        rows.append([f"`{f['plan']}`", str(f["length"]), f"{f['decode_tok_s']:.1f}", f"{of:.2f}", size])
     return markdown(["plan", "tokens", "tokens/s", "of full's", "cache"], rows)
 
 
@@ -503,6 +534,9 @@ TABLES: dict[str, Callable[[], str]] = {
         without_question,
         without_question_long,
         few_bytes,
+        frontier,
+        pareto,
+        codes_compiled,
         finishers,
         auto,
         codes,
