@@ -279,6 +279,7 @@ def quality(job: Job) -> dict:
     texts = [(n, seed) for n in lengths for seed in range(3 if args.full else 1)]
     found = judge(job, plans, items, texts, args.tokens or (64 if args.full else 32))
     print(show.quality(found["quality"]))
+    print("".join(f"{line}\n" for line in show.taken(found["quality"])), end="")
     print(
         f"on the text that follows, and where greedy departs from what it writes under full:\n{show.fidelity(found['fidelity'])}\n"
     )

@@ -34,6 +34,18 @@ def quality(parts: Sequence[dict]) -> str:
     return "\n".join(out)
 
 
+def taken(parts: Sequence[dict]) -> list[str]:
+    """Say which plans auto took, and how often. A line per task and protocol."""
+    return [
+        f"{name} took for {part['task']} at {part['length']} tokens, {protocol}: "
+        + ", ".join(f"{text} ({n})" for text, n in found["took"].items())
+        for part in parts
+        for name, plan in part["plans"].items()
+        for protocol, found in plan.items()
+        if "took" in found
+    ]
+
+
 def _cell(plan: dict | None) -> str:
     """Format the three scores of a plan on one task."""
     if plan is None or "refused" in plan["aware"]:

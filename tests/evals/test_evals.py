@@ -231,6 +231,7 @@ def test_auto_takes_a_plan_for_each_prompt(llm_of):
     assert took == str(best.plan) and all("took" not in r for r in found if r["plan"] < 2)
     (part,) = quality.summary("m", list(plans), {item: found}, 0.0)
     assert part["plans"]["auto 25%"]["agnostic"]["took"] == {took: 1}
+    assert f"auto 25% took for keyvalue at 200 tokens, agnostic: {took} (1)" in show.taken([part])
     assert [r["plan"] for r in quality.fidelity(llm, list(plans.values()), 0, 200, 4)] == [0, 1, 2]
 
 
