@@ -138,6 +138,7 @@ class Compiled:
                 warnings.catch_warnings(),
             ):
                 warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")  # weights are fp16 where the cache is bf16
+                warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # of torch's own calls
                 for block, layer in zip(self.model.layers, cache.layers, strict=True):
                     x = self.block(block, x, pos, angle, layer)
                 out = self.head(self.model, x)
