@@ -257,9 +257,9 @@ def plans_of(args: argparse.Namespace, budgets: Sequence[str]) -> dict[str, Plan
     """Name → plan: the registered ones (of the bare run a few), or the asked ones with full, random and streaming;
     full always first. Of quality, auto may be among those that are asked for.
     """
-    if "auto" in (args.plans or ()) and args.what not in ("quick", "quality"):
+    if "auto" in (args.plans or ()) and args.what != "quality":
         raise ValueError(
-            f"auto takes another plan for each prompt, and {args.what} measures plans; give plans, or run quality"
+            f"auto takes another plan for each prompt, and {args.what} works on fixed plans; name plans, or run quality"
         )
     texts = QUICK if args.what == "quick" else [*registered(), *TUNED]
     return named(texts if args.plans is None else ["full", "random", "streaming", *args.plans], args.budgets or budgets)

@@ -493,6 +493,8 @@ def test_memory_is_the_receipt_of_processes_of_their_own(tiny, llm_of, capsys):
         (["endless", "--seeds", "2"], "--seeds is of quick"),
         (["--model", "no-such-thing"], "no-such-thing"),
         (["quality", "--budgets", "0%"], "out of range"),
+        (["--plans", "auto"], "auto takes another plan for each prompt"),
+        (["speed", "--plans", "auto"], "auto takes another plan for each prompt"),
     ],
 )
 def test_what_is_refused(argv, says, capsys):
