@@ -180,7 +180,8 @@ def attention_scores(
     tokens behind a key count for it. Returns (B,Hkv,S) fp32, or (B,H,S) with over_group "each", which joins no heads.
     The (H,w,S) weights exist for one block of queries at a time.
     """
-    return attention_scores_by(_logits, q, k, start, sliding_window, over_group, over_queries, noise, near)
+    how = over_group, over_queries, noise, near
+    return attention_scores_by(_logits, q, k, start, sliding_window, *how, SCORED_AT_ONCE)
 
 
 def attention_scores_by(
@@ -193,14 +194,17 @@ def attention_scores_by(
     over_queries: str,
     noise: tuple[int, float, int] | None,
     near: int | None,
+    block: int,
 ) -> Tensor:
-    """`attention_scores` with another form of the product than `_logits`."""
+    """`attention_scores` with another form of the product than `_logits`. block: queries whose logits exist at once."""
     B, H, Hkv, S = q.shape[0], q.shape[1], k.shape[1], k.shape[2]
     sums = over_queries in ("sum", "rising")
     scores = q.new_zeros(B, H if sums else Hkv, S, dtype=torch.float32)
-    for rows, keys, visible in blocks(q.shape[2], start, sliding_window, q.device):
+    for rows, keys, visible in blocks(q.shape[2], start, sliding_window, q.device, block):
         logits = logits_of(q[:, :, rows], k[:, :, keys])
-        logits = logits.masked_fill(~visible, -torch.inf)  # (B,Hkv,G,t,s)
+        # (B,Hkv,G,t,s); without a sliding window each query sees all keys before the block
+        own = rows.start + start if sliding_window is None else 0
+        logits[..., own:].masked_fill_(~visible[:, own:], -torch.inf)
         token = torch.arange(rows.start + start, rows.stop + start, device=q.device)[:, None]
         if noise is None:
             weight = logits.softmax(-1)
@@ -214,11 +218,12 @@ def attention_scores_by(
             scores[:, :, keys] += weight.sum(3).flatten(1, 2)
             continue
         weight = _join_group(weight, over_group)  # (B,Hkv,t,s)
+        if over_queries == "max":
+            scores[:, :, keys] = scores[:, :, keys].maximum(weight.amax(2))
+            continue
         uniform = 1 / visible.sum(-1, keepdim=True)
         if over_queries == "count_low":
             scores[:, :, keys] += ((weight < uniform) & visible).sum(2)
-        elif over_queries == "max":
-            scores[:, :, keys] = scores[:, :, keys].maximum(weight.amax(2))
         else:
             hit = torch.where((weight >= uniform) & visible, token + 1.0, 0.0).amax(2)
             scores[:, :, keys] = scores[:, :, keys].maximum(hit)
@@ -248,6 +253,7 @@ def _signed(x: int) -> int:
 
 
 BLOCK = 128  # queries whose logits exist at once: 128 × 32,768 keys × 32 heads in fp32 are 0.5 GiB
+SCORED_AT_ONCE = 16  # of `attention_scores`: so few that a CPU's cache holds their logits, which are read several times
 
 
 def blocks(
@@ -284,12 +290,13 @@ def mask(
 def _logits(q: Tensor, k: Tensor) -> Tensor:
     """Return q·k/√D, (B,Hkv,G,T,S) fp32."""
     q = _wide(q.unflatten(1, (k.shape[1], -1))) * q.shape[-1] ** -0.5
-    return q @ k[:, :, None].to(q.dtype).transpose(-1, -2)
+    # the queries of a group are rows of one matrix, so its keys are not copied for each head
+    return (q.flatten(2, 3) @ k.to(q.dtype).transpose(-1, -2)).unflatten(2, q.shape[2:4])
 
 
 def _values(weight: Tensor, v: Tensor) -> Tensor:
     """Return weight (B,Hkv,G,T,S) times v (B,Hkv,S,D): (B,H,T,D) fp32."""
-    return (weight @ v[:, :, None].to(weight.dtype)).flatten(1, 2)
+    return (weight.flatten(2, 3) @ v.to(weight.dtype)).unflatten(2, weight.shape[2:4]).flatten(1, 2)
 
 
 def _wide(x: Tensor) -> Tensor:

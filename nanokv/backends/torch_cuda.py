@@ -178,7 +178,8 @@ def attention_scores(
     noise: tuple[int, float, int] | None = None,
     near: int | None = None,
 ) -> Tensor:
-    return reference.attention_scores_by(logits, q, k, start, sliding_window, over_group, over_queries, noise, near)
+    how = over_group, over_queries, noise, near
+    return reference.attention_scores_by(logits, q, k, start, sliding_window, *how, reference.BLOCK)
 
 
 def decode_quant(
