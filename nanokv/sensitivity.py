@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanokv.backends.base import Ops
+from nanokv.cache.whole import WholeCache
 from nanokv.files import quoted, read_json, replacing
 from nanokv.model.config import ModelConfig
 from nanokv.model.llama import Llama
@@ -25,29 +26,6 @@ EVERY = 4  # the model's predictions are compared at every fourth token
 Sensitivity = dict[str, list[float]]
 
 
-class RoundedCache:
-    """A cache for one forward pass of texts of equal length, in which one part of one layer is rounded."""
-
-    def __init__(self, store: Tuned, ops: Ops, config: ModelConfig, target: tuple[int, str] | None):
-        """target: layer and part ("k" or "v"); None: nothing is rounded."""
-        self.store, self.ops, self.config, self.target = store, ops, config, target
-        self.held: dict[int, tuple[Tensor, Tensor]] = {}  # layer → K and V (B,Hkv,T,D)
-        shared = config.shared_layers
-        self.layers = [RoundedLayer(self, i, shared.get(i, i)) for i in range(config.num_hidden_layers)]
-
-
-class RoundedLayer:
-    def __init__(self, cache: RoundedCache, index: int, owner: int):
-        self.cache, self.owner, self.owns = cache, owner, owner == index
-
-    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, pos: Tensor) -> Tensor:
-        c = self.cache
-        if self.owns:
-            is_target = c.target is not None and c.target[0] == self.owner
-            c.held[self.owner] = c.store.rounded(c.ops, k, v, c.target[1]) if is_target else (k, v)
-        return c.ops.prefill(q, *c.held[self.owner], 0, c.config.window(self.owner))
-
-
 @torch.inference_mode()
 def measure(model: Llama, ops: Ops, store: Tuned, texts: Tensor, progress: Callable[[], object]) -> Sensitivity:
     """texts (n,T) token ids → "k" and "v" → per layer the mean divergence (KL, nats) of the next-token distribution.
@@ -56,7 +34,10 @@ def measure(model: Llama, ops: Ops, store: Tuned, texts: Tensor, progress: Calla
     pos = torch.arange(texts.shape[1], device=texts.device).expand(texts.shape)
 
     def predictions(target: tuple[int, str] | None) -> Tensor:
-        hidden = model.hidden(texts, pos, RoundedCache(store, ops, model.config, target))
+        def change(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            return store.rounded(ops, k, v, target[1]) if target and target[0] == layer else (k, v)
+
+        hidden = model.hidden(texts, pos, WholeCache(model.config.shared_layers, ops, model.config, change))
         progress()
         return model.logits(hidden[:, ::EVERY].flatten(0, 1)).float().log_softmax(-1)
 

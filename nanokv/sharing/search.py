@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from nanokv.backends.base import Ops
+from nanokv.cache.whole import WholeCache
 from nanokv.files import quoted, read_json, reason, replacing
 from nanokv.model.config import ModelConfig
 from nanokv.model.llama import Llama
@@ -41,27 +42,6 @@ class Pair:
         return f"layers {self.reader} and {self.owner}: distance {self.distance:.3f}, output's cosine {self.similarity:.4f}"
 
 
-class SearchCache:
-    """A cache for one forward pass of texts of equal length, in which layers share keys and values by a map."""
-
-    def __init__(self, share: Mapping[int, int], ops: Ops, config: ModelConfig):
-        self.k: dict[int, Tensor] = {}  # owner → (B,Hkv,T,D)
-        self.v: dict[int, Tensor] = {}
-        self.ops, self.config = ops, config
-        self.layers = [SearchLayer(self, i, share.get(i, i)) for i in range(config.num_hidden_layers)]
-
-
-class SearchLayer:
-    def __init__(self, cache: SearchCache, index: int, owner: int):
-        self.cache, self.owner, self.owns = cache, owner, owner == index
-
-    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, pos: Tensor) -> Tensor:
-        c = self.cache
-        if self.owns:
-            c.k[self.owner], c.v[self.owner] = k, v
-        return c.ops.prefill(q, c.k[self.owner], c.v[self.owner], 0, c.config.window(self.owner))
-
-
 @torch.inference_mode()
 def search(
     model: Llama,
@@ -81,8 +61,8 @@ def search(
     n = model.config.num_hidden_layers
     pos = torch.arange(texts.shape[1], device=texts.device).expand(texts.shape)
 
-    def run(share: Mapping[int, int]) -> tuple[Tensor, SearchCache]:
-        cache = SearchCache(share, ops, model.config)
+    def run(share: Mapping[int, int]) -> tuple[Tensor, WholeCache]:
+        cache = WholeCache(share, ops, model.config)
         return model.hidden(texts, pos, cache).float().flatten(1), cache  # (n,T·C) after the last norm
 
     reference, cache = run({})
@@ -104,7 +84,7 @@ def search(
     return share, accepted
 
 
-def ranked_pairs(cache: SearchCache, n: int, order: str) -> list[Pair]:
+def ranked_pairs(cache: WholeCache, n: int, order: str) -> list[Pair]:
     """All pairs of layers with one sliding window, by the L2 distance of keys and of values, averaged over texts position
     by position, then over heads and positions.
     """

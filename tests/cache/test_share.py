@@ -16,6 +16,7 @@ from tiny import text
 
 from nanokv import load, parse
 from nanokv.cache.plan import Plan
+from nanokv.cache.whole import WholeCache
 from nanokv.model.config import ModelConfig
 from nanokv.sharing import search as share
 from nanokv.sharing.__main__ import main
@@ -42,7 +43,7 @@ def found(llm, **options):
 
 
 def test_pairs_are_ranked_by_the_distance_of_mean_keys_and_values(deep):
-    cache = share.SearchCache({}, deep.models.ops, deep.config)
+    cache = WholeCache({}, deep.models.ops, deep.config)
     ids = texts()
     with torch.inference_mode():
         deep.models.prefill.hidden(ids, torch.arange(24).expand(5, 24), cache)
@@ -74,7 +75,7 @@ def test_the_search_takes_the_first_pairs_that_leave_the_output_similar(deep):
             so_far = with_pair(so_far, p)
         outs = []
         for m in ({}, so_far):
-            cache = share.SearchCache(m, deep.models.ops, deep.config)
+            cache = WholeCache(m, deep.models.ops, deep.config)
             with torch.inference_mode():
                 outs.append(
                     deep.models.prefill.hidden(texts(), torch.arange(24).expand(5, 24), cache).double().flatten(1)
