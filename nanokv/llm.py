@@ -118,6 +118,8 @@ def load(
         loader.fill(main, tensors, str(path), bar)
     decode = loader.copy(main, ops, use.decode) if use.decode != use.prefill else main
     models = Models(main, decode, ops, make(runner, decode, compile_options), use.cache)
+    if models.runner.name == "compile":
+        notes.append("the first tokens wait for torch.compile: up to half a minute, and seconds in later runs")
     if settings().debug and models.runner.name == "eager":
         for each in {main, decode}:
             watch_finite(each)
@@ -168,7 +170,7 @@ class LLM:
         self.device = models.context.device
         self.last: Session | None = None
         self.check: Check | None = None  # of the kernels of other plans, where those of the first one passed
-        self.notes: list[str] = []  # what the user should know of how the model was found and read
+        self.notes: list[str] = []  # what the user should know before the first answer
 
     @property
     def dtypes(self) -> dict[str, str]:

@@ -255,6 +255,13 @@ def test_inductor_writes_the_same_tokens(smollm):
         assert texts[0] == texts[1]
 
 
+def test_the_wait_for_the_compiler_is_announced(tiny):
+    path = str(tiny("g3")[0])
+    assert not load(path, dtype="float32").notes
+    (note,) = load(path, dtype="float32", runner="compile").notes
+    assert "wait for torch.compile" in note
+
+
 def test_a_graph_is_refused_where_there_is_no_cuda(llm_of):
     with pytest.raises(ValueError, match="use --runner compile or eager"):
         make("graph", llm_of("g3").models.decode)
