@@ -94,7 +94,7 @@ def parser() -> cli.Parser:
         metavar="PLAN",
         help="these beside full, random and streaming, instead of every registered one; of compile, endless and prose: "
         "these alone; of drafts: lookup, or the plans that write them; "
-        "of peers: full and these, beside the others' full cache, and speed alone",
+        "of peers: full and these, beside the others' full cache, and speed alone; of kvpress: these of its methods",
     )
     a("--budgets", nargs="+", metavar="B", help="for plans that name none: 512, 25%%, 64MiB")
     a("--lengths", nargs="+", type=int, metavar="N", help="tokens of prompt; of compile: two; of endless: new ones")
@@ -137,7 +137,13 @@ def main(argv: Sequence[str]) -> int:
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     check(args)
-    plans_of(args, ())  # a mistake in a plan is told before a model is loaded
+    # a mistake in a plan is told before a model is loaded
+    if args.what == "kvpress":
+        from evals.peers import pairs_of
+
+        pairs_of(args.plans)
+    else:
+        plans_of(args, ())
     bar = cli.shows_progress(args.quiet)
     if args.what == "kernels":
         from evals.kernels import need_cuda
@@ -185,7 +191,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 USES = {  # which part listens to which flag; quick is a small one of quality and speed
-    "plans": tuple(part for part in PARTS if part not in ("kvpress", "auto")),
+    "plans": tuple(part for part in PARTS if part != "auto"),
     "budgets": ("quick", "quality", "speed", "compile", "memory", "peers", "kvpress", "auto"),
     "lengths": PARTS,
     "modes": ("compile",),
@@ -448,7 +454,8 @@ def beside(job: Job, length: int, kept: str) -> dict:
 
     tasks, seeds = job.args.tasks or ["needle", "multikey"], job.args.seeds or 20
     with job.bar(range(2 * len(tasks) * seeds), "quality") as progress:
-        scores = p.quality(job.llm, job.args.model, tasks, length, seeds, kept, progress.update)
+        pairs = p.pairs_of(job.args.plans)
+        scores = p.quality(job.llm, job.args.model, pairs, tasks, length, seeds, kept, progress.update)
     print(f"the same {seeds} texts of {length} tokens, {kept} kept\n{show.peers_quality(scores)}\n")
     return {"peers_quality": scores}
 

@@ -82,6 +82,36 @@ PAIRS = (
     ),
     Pair("adakv", "adakv:budget={},window=8,kernel=13,pool=avg", "AdaKVPress", {}, ("SnapKVPress", SNAP)),
     Pair(
+        "expected:heads=ada",
+        "expected:budget={},epsilon=0.01,heads=ada",
+        "AdaKVPress",
+        {},
+        ("ExpectedAttentionPress", {"epsilon": 0.01}),
+    ),
+    Pair("critical", "critical:budget={},window=8,kernel=13,pool=avg", "CriticalKVPress", {}, ("SnapKVPress", SNAP)),
+    Pair(
+        "critical:heads=ada",
+        "critical:budget={},window=8,kernel=13,pool=avg,heads=ada",
+        "CriticalAdaKVPress",
+        {},
+        ("SnapKVPress", SNAP),
+    ),
+    Pair(
+        "compactor",
+        "compactor:budget={}",
+        "CompactorPress",
+        {},
+        differs="keys are projected at random, and kvpress lets the padding of a block that is not full attend",
+    ),
+    Pair(
+        "kvzip",
+        "kvzip:budget={}",
+        "KVzipPress",
+        {},
+        differs="kvpress's request ends with a chat template's end of a turn, and as many first tokens as the template "
+        "writes before a text go unscored",
+    ),
+    Pair(
         "pyramidkv",
         "pyramidkv:budget={},window=8,kernel=13,pool=avg",
         "PyramidKVPress",
@@ -338,8 +368,25 @@ def llama_bench(llm: LLM, length: int, program: str, gguf: Sequence[str] | None)
 # ---- quality -------------------------------------------------------------------------------------------------------
 
 
+def pairs_of(names: Sequence[str] | None) -> list[Pair]:
+    """The pairs with these names; None: all."""
+    by_name = {p.name: p for p in PAIRS}
+    if unknown := [n for n in names or () if n not in by_name]:
+        raise ValueError(
+            f"--plans {unknown[0]} is no method that kvpress is compared in; there are {', '.join(map(repr, by_name))}"
+        )
+    return [by_name[n] for n in (by_name if names is None else dict.fromkeys(names))]
+
+
 def quality(
-    llm: LLM, model: str, tasks: Sequence[str], length: int, seeds: int, budget: str, tick: Callable[[], Any]
+    llm: LLM,
+    model: str,
+    pairs: Sequence[Pair],
+    tasks: Sequence[str],
+    length: int,
+    seeds: int,
+    budget: str,
+    tick: Callable[[], Any],
 ) -> list[dict]:
     """Score nanokv and kvpress on the same texts, and report the bytes of their caches after the turn."""
     try:
@@ -347,8 +394,8 @@ def quality(
     except ImportError:
         return [{"name": "kvpress", "absent": f"not installed ({INSTALL})"}]
     net = Net(model, getattr(torch, llm.dtypes["prefill"]), llm.device)
-    plans = {"full": parse("full")} | {p.name: plan for p in PAIRS if (plan := _plan(p, budget))}
-    presses = {"full": None} | {p.name: p for p in PAIRS}
+    plans = {"full": parse("full")} | {p.name: plan for p in pairs if (plan := _plan(p, budget))}
+    presses = {"full": None} | {p.name: p for p in pairs}
     found: dict[tuple, list[tuple[float, int]]] = {}
     failed: dict[str, str] = {}
     for task in tasks:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -98,6 +99,19 @@ def multiquery(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
     return Task(text, (_joint_turn(questions[:2]), _joint_turn(questions[2:])))
 
 
+def multivalue(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
+    """Hide three codes for each of two cities. A turn asks for the codes of one city, in the order of the text."""
+    generator = random.Random(seed)
+    cities, facts, turns = generator.sample(CITIES, 2), [], []
+    depths = sorted(generator.random() for _ in range(3)) + sorted(generator.random() for _ in range(3))
+    for city in cities:
+        codes = [_number(generator, 5) for _ in range(3)]
+        facts += [f"One of the secret codes for {city} is {code}." for code in codes]
+        opening = f"\n\nIn the order of the text, the three secret codes for {city} are"
+        turns.append(tuple(Question(o, f" {code}") for o, code in zip((opening, ",", ", and"), codes, strict=True)))
+    return Task(_insert(_sentences(generator, tokens, count), facts, depths), tuple(turns))
+
+
 def variables(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
     """Hide three chains X1 = 12345, X2 = X1 in prose. A turn follows one chain from its last variable to the value.
 
@@ -134,6 +148,45 @@ def common(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
     )
 
 
+def frequent(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
+    """List words whose frequency falls with the square of their rank. The first turn asks for the most frequent one,
+    the second for the next. RULER asks for three.
+    """
+    generator = random.Random(seed)
+    ranked = generator.sample(WORDS, len(WORDS))
+    listed, size = [], 0
+    while size < tokens:
+        listed += generator.choices(ranked, [(i + 1) ** -2 for i in range(len(ranked))])
+        size += count(f' "{listed[-1]}"')
+    first, second = [word for word, _ in Counter(listed).most_common(2)]
+    return Task(
+        " ".join(f'"{word}"' for word in listed),
+        (
+            (Question("\n\nThe most frequent word of this list is", f' "{first}'),),
+            (Question('", and the second most frequent word is', f' "{second}'),),
+        ),
+    )
+
+
+def qa(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
+    """Hide what four invented functions do in Python's documentation. The first turn asks in which version one was added,
+    the second which exception another one raises.
+    """
+    generator = random.Random(seed)
+    words, errors = generator.sample(WORDS, 8), generator.sample(ERRORS, 4)
+    names = [f"{a}_{b}" for a, b in zip(words[::2], words[1::2], strict=True)]
+    versions = [f"{generator.randrange(2, 10)}.{_number(generator, 2)}" for _ in names]
+    facts = [
+        f"The function {name}() was added in version {version} and may raise {error}."
+        for name, version, error in zip(names, versions, errors, strict=True)
+    ]
+    asks = "\n\nQuestion: {}\nAnswer:"
+    first = Question(asks.format(f"In which version was the function {names[0]}() added?"), f" {versions[0]}")
+    second = Question(asks.format(f"Which exception does the function {names[1]}() raise?"), f" {errors[1]}")
+    text = _insert(_sentences(generator, tokens, count), facts, [generator.random() for _ in facts])
+    return Task(text, ((first,), (second,)))
+
+
 def keyvalue(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
     """List lines of keys and values. The first turn asks for one value, the second for another."""
     generator = random.Random(seed)
@@ -151,8 +204,11 @@ TASKS: dict[str, Callable[..., Task]] = {
     "needle": needle,
     "multikey": multikey,
     "multiquery": multiquery,
+    "multivalue": multivalue,
     "variables": variables,
     "common": common,
+    "frequent": frequent,
+    "qa": qa,
     "keyvalue": keyvalue,
 }
 
@@ -198,6 +254,7 @@ def _number(generator: random.Random, digits: int) -> str:
 
 CITIES = ("Lisbon", "Oslo", "Nairobi", "Quito", "Hanoi", "Perth", "Turin", "Lima", "Riga", "Kyoto", "Bergen", "Dakar")
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leon")
+ERRORS = ("LookupError", "BufferError", "TimeoutError", "EOFError", "ReferenceError", "ConnectionError", "UnicodeError")
 WORDS = [
     "apple",
     "river",

@@ -486,7 +486,8 @@ def test_memory_is_the_receipt_of_processes_of_their_own(tiny, llm_of, capsys):
         (["quality", "--seeds", "0"], "at least 1"),
         (["quality", "--json", "/no/such/place/x.json"], "there is no directory"),
         (["quality", "--plot", "README.md"], "cannot be written"),
-        (["kvpress", "--plans", "snapkv"], "--plans is of quick and quality"),
+        (["auto", "--plans", "snapkv"], "--plans is of quick and quality"),
+        (["kvpress", "--plans", "h2o"], "kvpress is compared in; there are 'snapkv'"),
         (["--lengths", "5", "6"], "takes one length"),
         (["endless", "--lengths", "19"], "endless needs at least 20"),
         (["prose", "--lengths", "999"], "prose needs at least 1000"),
@@ -584,7 +585,7 @@ def test_what_is_not_installed_is_a_row_that_says_so(tiny, llm_of, monkeypatch):
     monkeypatch.setattr(peers, "PAIRS", [p for p in peers.PAIRS if p.name == "snapkv"])
     monkeypatch.setattr(peers, "Compiled", peers.Eager)  # compiling is tried elsewhere
     llm = llm_of("llama31")
-    assert "not installed" in peers.quality(llm, "x", ["needle"], 100, 1, "50%", int)[0]["absent"]
+    assert "not installed" in peers.quality(llm, "x", peers.PAIRS, ["needle"], 100, 1, "50%", int)[0]["absent"]
     assert "not installed" in peers.llama_bench(llm, 512, "no-such-llama-bench", None)["absent"]
     assert "failed" in peers.llama_bench(llm, 512, sys.executable, ["x.gguf"])["absent"]
     assert "--gguf" in peers.llama_bench(llm, 512, sys.executable, None)["absent"]
