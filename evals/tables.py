@@ -232,6 +232,11 @@ def decode_qwen() -> str:
     return _decode(_read("peers-qwen-4096.json", "epyc")["peers_speed"])
 
 
+def decode_qwen_16384() -> str:
+    """The same model at 16,384 tokens, with the full cache and with 1,024 tokens of it."""
+    return _decode(_read("peers-qwen-16384.json", "epyc")["peers_speed"])
+
+
 def decode_16384() -> str:
     """The same machine at 16,384 tokens, with the full cache and with 1,024 tokens of it."""
     return _decode(_read("peers-16384.json", "epyc")["peers_speed"])
@@ -547,6 +552,7 @@ TABLES: dict[str, Callable[[], str]] = {
         decode_without_amx,
         decode_recorded,
         decode_qwen,
+        decode_qwen_16384,
         decode_16384,
         tuned_bits,
         compiled,
