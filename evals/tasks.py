@@ -102,14 +102,14 @@ def multiquery(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
 def multivalue(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
     """Hide three codes for each of two cities. A turn asks for the codes of one city, in the order of the text."""
     generator = random.Random(seed)
-    cities, facts, turns = generator.sample(CITIES, 2), [], []
-    depths = sorted(generator.random() for _ in range(3)) + sorted(generator.random() for _ in range(3))
-    for city in cities:
-        codes = [_number(generator, 5) for _ in range(3)]
-        facts += [f"One of the secret codes for {city} is {code}." for code in codes]
+    cities, depths = generator.sample(CITIES, 2), [generator.random() for _ in range(6)]
+    facts = [f"One of the secret codes for {city} is {_number(generator, 5)}." for city in cities for _ in range(3)]
+    text, turns = _insert(_sentences(generator, tokens, count), facts, depths), []
+    for city, own in zip(cities, (facts[:3], facts[3:]), strict=True):
         opening = f"\n\nIn the order of the text, the three secret codes for {city} are"
+        codes = [fact.rstrip(".").rpartition(" ")[2] for fact in sorted(own, key=text.index)]
         turns.append(tuple(Question(o, f" {code}") for o, code in zip((opening, ",", ", and"), codes, strict=True)))
-    return Task(_insert(_sentences(generator, tokens, count), facts, depths), tuple(turns))
+    return Task(text, tuple(turns))
 
 
 def variables(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
@@ -149,16 +149,18 @@ def common(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
 
 
 def frequent(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
-    """List words whose frequency falls with the square of their rank. The first turn asks for the most frequent one,
-    the second for the next. RULER asks for three.
+    """List words whose frequency falls with the square of their rank. The first turn asks for the most frequent one, the
+    second for the next; RULER asks for three. What tells lies all over the text, so this asks whether the model can
+    still count, not whether one token stayed.
     """
     generator = random.Random(seed)
     ranked = generator.sample(WORDS, len(WORDS))
-    listed, size = [], 0
-    while size < tokens:
+    listed, size, found = [], 0, []
+    while size < tokens or len({n for _, n in found}) < 3:
         listed += generator.choices(ranked, [(i + 1) ** -2 for i in range(len(ranked))])
         size += count(f' "{listed[-1]}"')
-    first, second = [word for word, _ in Counter(listed).most_common(2)]
+        found = Counter(listed).most_common(3)
+    first, second = found[0][0], found[1][0]
     return Task(
         " ".join(f'"{word}"' for word in listed),
         (
@@ -169,8 +171,8 @@ def frequent(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
 
 
 def qa(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
-    """Hide what four invented functions do in Python's documentation. The first turn asks in which version one was added,
-    the second which exception another one raises.
+    """Hide the versions and the exceptions of four invented functions in Python's documentation. The first turn asks in
+    which version one was added, the second which exception another one raises.
     """
     generator = random.Random(seed)
     words, errors = generator.sample(WORDS, 8), generator.sample(ERRORS, 4)
@@ -200,17 +202,19 @@ def keyvalue(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
     return Task("\n".join(f'"{k}": "{v}",' for k, v in rows), tuple((a,) for a in questions))
 
 
+# the last three are beyond the smallest models, and run if they are asked for
 TASKS: dict[str, Callable[..., Task]] = {
     "needle": needle,
     "multikey": multikey,
     "multiquery": multiquery,
-    "multivalue": multivalue,
     "variables": variables,
     "common": common,
+    "keyvalue": keyvalue,
+    "multivalue": multivalue,
     "frequent": frequent,
     "qa": qa,
-    "keyvalue": keyvalue,
 }
+STANDARD = tuple(TASKS)[:6]
 
 
 def _sentences(generator: random.Random, tokens: int, count: Callable[[str], int]) -> list[str]:
@@ -225,7 +229,9 @@ def _sentences(generator: random.Random, tokens: int, count: Callable[[str], int
 
 def _insert(sentences: list[str], facts: list[str], depths: list[float]) -> str:
     """Insert each fact between the sentences at its depth, 0 … 1, and return the text."""
-    for depth, fact in sorted(zip(depths, facts, strict=True), reverse=True):  # the last first: positions stay valid
+    for depth, fact in sorted(
+        zip(depths, facts, strict=True), reverse=True
+    ):  # the last first, which moves a depth only a little
         sentences.insert(round(depth * len(sentences)), fact)
     return " ".join(sentences)
 

@@ -181,7 +181,7 @@ def attention_scores(
     The (H,w,S) weights exist for one block of queries at a time.
     """
     how = over_group, over_queries, noise, near
-    return attention_scores_by(_logits, q, k, start, sliding_window, *how, SCORED_AT_ONCE)
+    return attention_scores_by(_logits, q, _wide(k), start, sliding_window, *how, SCORED_AT_ONCE)
 
 
 def attention_scores_by(
@@ -253,7 +253,7 @@ def _signed(x: int) -> int:
 
 
 BLOCK = 128  # queries whose logits exist at once: 128 × 32,768 keys × 32 heads in fp32 are 0.5 GiB
-SCORED_AT_ONCE = 16  # of `attention_scores`: so few that a CPU's cache holds their logits, which are read several times
+SCORED_AT_ONCE = 16  # of `attention_scores`: a CPU's cache holds their logits for a few thousand keys
 
 
 def blocks(

@@ -119,7 +119,7 @@ def load(
     decode = loader.copy(main, ops, use.decode) if use.decode != use.prefill else main
     models = Models(main, decode, ops, make(runner, decode, compile_options), use.cache)
     if models.runner.name == "compile":
-        notes.append("the first tokens wait for torch.compile: up to half a minute, and seconds in later runs")
+        notes.append("behind the first token torch.compile works for some time, less in later runs")
     if settings().debug and models.runner.name == "eager":
         for each in {main, decode}:
             watch_finite(each)

@@ -1,5 +1,5 @@
-"""A cache for one forward pass of whole texts, for what is measured on a model: layers may share keys and values, and the
-keys and values of single layers may be changed.
+"""A cache for one forward pass of whole texts, to measure a model with. Layers may share keys and values, and those of
+single layers may be changed.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from tiny import text, write_seeded
 from evals import quality, record, show
 from evals.plots import method
 from evals.quality import Answer, Item, judge, prompt_and_turns, solved
-from evals.tasks import TASKS
+from evals.tasks import STANDARD, TASKS
 from nanokv import parse
 from nanokv.auto import choose
 from nanokv.cache.plan import Plan
@@ -43,6 +43,23 @@ def test_a_task_says_its_answers_and_is_the_same_again(name):
                 assert ask.answer[0] == " " and ask.opening[-1] != " "
         lengths.append(words(task.context))
     assert all(400 <= n < 520 for n in lengths)
+
+
+def test_several_values_are_asked_for_in_the_order_of_the_text():
+    for seed in range(40):
+        task = TASKS["multivalue"](seed, 200, words)
+        for asks in task.turns:
+            at = [task.context.index(f"{ask.answer}.") for ask in asks]
+            assert at == sorted(at) and len(set(at)) == 3
+
+
+def test_the_most_frequent_words_are_asked_for():
+    for seed in range(40):
+        task = TASKS["frequent"](seed, 20, words)
+        listed = task.context.replace('"', "").split()
+        asked = [turn[0].answer.strip(' "') for turn in task.turns]
+        n = sorted(map(listed.count, set(listed)), reverse=True)
+        assert [listed.count(word) for word in asked] == n[:2] and n[0] > n[1] > n[2]
 
 
 def test_needles_lie_where_they_should():
@@ -437,7 +454,7 @@ def test_quick_speed_and_pictures(roomy, tmp_path, capsys):
         "speed",
         "seconds",
     } <= set(result)
-    assert {p["task"] for p in result["quality"]} == set(TASKS)
+    assert {p["task"] for p in result["quality"]} == set(STANDARD)
     assert len([x for x in out.splitlines() if x.startswith(tuple(result["plans"]))]) == 5
     code, out, err = run(
         ["speed", *flags, "--lengths", "40", "80", "--batches", "1", "2", "--plot", str(tmp_path)], capsys
