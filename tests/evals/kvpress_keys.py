@@ -28,6 +28,7 @@ PRESSES = {
     # 2 sinks, 24 tokens without a next partition, and 8 of each of 4 partitions
     f"lagkv:budget={KEPT},sink=2,lag=16": ("LagKVPress", {"n_sink": 2, "lag_size": 16}, None),
     f"adakv:budget={KEPT},window=8,kernel=13,pool=avg": ("AdaKVPress", {}, ("SnapKVPress", SNAP)),
+    f"expected:budget={KEPT},epsilon=0.01,heads=ada": ("AdaKVPress", {}, ("ExpectedAttentionPress", {"epsilon": 0.01})),
     f"critical:budget={KEPT},window=8,kernel=13,pool=avg": ("CriticalKVPress", {}, ("SnapKVPress", SNAP)),
     f"critical:budget={KEPT},window=8,kernel=13,pool=avg,heads=ada": ("CriticalAdaKVPress", {}, ("SnapKVPress", SNAP)),
     # three full blocks; kvpress lets the padding of one that is not full attend
