@@ -149,6 +149,7 @@ def servable(
     for i, plan in enumerate(plans):
         try:
             plan.fit(llm.config, llm.models.context.dtype, length, room, rows)
+            llm.check_passes(Session(llm.models, plan, room), [[0] * length], rows)
             good.append(i)
         except ValueError as e:
             refused[i] = str(e)

@@ -386,8 +386,8 @@ class LLM:
             if again and len(p) + again > max_len:
                 raise ValueError(
                     f"{session.plan.names[0]} scores a prompt of {len(p)} tokens with up to {again} more behind it, and this "
-                    f"model's context is {max_len}; shorten the prompt, give smaller pieces (piece=), or go on regardless with "
-                    "--allow-overflow"
+                    f"model's context is {max_len}; shorten the prompt or give smaller pieces (piece=); "
+                    "generate.py goes on regardless with --allow-overflow"
                 )
 
     def check_memory(self, session: Session, prompts: Sequence[Sequence[int]], room: int, copies: int = 1) -> None:

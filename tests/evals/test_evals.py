@@ -231,6 +231,8 @@ def test_a_plan_that_cannot_serve_a_text_says_why(llm_of):
     near = {(60, 0): quality.fidelity(llm_of("llama31"), [parse("full"), parse("simlayer")], 0, 60, 4)}
     said = show.fidelity(quality.merged(["full", "simlayer"], near))
     assert "threshold" in said
+    found = judge(llm_of("llama31"), [parse("full"), parse("kvzip:budget=20")], Item("keyvalue", 300, 0))
+    assert {r["plan"] for r in found if "more behind it" in r.get("refused", "")} == {1}
     with pytest.raises(ValueError, match="512 of this model's context"):
         judge(llm_of("llama31"), [parse("full")], Item("keyvalue", 600, 0))
 
