@@ -53,8 +53,9 @@ def flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[
 def causal_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """torch's flash kernel: q (B,H,T,D) and the keys of the same T tokens, each of which sees those before → out, lse."""
     (B, H, T, D), heads = q.shape, k.shape[1]
-    # a KV head and its query heads: the same keys, with stride 0, for each of them
-    k, v = (x.flatten(0, 1)[:, None].expand(-1, H // heads, -1, -1) for x in (k, v))
+    # a token's keys may lie beside its queries, and the kernel reads them again and again, so they are copied together;
+    # then a KV head and its query heads: the same keys, with stride 0, for each of them
+    k, v = (x.contiguous().flatten(0, 1)[:, None].expand(-1, H // heads, -1, -1) for x in (k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.reshape(B * heads, -1, T, D), k, v, is_causal=True
     )
@@ -75,14 +76,10 @@ def sdpa_prefill(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: in
     """
     T = q.shape[2]
     sees_all = sliding_window is None or sliding_window >= k.shape[2]
-    if sees_all and not start:
-        if (
-            q.device.type == "cpu"
-        ):  # a token's keys lie beside its queries, and torch's kernel reads them again and again
-            k, v = k.contiguous(), v.contiguous()
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
     if sees_all and q.device.type == "cpu":
         return sdpa_turn(q, k, v, start, None)[0]
+    if sees_all and not start:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
     out = torch.empty_like(q)
     for rows, keys, visible in reference.blocks(T, start, sliding_window, q.device, MASKED_BLOCK):
         out[:, :, rows] = F.scaled_dot_product_attention(
