@@ -182,9 +182,13 @@ def qa(seed: int, tokens: int, count: Callable[[str], int]) -> Task:
         f"The function {name}() was added in version {version} and may raise {error}."
         for name, version, error in zip(names, versions, errors, strict=True)
     ]
-    asks = "\n\nQuestion: {}\nAnswer:"
-    first = Question(asks.format(f"In which version was the function {names[0]}() added?"), f" {versions[0]}")
-    second = Question(asks.format(f"Which exception does the function {names[1]}() raise?"), f" {errors[1]}")
+    first = Question(
+        f"\n\nQuestion: In which version was the function {names[0]}() added?\nAnswer: It was added in version",
+        f" {versions[0]}",
+    )
+    second = Question(
+        f"\n\nQuestion: Which exception may the function {names[1]}() raise?\nAnswer: It may raise", f" {errors[1]}"
+    )
     text = _insert(_sentences(generator, tokens, count), facts, [generator.random() for _ in facts])
     return Task(text, ((first,), (second,)))
 
