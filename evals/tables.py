@@ -272,14 +272,37 @@ def pays() -> str:
 
 def kvpress() -> str:
     """Scores of nanokv and kvpress at equal settings, for the methods that both have."""
+    return _kvpress(_read("kvpress.json")["peers_quality"])
+
+
+def kvpress_qwen() -> str:
+    """The same on a larger model, with methods that need no question."""
+    return _kvpress(_read("kvpress-qwen-1000.json", "epyc")["peers_quality"])
+
+
+def _kvpress(found: list[dict]) -> str:
     rows = []
-    for r in _read("kvpress.json")["peers_quality"]:
+    for r in found:
         if "ours_aware" not in r:
             continue
         pairs = [f"{percent(r[f'ours_{q}'])} / {percent(r[f'theirs_{q}'])}" for q in ("aware", "agnostic")]
         size = " / ".join(f"{r[f'{who}_bytes'] / 2**20:.1f}" for who in ("ours", "theirs"))
         rows.append([r["task"], r["name"], *pairs, size])
     return markdown(["task", "method", "aware: nanokv / kvpress", "agnostic", "cache, MiB"], rows)
+
+
+def ruler() -> str:
+    """Tasks beside the needles on a larger model. A plan has no score in a task that full does not solve."""
+    parts = _read("ruler-1000.json", "epyc")["quality"]
+    rows = []
+    for name in dict.fromkeys(name for part in parts for name in part["plans"]):
+        cells = []
+        for part in parts:
+            plan = part["plans"].get(name)
+            scores = [*(plan[q]["score"] for q in ("aware", "agnostic")), plan["aware"]["turn2"]] if plan else []
+            cells.append(" / ".join(map(percent, scores)) or "–")
+        rows.append([f"`{name}`", *cells])
+    return markdown(["plan", *(f"`{part['task']}`" for part in parts)], rows)
 
 
 def needles() -> str:
@@ -558,6 +581,8 @@ TABLES: dict[str, Callable[[], str]] = {
         compiled,
         pays,
         kvpress,
+        kvpress_qwen,
+        ruler,
         needles,
         needles_qwen,
         rows,
