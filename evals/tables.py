@@ -305,6 +305,15 @@ def ruler() -> str:
     return markdown(["plan", *(f"`{part['task']}`" for part in parts)], rows)
 
 
+def long_answers() -> str:
+    """Policies that hold their size over a long answer, compared with the full cache on the text that follows."""
+    rows = [
+        [f"`{r['plan']}`", f"{r['kl_mean']:.3f}", percent(r["top1"]), f"{r['ppl'] / r['ppl_full'] - 1:+.1%}"]
+        for r in _read("answers-500.json", "epyc")["fidelity"]
+    ]
+    return markdown(["plan", "KL", "same top", "perplexity"], rows)
+
+
 def needles() -> str:
     """Every policy on needles of one length. A plan that was run twice counts with its second result."""
     plans = {}
@@ -583,6 +592,7 @@ TABLES: dict[str, Callable[[], str]] = {
         kvpress,
         kvpress_qwen,
         ruler,
+        long_answers,
         needles,
         needles_qwen,
         rows,
