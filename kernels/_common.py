@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -38,6 +39,11 @@ def n_splits(n_heads: int, n_slots: int, device: torch.device, per_processor: in
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     return max(1, min(round(per_processor * processors / n_heads), MAX_SPLITS, triton.cdiv(n_slots, tile)))
+
+
+def counts_or_mask(length: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return (counts, None) or (None, mask). `length` is either: (B,Hkv) int or (B,Hkv,S) bool, or None."""
+    return (None, length) if length is not None and length.dim() == 3 else (length, None)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from kernels._common import (
     _normaliser,
     _scale_queries,
     _split_range,
+    counts_or_mask,
     n_splits,
     softmax_scale,
     triton_dtype,
@@ -159,8 +160,8 @@ def decode(
     (AssertionError) several tokens, noise, and q, k or v whose last dimension is not contiguous.
     """
     assert k.stride(3) == v.stride(3) == 1, (k.stride(), v.stride())
-    mask = length if length is not None and length.dim() == 3 else None
-    counts, strides = None if mask is not None else length, (*k.stride()[:3], *v.stride()[:3])
+    counts, mask = counts_or_mask(length)
+    strides = (*k.stride()[:3], *v.stride()[:3])
     return _launch(
         q, k, v, k.shape[1:3], strides, None, counts, mask, key_pos, query_pos, sliding_window, over_group, noise
     )

@@ -29,6 +29,7 @@ from kernels._common import (
     _normaliser,
     _scale_queries,
     _split_range,
+    counts_or_mask,
     n_splits,
     softmax_scale,
     triton_dtype,
@@ -57,16 +58,11 @@ def _code_quarter(
     if BITS == 8:
         words = tl.load(words_ptr + QUARTER * WORDS, mask=mask, other=0)
     if PTX is None:
-        codes = (words if BITS == 8 else (words >> (BITS * QUARTER)) & (2**BITS - 1)).to(COMPUTE_DTYPE)
-    elif BITS == 4 and COMPUTE_DTYPE == tl.bfloat16:
-        codes = tl.inline_asm_elementwise(PTX, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-    elif BITS == 4:
-        codes = tl.inline_asm_elementwise(PTX, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-    elif COMPUTE_DTYPE == tl.bfloat16:
-        codes = tl.inline_asm_elementwise(PTX, "=&r,=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=4)
-    else:
-        codes = tl.inline_asm_elementwise(PTX, "=&r,=r,r", [words], dtype=tl.float16, is_pure=True, pack=4)
-    return codes
+        return (words if BITS == 8 else (words >> (BITS * QUARTER)) & (2**BITS - 1)).to(COMPUTE_DTYPE)
+    PACK: tl.constexpr = 2 if BITS == 4 else 4  # words in a register
+    OUT: tl.constexpr = "=r,r" if BITS == 4 else "=&r,=r,r"
+    bits = tl.inline_asm_elementwise(PTX[QUARTER], OUT, [words], dtype=tl.int16, is_pure=True, pack=PACK)
+    return bits.to(COMPUTE_DTYPE, bitcast=True)
 
 
 @triton.jit
@@ -95,11 +91,13 @@ def _decode_quant_split(
     vq_ptr,
     vscale_ptr,
     vzero_ptr,
+    length_ptr,
     mask_ptr,
     key_pos_ptr,
     query_pos_ptr,
     exact_k_ptr,
     exact_v_ptr,
+    exact_length_ptr,
     exact_mask_ptr,
     exact_pos_ptr,
     out_part_ptr,
@@ -130,23 +128,19 @@ def _decode_quant_split(
     n_exact,
     scale,
     sliding_window,
+    HAS_LENGTH: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_EXACT: tl.constexpr,
+    HAS_EXACT_LENGTH: tl.constexpr,
     HAS_EXACT_MASK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     GROUP_TOKENS: tl.constexpr,
     K_BITS: tl.constexpr,
     V_BITS: tl.constexpr,
     V_RUNS: tl.constexpr,
-    K_PTX0: tl.constexpr,
-    K_PTX1: tl.constexpr,
-    K_PTX2: tl.constexpr,
-    K_PTX3: tl.constexpr,
+    K_PTX: tl.constexpr,
     K_BIAS: tl.constexpr,
-    V_PTX0: tl.constexpr,
-    V_PTX1: tl.constexpr,
-    V_PTX2: tl.constexpr,
-    V_PTX3: tl.constexpr,
+    V_PTX: tl.constexpr,
     V_BIAS: tl.constexpr,
     HEADS_PER_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -174,6 +168,7 @@ def _decode_quant_split(
         offs_d = tl.arange(0, BLOCK_D)
         mask_md = mask_m[:, None] & (offs_d[None, :] < HEAD_DIM)
         q = _scale_queries(tl.load(q_ptr + offs_d[None, :], mask=mask_md, other=0.0), scale).to(COMPUTE_DTYPE)
+        end_exact = tl.load(exact_length_ptr + b * n_heads + h) if HAS_EXACT_LENGTH else n_exact
         m_i, l_i, acc = _attend_range(
             q,
             exact_k_ptr + b * stride_exact_kb + h * stride_exact_kh + offs_d[None, :],
@@ -181,7 +176,7 @@ def _decode_quant_split(
             HEAD_DIM,
             HEAD_DIM,
             0,
-            n_exact,
+            end_exact,
             exact_mask_ptr + b * stride_exact_mb + h * stride_exact_mh,
             exact_pos_ptr + b * stride_exact_pb + h * stride_exact_ph,
             min_pos,
@@ -201,20 +196,19 @@ def _decode_quant_split(
         tl.store(out_exact, acc / denominator[:, None], mask=mask_md)
         tl.store(lse_part_ptr + part, lse, mask=mask_m)
     else:
-        start_n, end_n = _split_range(n_slots, splits - 1 if HAS_EXACT else splits, BLOCK_N)
+        n = tl.load(length_ptr + b * n_heads + h) if HAS_LENGTH else n_slots
+        start_n, end_n = _split_range(n, splits - 1 if HAS_EXACT else splits, BLOCK_N)
         mask_w = offs_w < QUARTER_DIM if QUARTER_DIM < BLOCK_W else tl.full([BLOCK_W], True, tl.int1)
         mask_n = tl.full([BLOCK_N], True, tl.int1)  # groups are whole tiles
         mask_mw, mask_nw = mask_m[:, None] & mask_w[None, :], mask_n[:, None] & mask_w[None, :]
-        q_quarter = q_ptr + offs_w[None, :]
-        q0 = _scale_queries(tl.load(q_quarter, mask=mask_mw, other=0.0), scale)
-        q1 = _scale_queries(tl.load(q_quarter + QUARTER_DIM, mask=mask_mw, other=0.0), scale)
-        q2 = _scale_queries(tl.load(q_quarter + 2 * QUARTER_DIM, mask=mask_mw, other=0.0), scale)
-        q3 = _scale_queries(tl.load(q_quarter + 3 * QUARTER_DIM, mask=mask_mw, other=0.0), scale)
         # l_i and V's corrections stay one number per token of a tile, and are summed over tokens after the loop
         m_i, l_tokens = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        acc0, acc1 = tl.zeros([BLOCK_M, BLOCK_W], tl.float32), tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-        acc2, acc3 = tl.zeros([BLOCK_M, BLOCK_W], tl.float32), tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-        corr0, corr1, corr2, corr3 = l_tokens, l_tokens, l_tokens, l_tokens
+        q_parts, acc_parts, corrections = (), (), ()  # an entry for each quarter of the channels
+        for j in tl.static_range(4):
+            q_quarter = tl.load(q_ptr + offs_w[None, :] + j * QUARTER_DIM, mask=mask_mw, other=0.0)
+            q_parts += (_scale_queries(q_quarter, scale),)
+            acc_parts += (tl.zeros([BLOCK_M, BLOCK_W], tl.float32),)
+            corrections += (l_tokens,)
         K_WORDS: tl.constexpr = HEAD_DIM if K_BITS == 8 else QUARTER_DIM
         V_WORDS: tl.constexpr = HEAD_DIM if V_BITS == 8 else QUARTER_DIM
         for tile_n in range(start_n, end_n, BLOCK_N):
@@ -224,27 +218,14 @@ def _decode_quant_split(
             k_words = kq_ptr + b * stride_kqb + h * stride_kqh + offs_n[:, None] * K_WORDS + offs_w[None, :]
             k_bits = tl.load(k_words, mask=mask_nw, other=0) if K_BITS != 8 else k_words
 
-            factor, corr = _fold_scales(q0, scales, zeros, mask_w, K_BITS, K_BIAS, COMPUTE_DTYPE)
-            k = _code_quarter(k_bits, k_words, mask_nw, 0, K_BITS, QUARTER_DIM, K_PTX0, COMPUTE_DTYPE)
-            logits = tl.dot(factor, tl.trans(k), input_precision="ieee")
-            factor, more = _fold_scales(
-                q1, scales + QUARTER_DIM, zeros + QUARTER_DIM, mask_w, K_BITS, K_BIAS, COMPUTE_DTYPE
-            )
-            corr += more
-            k = _code_quarter(k_bits, k_words, mask_nw, 1, K_BITS, QUARTER_DIM, K_PTX1, COMPUTE_DTYPE)
-            logits = tl.dot(factor, tl.trans(k), logits, input_precision="ieee")
-            factor, more = _fold_scales(
-                q2, scales + 2 * QUARTER_DIM, zeros + 2 * QUARTER_DIM, mask_w, K_BITS, K_BIAS, COMPUTE_DTYPE
-            )
-            corr += more
-            k = _code_quarter(k_bits, k_words, mask_nw, 2, K_BITS, QUARTER_DIM, K_PTX2, COMPUTE_DTYPE)
-            logits = tl.dot(factor, tl.trans(k), logits, input_precision="ieee")
-            factor, more = _fold_scales(
-                q3, scales + 3 * QUARTER_DIM, zeros + 3 * QUARTER_DIM, mask_w, K_BITS, K_BIAS, COMPUTE_DTYPE
-            )
-            k = _code_quarter(k_bits, k_words, mask_nw, 3, K_BITS, QUARTER_DIM, K_PTX3, COMPUTE_DTYPE)
-            logits = tl.dot(factor, tl.trans(k), logits, input_precision="ieee")
-            logits += tl.sum(corr + more, 1)[:, None]
+            logits, k_correction = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+            for j in tl.static_range(4):
+                at = j * QUARTER_DIM
+                factor, more = _fold_scales(q_parts[j], scales + at, zeros + at, mask_w, K_BITS, K_BIAS, COMPUTE_DTYPE)
+                k_correction += more
+                k = _code_quarter(k_bits, k_words, mask_nw, j, K_BITS, QUARTER_DIM, K_PTX, COMPUTE_DTYPE)
+                logits = tl.dot(factor, tl.trans(k), logits, input_precision="ieee")
+            logits += tl.sum(k_correction, 1)[:, None]
 
             visible = mask_n
             if HAS_MASK:
@@ -265,34 +246,21 @@ def _decode_quant_split(
             v_words = vq_ptr + b * stride_vqb + h * stride_vqh + offs_n[:, None] * V_WORDS + offs_w[None, :]
             v_bits = tl.load(v_words, mask=mask_nw, other=0) if V_BITS != 8 else v_words
 
-            factor, corr = _fold_scales(p, scales, zeros, mask_n, V_BITS, V_BIAS, COMPUTE_DTYPE)
-            corr0 = corr0 * alpha + corr
-            v = _code_quarter(v_bits, v_words, mask_nw, 0, V_BITS, QUARTER_DIM, V_PTX0, COMPUTE_DTYPE)
-            acc0 = tl.dot(factor, v, acc0 * alpha, input_precision="ieee")
-            if V_RUNS == 4:
-                factor, corr = _fold_scales(p, scales + 1, zeros + 1, mask_n, V_BITS, V_BIAS, COMPUTE_DTYPE)
-            corr1 = corr1 * alpha + corr
-            v = _code_quarter(v_bits, v_words, mask_nw, 1, V_BITS, QUARTER_DIM, V_PTX1, COMPUTE_DTYPE)
-            acc1 = tl.dot(factor, v, acc1 * alpha, input_precision="ieee")
-            if V_RUNS > 1:
-                factor, corr = _fold_scales(
-                    p, scales + V_RUNS // 2, zeros + V_RUNS // 2, mask_n, V_BITS, V_BIAS, COMPUTE_DTYPE
-                )
-            corr2 = corr2 * alpha + corr
-            v = _code_quarter(v_bits, v_words, mask_nw, 2, V_BITS, QUARTER_DIM, V_PTX2, COMPUTE_DTYPE)
-            acc2 = tl.dot(factor, v, acc2 * alpha, input_precision="ieee")
-            if V_RUNS == 4:
-                factor, corr = _fold_scales(p, scales + 3, zeros + 3, mask_n, V_BITS, V_BIAS, COMPUTE_DTYPE)
-            corr3 = corr3 * alpha + corr
-            v = _code_quarter(v_bits, v_words, mask_nw, 3, V_BITS, QUARTER_DIM, V_PTX3, COMPUTE_DTYPE)
-            acc3 = tl.dot(factor, v, acc3 * alpha, input_precision="ieee")
+            new_acc, new_corrections = (), ()  # Triton assigns to no entry of a tuple
+            for j in tl.static_range(4):
+                if (j * V_RUNS) % 4 == 0:  # this quarter begins a run
+                    at = j * V_RUNS // 4
+                    factor, more = _fold_scales(p, scales + at, zeros + at, mask_n, V_BITS, V_BIAS, COMPUTE_DTYPE)
+                new_corrections += (corrections[j] * alpha + more,)
+                v = _code_quarter(v_bits, v_words, mask_nw, j, V_BITS, QUARTER_DIM, V_PTX, COMPUTE_DTYPE)
+                new_acc += (tl.dot(factor, v, acc_parts[j] * alpha, input_precision="ieee"),)
+            acc_parts, corrections = new_acc, new_corrections
         denominator, lse = _normaliser(m_i, tl.sum(l_tokens, 1))
         inverse = 1 / denominator[:, None]
         out_quarter = out_part_ptr + part[:, None] * HEAD_DIM + offs_w[None, :]
-        tl.store(out_quarter, (acc0 + tl.sum(corr0, 1)[:, None]) * inverse, mask=mask_mw)
-        tl.store(out_quarter + QUARTER_DIM, (acc1 + tl.sum(corr1, 1)[:, None]) * inverse, mask=mask_mw)
-        tl.store(out_quarter + 2 * QUARTER_DIM, (acc2 + tl.sum(corr2, 1)[:, None]) * inverse, mask=mask_mw)
-        tl.store(out_quarter + 3 * QUARTER_DIM, (acc3 + tl.sum(corr3, 1)[:, None]) * inverse, mask=mask_mw)
+        for j in tl.static_range(4):
+            out = (acc_parts[j] + tl.sum(corrections[j], 1)[:, None]) * inverse
+            tl.store(out_quarter + j * QUARTER_DIM, out, mask=mask_mw)
         tl.store(lse_part_ptr + part, lse, mask=mask_m)
 
 
@@ -300,7 +268,7 @@ def decode_quant(
     q: Tensor,
     k: tuple[Tensor, Tensor, Tensor],
     v: tuple[Tensor, Tensor, Tensor],
-    visible: Tensor | None,
+    length: Tensor | None,
     key_pos: Tensor,
     query_pos: Tensor,
     sliding_window: int | None,
@@ -310,9 +278,10 @@ def decode_quant(
     """Attend from one new token per row to quantised tokens and exact ones; the twin is `reference.decode_quant`.
 
     q (B,H,1,D) fp16, bf16 or fp32; k and v: (words, scale, zero) as `quantize` makes them, K with blocks of several
-    tokens × 1 channel, V with blocks of 1 token × D/runs channels; visible (B,Hkv,S) bool, or None: all; key_pos
-    (B,Hkv,S) and query_pos (B,1) int, read only if sliding_window is set; bits: of K and of V, each 2, 4 or 8; exact:
-    (k, v (B,Hkv,N,D), visible (B,Hkv,N) bool or None, key_pos (B,Hkv,N)) of the tokens held in 16 or 32 bits. Returns
+    tokens × 1 channel, V with blocks of 1 token × D/runs channels; length (B,Hkv) int: the number of valid slots per
+    head, in whole groups, or (B,Hkv,S) bool: which slots are valid, or None: all; key_pos (B,Hkv,S) and query_pos (B,1)
+    int, read only if sliding_window is set; bits: of K and of V, each 2, 4 or 8; exact: (k, v (B,Hkv,N,D), length, which
+    need not be in whole groups, key_pos (B,Hkv,N)) of the tokens held in 16 or 32 bits. Returns
     out (B,H,1,D) in q's dtype and lse (B,H,1) fp32 (natural logsumexp; −inf where no key is visible, with out 0).
     Refuses (AssertionError) several tokens, D not divisible by 4, 3 bits, a number of runs that is not 1, 2 or 4, and
     tensors whose last two dimensions are not contiguous. On a GPU a group of K must be divisible by 16.
@@ -330,11 +299,12 @@ def decode_quant(
     block_d = triton.next_power_of_2(D)
     out_part, lse_part = (q.new_empty(B, H, splits, n, dtype=torch.float32) for n in (D, 1))
     out, lse = q.new_empty(B, H, T, D), q.new_empty(B, H, T, dtype=torch.float32)
-    exact_k, exact_v, exact_mask, exact_pos = exact or (q, q, None, key_pos)
+    exact_k, exact_v, exact_length, exact_pos = exact or (q, q, None, key_pos)
+    (counts, mask), (exact_counts, exact_mask) = counts_or_mask(length), counts_or_mask(exact_length)
     planes = kq, kscale, kzero, vq, vscale, vzero
     assert all(x.stride()[2:] == (x.shape[3], 1) for x in planes), [x.stride() for x in planes]
     assert exact_k.stride(2) == exact_v.stride(2) == D or exact is None, (exact_k.stride(), exact_v.stride())
-    stride_mb, stride_mh = (0, 0) if visible is None else visible.stride()[:2]
+    stride_mb, stride_mh = (0, 0) if mask is None else mask.stride()[:2]
     stride_exact_mb, stride_exact_mh = (0, 0) if exact_mask is None else exact_mask.stride()[:2]
     _decode_quant_split[splits, heads, B](
         q_ptr=q,
@@ -344,11 +314,13 @@ def decode_quant(
         vq_ptr=vq,
         vscale_ptr=vscale,
         vzero_ptr=vzero,
-        mask_ptr=lse if visible is None else visible,  # lse stands in where there is no mask
+        length_ptr=lse if counts is None else counts,  # lse stands in for a tensor that a flag switches off
+        mask_ptr=lse if mask is None else mask,
         key_pos_ptr=key_pos,
         query_pos_ptr=query_pos,
         exact_k_ptr=exact_k,
         exact_v_ptr=exact_v,
+        exact_length_ptr=lse if exact_counts is None else exact_counts,
         exact_mask_ptr=lse if exact_mask is None else exact_mask,
         exact_pos_ptr=exact_pos,
         out_part_ptr=out_part,
@@ -379,8 +351,10 @@ def decode_quant(
         n_exact=exact_k.shape[2],
         scale=softmax_scale(D),
         sliding_window=sliding_window or 0,
-        HAS_MASK=visible is not None,
+        HAS_LENGTH=counts is not None,
+        HAS_MASK=mask is not None,
         HAS_EXACT=exact is not None,
+        HAS_EXACT_LENGTH=exact_counts is not None,
         HAS_EXACT_MASK=exact_mask is not None,
         HAS_WINDOW=sliding_window is not None,
         GROUP_TOKENS=group,
@@ -414,11 +388,12 @@ def decode_quant(
 
 
 def unpack_ptx(bits: tuple[int, int], dtype: torch.dtype, fast: bool) -> tuple[torch.dtype, dict]:
-    """Return the dtype in which codes are multiplied, and the K_PTX*, V_PTX* and *_BIAS arguments of the kernel.
+    """Return the dtype in which codes are multiplied, and the K_PTX, V_PTX and *_BIAS arguments of the kernel.
 
-    K_PTX0 … K_PTX3 unpack the four quarters. A mask and an addition in one instruction (lop3) put the codes of two
-    numbers into the low mantissa bits of 128 (bf16) or 1,024 (fp16), which is the bias. bf16 has only 7 such bits, so
-    8-bit codes are multiplied as fp16. Without `fast` (in the interpreter, or fp32) there is no PTX and no bias.
+    K_PTX and V_PTX hold an instruction for each quarter of the channels. A mask and an addition in one instruction
+    (lop3) put the codes of two numbers into the low mantissa bits of 128 (bf16) or 1,024 (fp16), which is the bias.
+    bf16 has only 7 such bits, so 8-bit codes are multiplied as fp16. Without `fast` (in the interpreter, or fp32)
+    there is no PTX and no bias.
     """
     compute = torch.float16 if fast and 8 in bits else dtype
     magic, bias = ("0x43004300", 128) if compute == torch.bfloat16 else ("0x64006400", 1024)
@@ -429,6 +404,6 @@ def unpack_ptx(bits: tuple[int, int], dtype: torch.dtype, fast: bool) -> tuple[t
     ptx = {}
     for name, n in zip("KV", bits, strict=True):
         text = {4: four, 2: two, 8: eight}[n]
-        ptx |= {f"{name}_PTX{j}": text.format(n * j, magic, magic) if fast else None for j in range(4)}
+        ptx[f"{name}_PTX"] = tuple(text.format(n * j, magic, magic) for j in range(4)) if fast else None
         ptx[f"{name}_BIAS"] = bias if fast else 0
     return compute, ptx

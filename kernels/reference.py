@@ -134,7 +134,7 @@ def decode_quant(
     q: Tensor,
     k: tuple[Tensor, Tensor, Tensor],
     v: tuple[Tensor, Tensor, Tensor],
-    visible: Tensor | None,
+    length: Tensor | None,
     key_pos: Tensor,
     query_pos: Tensor,
     sliding_window: int | None,
@@ -143,18 +143,17 @@ def decode_quant(
 ) -> tuple[Tensor, Tensor]:
     """Attend as `decode` does, over quantised tokens and exact ones.
 
-    k and v: (words, scale, zero) as `quantize` makes them, K in groups of tokens, V in groups of channels; visible
-    (B,Hkv,S) bool, or None: all; bits: of K and of V; exact: (k, v (B,Hkv,N,D), visible (B,Hkv,N) bool or None,
+    k and v: (words, scale, zero) as `quantize` makes them, K in groups of tokens, V in groups of channels; length as
+    for `decode`, where a number of slots is whole groups; bits: of K and of V; exact: (k, v (B,Hkv,N,D), length,
     key_pos (B,Hkv,N)). Returns out (B,H,T,D) in q's dtype and lse (B,H,T) fp32.
     """
     k, v = (dequantize(*x, b) for x, b in zip((k, v), bits, strict=True))
     if exact is not None:
-        exact_k, exact_v, exact_visible, exact_pos = exact
-        masks = (visible, key_pos), (exact_visible, exact_pos)
-        visible = torch.cat([torch.ones_like(x, dtype=torch.bool) if m is None else m for m, x in masks], 2)
+        exact_k, exact_v, exact_length, exact_pos = exact
+        length = torch.cat([slot_mask(n, x) for n, x in ((length, key_pos), (exact_length, exact_pos))], 2)
         k, v = torch.cat((k, exact_k.float()), 2), torch.cat((v, exact_v.float()), 2)
         key_pos = torch.cat((key_pos, exact_pos), 2)
-    return decode(q, k, v, visible, key_pos, query_pos, sliding_window)[:2]
+    return decode(q, k, v, length, key_pos, query_pos, sliding_window)[:2]
 
 
 def attention_scores(
@@ -285,6 +284,12 @@ def mask(
         in_window = key_pos[:, :, None] > query_pos[:, None, :, None] - sliding_window
         visible = in_window if visible is None else visible & in_window
     return visible
+
+
+def slot_mask(length: Tensor | None, key_pos: Tensor) -> Tensor:
+    """Return which slots are valid, (B,Hkv,S) bool. length as for `decode`; key_pos (B,Hkv,S) has a number per slot."""
+    found = mask(length, key_pos, key_pos, None, key_pos.shape[2])
+    return torch.ones_like(key_pos, dtype=torch.bool) if found is None else found[:, :, 0]
 
 
 def _logits(q: Tensor, k: Tensor) -> Tensor:

@@ -67,12 +67,13 @@ def _decode(x: Inputs) -> list[tuple]:
 def _decode_quant(x: Inputs) -> list[tuple]:
     if x.dim % 4 or x.dim <= 32:
         return []
-    cases = []
-    for bits, runs in (((4, 4), 1), ((8, 8), 2), ((2, 2), 4)):
+    cases, pos = [], POS[:, :, :192]
+    counts, mask = 64 * x.integers(4, B, HKV), pos % 5 != 0
+    for bits, runs, length in (((4, 4), 1, counts), ((8, 8), 2, mask), ((2, 2), 4, counts)):
         k = reference.quantize(x.keys(192), bits[0], 64, 1)
         v = reference.quantize(x.keys(192), bits[1], 1, x.dim // runs)
-        exact = x.keys(40), x.keys(40), None, POS[:, :, :40] + 192
-        cases.append((x.query(), k, v, POS[:, :, :192] % 5 != 0, POS[:, :, :192], NOW, None, bits, exact))
+        exact = x.keys(40), x.keys(40), None if length is mask else x.integers(41, B, HKV), POS[:, :, :40] + 192
+        cases.append((x.query(), k, v, length, pos, NOW, None, bits, exact))
     return cases
 
 

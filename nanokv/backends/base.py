@@ -52,3 +52,10 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     finite = lse.masked_fill(lse.isneginf(), 0)  # where a query sees no key at all
     out = sum(out.float() * (part_lse - finite).exp()[..., None] for out, part_lse in parts)
     return out.to(parts[0][0].dtype), lse
+
+
+def part_of(length: Tensor | None, start: int, end: int) -> Tensor | None:
+    """What `length` of `reference.decode`, a count per head or a mask, is for the slots start … end−1 alone."""
+    if length is None or length.dim() == 3:
+        return None if length is None else length[:, :, start:end]
+    return (length - start).clamp(0, end - start)

@@ -123,7 +123,7 @@ def sdpa_decode_quant(
     q: Tensor,
     k: tuple[Tensor, Tensor, Tensor],
     v: tuple[Tensor, Tensor, Tensor],
-    visible: Tensor | None,
+    length: Tensor | None,
     key_pos: Tensor,
     query_pos: Tensor,
     sliding_window: int | None,
@@ -135,13 +135,12 @@ def sdpa_decode_quant(
     is cheaper to make K and V once.
     """
     if exact is not None:
-        exact_k, exact_v, exact_visible, exact_pos = exact
-        out = sdpa_decode(q, exact_k, exact_v, exact_visible, exact_pos, query_pos, sliding_window)[:2]
-        return merge([out, sdpa_decode_quant(q, k, v, visible, key_pos, query_pos, sliding_window, bits)])
+        out = sdpa_decode(q, *exact, query_pos, sliding_window)[:2]
+        return merge([out, sdpa_decode_quant(q, k, v, length, key_pos, query_pos, sliding_window, bits)])
     B, H, T, D = q.shape
     if T > 1 or q.device.type != "cpu":
         k, v = (reference.dequantize(*x, b).to(q.dtype) for x, b in zip((k, v), bits, strict=True))
-        return sdpa_decode(q, k, v, visible, key_pos, query_pos, sliding_window)[:2]
+        return sdpa_decode(q, k, v, length, key_pos, query_pos, sliding_window)[:2]
     (kq, ks, kz), (vq, vs, vz) = k, v
     heads, groups, S, runs = ks.shape[1], ks.shape[2], kq.shape[2], vs.shape[3]
     dots, mix = (inductor_cpu.dots, inductor_cpu.mix) if compiles_for_cpu(q) else (_dots, torch.matmul)
@@ -152,7 +151,7 @@ def sdpa_decode_quant(
     for channels, codes in _numbers(kq, bits[0]):
         score = score + dots(scaled_q[..., channels], codes.unflatten(2, (groups, -1)))  # (…,G,tokens)
     score = score.transpose(2, 3).flatten(3)  # (B,Hkv,G,S)
-    visible = reference.mask(visible, key_pos, query_pos, sliding_window, S)
+    visible = reference.mask(length, key_pos, query_pos, sliding_window, S)
     if visible is not None:
         score = score.masked_fill(~visible, -torch.inf)
     largest = score.amax(-1, keepdim=True)

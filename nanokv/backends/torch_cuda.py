@@ -186,7 +186,7 @@ def decode_quant(
     q: Tensor,
     k: tuple[Tensor, Tensor, Tensor],
     v: tuple[Tensor, Tensor, Tensor],
-    visible: Tensor | None,
+    length: Tensor | None,
     key_pos: Tensor,
     query_pos: Tensor,
     sliding_window: int | None,
@@ -196,15 +196,15 @@ def decode_quant(
     """As `reference.decode_quant`. Codes become keys and values a block of tokens at a time."""
     parts, group = [], k[0].shape[2] // k[1].shape[2]
     if exact is not None:
-        exact_k, exact_v, exact_visible, exact_pos = exact
-        parts.append(decode(q, exact_k, exact_v, exact_visible, exact_pos, query_pos, sliding_window)[:2])
+        parts.append(decode(q, *exact, query_pos, sliding_window)[:2])
+    mask = None if length is None else reference.slot_mask(length, key_pos)  # once for all blocks
     block = max(group, UNPACK_BLOCK // group * group)
     for a in range(0, k[0].shape[2], block):
         tokens, groups = slice(a, a + block), slice(a // group, (a + block) // group)
         some_k = reference.dequantize(k[0][:, :, tokens], *(x[:, :, groups] for x in k[1:]), bits[0]).to(q.dtype)
         some_v = reference.dequantize(*(x[:, :, tokens] for x in v), bits[1]).to(q.dtype)
-        mask = None if visible is None else visible[:, :, tokens]
-        parts.append(decode(q, some_k, some_v, mask, key_pos[:, :, tokens], query_pos, sliding_window)[:2])
+        visible = None if mask is None else mask[:, :, tokens]
+        parts.append(decode(q, some_k, some_v, visible, key_pos[:, :, tokens], query_pos, sliding_window)[:2])
     return merge(parts) if len(parts) > 1 else parts[0]
 
 

@@ -36,11 +36,11 @@ def triton(device: torch.device) -> Ops:
         old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
         return kind == torch.float8_e5m2 or not old
 
-    def decode_quant(q, k, v, visible, key_pos, query_pos, sliding_window, bits, exact=None):
+    def decode_quant(q, k, v, length, key_pos, query_pos, sliding_window, bits, exact=None):
         group, runs = k[0].shape[2] // k[1].shape[2], v[1].shape[3]
         fits = 4 % runs == 0 and 3 not in bits and group & -group >= 16 and q.shape[3] % 4 == 0 and q.shape[3] > 32
         use = kernels.decode_quant if _can_compute(q) and q.shape[2] == 1 and fits else torch_ops.decode_quant
-        return use(q, k, v, visible, key_pos, query_pos, sliding_window, bits, exact)
+        return use(q, k, v, length, key_pos, query_pos, sliding_window, bits, exact)
 
     def decode_ragged(q, k, v, spans, first, length, key_pos, query_pos, sliding_window, over_group=None, noise=None):
         fits = _can_compute(q) and q.shape[2] == 1 and noise is None and any(n for _, n in spans)

@@ -75,25 +75,32 @@ def test_decode(B, heads, G, S, D, window, dtype):
     ("bits", "runs"), [((4, 4), 1), ((4, 4), 4), ((2, 2), 4), ((8, 8), 1), ((8, 4), 2), ((4, 2), 1)]
 )
 @pytest.mark.parametrize("exact", [False, True])
-def test_decode_quant(bits, runs, exact, dtype):
+@pytest.mark.parametrize("counted", [False, True])
+def test_decode_quant(bits, runs, exact, counted, dtype):
     B, heads, G, S, D = 2, 4, 4, 1024, 128
     q, k, v = (
         normal(B, n, s, D, dtype=dtype, seed=i) for i, (n, s) in enumerate(((heads * G, 1), (heads, S), (heads, S)))
     )
     k, v = reference.quantize(k, bits[0], 64, 1), reference.quantize(v, bits[1], 1, D // runs)
     key_pos = torch.arange(S, device="cuda", dtype=torch.int32).expand(B, heads, S).contiguous()
-    mask, query_pos = key_pos % 3 > 0, torch.full((B, 1), S, device="cuda")
+    query_pos = torch.full((B, 1), S, device="cuda")
+    length, more_length = key_pos % 3 > 0, torch.rand(B, heads, 100, device="cuda") > 0.3
+    if counted:  # in whole groups
+        length, more_length = (
+            torch.randint(0, n, (B, heads), device="cuda", dtype=torch.int32) * m
+            for n, m in ((S // 64 + 1, 64), (101, 1))
+        )
     keys, values = reference.dequantize(*k, bits[0]), reference.dequantize(*v, bits[1])
-    visible, exact_tokens = mask, None
+    visible, exact_tokens = reference.slot_mask(length, key_pos), None
     if exact:
         more = [normal(B, heads, 100, D, dtype=dtype, seed=i) for i in (5, 6)]
-        there = torch.rand(B, heads, 100, device="cuda") > 0.3
-        exact_tokens = *more, there, key_pos[:, :, :100]
+        exact_tokens = *more, more_length, key_pos[:, :, :100]
+        there = reference.slot_mask(more_length, key_pos[:, :, :100])
         keys, values, visible = (
-            torch.cat((a, b), 2) for a, b in zip((keys, values, mask), (*more, there), strict=True)
+            torch.cat((a, b), 2) for a, b in zip((keys, values, visible), (*more, there), strict=True)
         )
     right = truth(q, keys, values, visible)
-    out, lse = kernels.decode_quant(q, k, v, mask, key_pos, query_pos, None, bits, exact_tokens)
+    out, lse = kernels.decode_quant(q, k, v, length, key_pos, query_pos, None, bits, exact_tokens)
     assert_near(out, right[0], dtype)
     assert_near(lse, right[1], dtype)
 

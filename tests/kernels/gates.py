@@ -126,15 +126,15 @@ def kernels(kind: torch.dtype, fp8: bool) -> dict[str, tuple[JITFunction, Record
                     "_decode_split",
                     lambda h=query, f=few: decode.decode(h, f, f, length, *pos, None),
                 )
-    exact = k[:, :, :128].contiguous(), k[:, :, :128].contiguous(), None, key_pos[:, :, :128]
+    exact = k[:, :, :128].contiguous(), k[:, :, :128].contiguous(), length, key_pos[:, :, :128]
     for bits, runs in ((4, 1), (4, 4), (2, 4), (8, 1)):
         codes_k, codes_v = reference.quantize(k, bits, 128, 1), reference.quantize(k, bits, 1, D // runs)
-        ask = q, codes_k, codes_v, None, *pos, None, (bits, bits), exact
+        ask = q, codes_k, codes_v, length, *pos, None, (bits, bits), exact
         compute, fast = decode_quant.unpack_ptx((bits, bits), kind, fast=True)
         fast["COMPUTE_DTYPE"] = getattr(tl, str(compute).removeprefix("torch."))
         split = "_decode_quant_split"
         add(f"int{bits} runs {runs}", decode_quant, split, lambda ask=ask: decode_quant.decode_quant(*ask), fast)
-        if (bits, runs) == (4, 1):  # masks for both, as a frozen store asks
+        if (bits, runs) == (4, 1):  # masks for both, as a ring of groups asks
             masked = *ask[:3], mask, *ask[4:8], (*exact[:2], mask[:, :, :128], exact[3])
             add("int4 masked", decode_quant, split, lambda ask=masked: decode_quant.decode_quant(*ask), fast)
     w = torch.randn(B, HKV * G, 32, D).to(kind)

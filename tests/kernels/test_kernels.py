@@ -299,6 +299,11 @@ def exact_tokens(dtype: torch.dtype, has_mask: bool, n: int = 21) -> tuple:
     return k, v, normal(B, HKV, n, seed=7) > -0.5 if has_mask else None, pos
 
 
+def counts(*numbers: int) -> torch.Tensor:
+    """How many slots of each head are valid."""
+    return torch.tensor(numbers, dtype=torch.int32, device=DEVICE).repeat(B * HKV)[: B * HKV].view(B, HKV)
+
+
 @pytest.mark.parametrize("form", first(1, [*QUANT, *MORE_QUANT]))
 @pytest.mark.parametrize("beside", first(2, [("some", torch.float16), (None, torch.float32), ("all", torch.float32)]))
 def test_decode_quant(form, beside):
@@ -306,18 +311,21 @@ def test_decode_quant(form, beside):
     q, _, _, key_pos, query_pos = cache(dtype)
     k, v = codes(bits, group, runs)
     key_pos, exact = key_pos[:, :, :96], None if exact is None else exact_tokens(dtype, exact == "some")
-    for visible, window in ((None, None), (None, 50), (key_pos % 3 != 0, 50), (key_pos < -1, None)):
-        ask = q, k, v, visible, key_pos, query_pos, window, bits, exact
+    lengths = counts(96, 0, group)
+    for length, window in ((None, None), (None, 50), (key_pos % 3 != 0, 50), (key_pos < -1, None), (lengths, 50)):
+        if length is lengths and exact is not None:
+            exact = *exact[:2], counts(0, 21, 3), exact[3]
+        ask = q, k, v, length, key_pos, query_pos, window, bits, exact
         same(kernels.decode_quant(*ask), reference.decode_quant(*ask), dtype)
 
 
-@pytest.mark.parametrize("breakage", first(2, ["scale", "visible", "zero", "field", "exact"]))
+@pytest.mark.parametrize("breakage", first(2, ["scale", "length", "zero", "field", "exact", "counts"]))
 def test_decode_quant_can_fail(breakage):
     q, _, _, key_pos, query_pos = cache(torch.float32)
     bits, key_pos = (4, 4), key_pos[:, :, :96]
     k, v = codes(bits, 32, 2)
-    exact, visible = exact_tokens(torch.float32, True), key_pos % 3 != 0
-    right = reference.decode_quant(q, k, v, visible, key_pos, query_pos, None, bits, exact)
+    exact, length = exact_tokens(torch.float32, True), key_pos % 3 != 0
+    right = reference.decode_quant(q, k, v, length, key_pos, query_pos, None, bits, exact)
     if breakage == "scale":
         k = k[0], k[1].roll(1, 2), k[2]
     if breakage == "zero":
@@ -326,10 +334,12 @@ def test_decode_quant_can_fail(breakage):
         k = k[0].roll(4, 3), *k[1:]
     if breakage == "exact":
         exact = *exact[:2], None, exact[3]
-    if breakage == "visible":
-        visible = ~visible
+    if breakage == "length":
+        length = ~length
+    if breakage == "counts":
+        length = counts(96, 64)
     with pytest.raises(AssertionError):
-        same(kernels.decode_quant(q, k, v, visible, key_pos, query_pos, None, bits, exact), right, torch.float32)
+        same(kernels.decode_quant(q, k, v, length, key_pos, query_pos, None, bits, exact), right, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", first(1, [torch.float16, torch.float32]))

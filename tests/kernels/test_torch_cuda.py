@@ -108,8 +108,9 @@ def test_quantised(bits, beside):
     if beside:
         more = normal(B, HKV, 10, D, seed=3), normal(B, HKV, 10, D, seed=4)
         exact = *more, None, torch.arange(80, 90, dtype=torch.int32).expand(B, HKV, -1)
-    for visible in (None, key_pos % 3 != 0):
-        ask = normal(B, HKV * G, 1, D, seed=0), k, v, visible, key_pos, query_pos, None, bits, exact
+    counts = torch.tensor([0, 24, 80]).repeat(B * HKV)[: B * HKV].view(B, HKV)
+    for length in (None, key_pos % 3 != 0, counts):
+        ask = normal(B, HKV * G, 1, D, seed=0), k, v, length, key_pos, query_pos, None, bits, exact
         same(torch_cuda.decode_quant(*ask), reference.decode_quant(*ask))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanokv.backends.base import merge
+from nanokv.backends.base import merge, part_of
 from nanokv.cache.context import Context
 from nanokv.stores.quant.codec import HALF_MAX, check_places
 from nanokv.stores.quant.grouped import Planes
@@ -93,7 +93,7 @@ class Gear(Int):
         q: Tensor,
         k: Planes,
         v: Planes,
-        visible: Tensor | None,
+        length: Tensor | None,
         key_pos: Tensor,
         query_pos: Tensor,
         sliding_window: int | None,
@@ -102,17 +102,16 @@ class Gear(Int):
         parts = []
         if exact is not None:
             parts.append(ops.decode(q, *exact, query_pos, sliding_window)[:2])
-        step = max(1, (ops.unpack_block or TOKENS_AT_ONCE) // self.group)
-        if torch.compiler.is_compiling():  # a loop over blocks would be another graph for each number of groups
-            blocks = [(slice(None), slice(None))]
-        else:
-            starts = range(0, k[0].shape[2], step)
-            blocks = [(slice(a, a + step), slice(a * self.group, (a + step) * self.group)) for a in starts]
-        for groups, tokens in blocks:
-            some = ([x[:, :, groups] for x in planes] for planes in (k, v))
+        n, at_once = k[0].shape[2], max(1, (ops.unpack_block or TOKENS_AT_ONCE) // self.group)
+        # a loop over blocks would be another graph for each number of groups
+        starts = [0] if torch.compiler.is_compiling() else range(0, n, at_once)
+        for a in starts:
+            b = n if torch.compiler.is_compiling() else min(a + at_once, n)
+            some = ([x[:, :, a:b] for x in planes] for planes in (k, v))
             block = [x.flatten(2, 3).to(q.dtype) for x in self.decode(ops, *some)]
-            mask = None if visible is None else visible[:, :, tokens]
-            parts.append(ops.decode(q, *block, mask, key_pos[:, :, tokens], query_pos, sliding_window)[:2])
+            start, end = a * self.group, b * self.group
+            held, pos = part_of(length, start, end), key_pos[:, :, start:end]
+            parts.append(ops.decode(q, *block, held, pos, query_pos, sliding_window)[:2])
         return merge(parts)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanokv.backends.base import merge
+from nanokv.backends.base import merge, part_of
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept, StoreState
 from nanokv.cache.slots import Slots
@@ -34,6 +34,9 @@ class GroupSlots(Slots):
         # (B,Hkv) int32. Sinks must be pinned, because a ring of groups would evict them
         self.pinned = torch.cat([r.sink.clamp(min=pin) if r.state is None else r.state.pinned for r in rows])
         super().__init__(rows, room, sliding_window)
+        self.in_groups = torch.empty_like(
+            self.cursor
+        )  # (B,Hkv) int32: tokens that have left the window, in whole groups
         # (B,Hkv,1) int64: the flat index from which the cursor counts, and how many slots of groups lie before each head
         self.window_first = torch.empty_like(self.first_index)
         self.skipped = self.first_index // self.capacity * (self.capacity - self.n_exact)
@@ -41,7 +44,8 @@ class GroupSlots(Slots):
 
     def note_flushed(self) -> None:
         """Follow a change of `n_flushed`."""
-        self.window_first.copy_(self.first_index - self.n_flushed[..., None] * self.group)
+        torch.mul(self.n_flushed, self.group, out=self.in_groups)
+        torch.sub(self.first_index, self.in_groups[..., None], out=self.window_first)
 
     def _slots_per_head(self) -> int:
         """Divide the slots, set the numbers that describe the division, and return the slots per head."""
@@ -102,7 +106,15 @@ class GroupSlots(Slots):
             self.flat_pos.index_fill_(0, self.flat_index(evicted), -1)
 
     def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), self.pinned, self.n_flushed, self.ring_groups, self.window_first, self.skipped]
+        return [
+            *super().tensors(),
+            self.pinned,
+            self.n_flushed,
+            self.in_groups,
+            self.ring_groups,
+            self.window_first,
+            self.skipped,
+        ]
 
 
 @dataclass(frozen=True)
@@ -358,30 +370,38 @@ class GroupedStore:
         s = self.slots
         n = s.n_exact if s.frozen else self.reach + (1 if q.shape[2] == 1 else 0)  # a single token is stored already
         groups = self.n_groups if s.frozen else self.used_groups
+        end = s.n_exact + groups * self.spec.group
+        in_window, in_groups = self._held(n, end)
         m = 0 if q_sink is None else min(s.n_sink, n)
-        holds = None if s.uniform and not s.wraps else s.pos >= 0  # (B,Hkv,S): which slots hold a token; None: all do
-        parts = [self._decode(q_sink, pos, *self._exact(0, m, holds))] if m else []
-        exact = self._exact(m, n, holds)
+        parts = [self._decode(q_sink, pos, *self._exact(0, m, part_of(in_window, 0, m)))] if m else []
+        exact = self._exact(m, n, part_of(in_window, m, n) if m else in_window)
         if groups:
             k, v = ([x[:, :, :groups] for x in planes] for planes in self.groups)
-            span = slice(s.n_exact, s.n_exact + groups * self.spec.group)
-            visible, key_pos = None if holds is None else holds[:, :, span], s.pos[:, :, span]
-            beside = exact if m < n else None
-            parts.append(self.spec.attend(self.ctx.ops, q, k, v, visible, key_pos, pos, s.sliding_window, beside))
+            key_pos, beside = s.pos[:, :, s.n_exact : end], exact if m < n else None
+            parts.append(self.spec.attend(self.ctx.ops, q, k, v, in_groups, key_pos, pos, s.sliding_window, beside))
         elif m < n:
             parts.append(self._decode(q, pos, *exact))
         return *(merge(parts) if len(parts) > 1 else parts[0]), None
 
-    def _exact(self, a: int, b: int, holds: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def _held(self, n: int, end: int) -> tuple[Tensor | None, Tensor | None]:
+        """Which of the first n slots, which are exact, and which slots of groups before `end` hold a token. Each is
+        what `decode` in kernels/reference.py takes as `length`.
+        """
+        s = self.slots
+        if s.wraps:  # any slot of a ring may be empty
+            holds = s.pos >= 0
+            return holds[:, :, :n], holds[:, :, s.n_exact : end]
+        return (None, None) if s.uniform else (s.cursor - s.in_groups, s.in_groups)
+
+    def _exact(self, a: int, b: int, held: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """The exact slots a … b−1: keys, values, which of them hold a token, and positions."""
         span = slice(a, b)
-        visible = None if holds is None else holds[:, :, span]
-        return self.k[:, :, span], self.v[:, :, span], visible, self.slots.pos[:, :, span]
+        return self.k[:, :, span], self.v[:, :, span], held, self.slots.pos[:, :, span]
 
     def _decode(
-        self, q: Tensor, pos: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, key_pos: Tensor
+        self, q: Tensor, pos: Tensor, k: Tensor, v: Tensor, length: Tensor | None, key_pos: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return self.ctx.ops.decode(q, k, v, visible, key_pos, pos, self.slots.sliding_window)[:2]
+        return self.ctx.ops.decode(q, k, v, length, key_pos, pos, self.slots.sliding_window)[:2]
 
     def unpack(self) -> list[Kept]:
         grouped = self.spec.decode(self.ctx.ops, *self.groups)

@@ -95,17 +95,17 @@ class Int(StoreSpec):
         q: Tensor,
         k: Planes,
         v: Planes,
-        visible: Tensor | None,
+        length: Tensor | None,
         key_pos: Tensor,
         query_pos: Tensor,
         sliding_window: int | None,
         exact: tuple[Tensor, Tensor, Tensor | None, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention over groups (B,Hkv,groups,…) and, if given, over exact tokens: (keys, values, visible, positions).
+        """Attention over groups (B,Hkv,groups,…) and, if given, over exact tokens: (keys, values, length, positions).
         The rest is as `decode_quant` has it in kernels/reference.py.
         """
         k, v = ([x.flatten(2, 3) for x in planes] for planes in (k, v))
-        return ops.decode_quant(q, k, v, visible, key_pos, query_pos, sliding_window, (self.k, self.v), exact)
+        return ops.decode_quant(q, k, v, length, key_pos, query_pos, sliding_window, (self.k, self.v), exact)
 
     def pack(self, rows: list[Kept], policy: Policy, room: int, ctx: Context) -> GroupedStore:
         return GroupedStore(rows, policy, room, ctx, self)
