@@ -5,7 +5,7 @@ weights.
 
 With few queries this is the observation window of SnapKV (arXiv:2404.14469, §4). With all queries of a prompt it is
 the score of H2O (arXiv:2306.14048), and with a maximum instead of the sum, over the queries of a scoring pass, that of
-KVzip (arXiv:2505.23416). `_window_lse` finds the logsumexp of every query, and `_window_scores` joins the columns. A
+KVzip (arXiv:2505.23416). `_query_lse` finds the logsumexp of every query, and `_key_scores` joins the columns. A
 program takes ROWS rows of queries at a time, of several query heads of a KV head if a head has fewer, so that a tile
 of K serves them all: for G·w ≤ ROWS each launch reads K once, S·D elements per KV head. 4 bytes are written for each
 score.
@@ -73,7 +73,7 @@ def _load_keys(
 
 
 @triton.jit
-def _window_logits(q, k, query, mask_m, offs_n, start, n_keys, sliding_window, HAS_WINDOW: tl.constexpr):
+def _visible_logits(q, k, query, mask_m, offs_n, start, n_keys, sliding_window, HAS_WINDOW: tl.constexpr):
     """Return base-2 logits (rows, BLOCK_N), −inf where a query does not see a key."""
     logits = tl.dot(q, tl.trans(k), input_precision="ieee")
     age = start + query[:, None] - offs_n[None, :]
@@ -84,7 +84,7 @@ def _window_logits(q, k, query, mask_m, offs_n, start, n_keys, sliding_window, H
 
 
 @triton.jit
-def _window_lse(
+def _query_lse(
     q_ptr,
     k_ptr,
     lse_part_ptr,
@@ -128,7 +128,7 @@ def _window_lse(
         k = _load_keys(
             k_ptr, offs_n, n_keys, stride_ks, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, COMPUTE_DTYPE=COMPUTE_DTYPE
         )
-        logits = _window_logits(q, k, query, mask_m, offs_n, start, n_keys, sliding_window, HAS_WINDOW=HAS_WINDOW)
+        logits = _visible_logits(q, k, query, mask_m, offs_n, start, n_keys, sliding_window, HAS_WINDOW=HAS_WINDOW)
         m_new = tl.maximum(m_i, tl.max(logits, 1))
         m_safe = _finite(m_new)
         l_i = l_i * tl.exp2(m_i - m_safe) + tl.sum(tl.exp2(logits - m_safe[:, None]), 1)
@@ -139,7 +139,7 @@ def _window_lse(
 
 
 @triton.jit
-def _window_scores(
+def _key_scores(
     q_ptr,
     k_ptr,
     lse_ptr,
@@ -181,7 +181,7 @@ def _window_scores(
                 HEADS_PER_KV=HEADS_PER_KV, HEADS=HEADS, BLOCK_Q=BLOCK_Q, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D,
                 COMPUTE_DTYPE=COMPUTE_DTYPE,
             )  # fmt: skip
-            logits = _window_logits(q, k, query, mask_m, offs_n, start, n_keys, sliding_window, HAS_WINDOW=HAS_WINDOW)
+            logits = _visible_logits(q, k, query, mask_m, offs_n, start, n_keys, sliding_window, HAS_WINDOW=HAS_WINDOW)
             p = tl.exp2(logits - tl.load(lse_ptr + row, mask=mask_m, other=0.0)[:, None])
             p = tl.reshape(p, [HEADS, BLOCK_Q, BLOCK_N])
             of_head = tl.maximum(of_head, tl.max(p, 1)) if OVER_QUERIES == "max" else of_head + tl.sum(p, 1)
@@ -249,11 +249,11 @@ def attention_scores(
         "COMPUTE_DTYPE": triton_dtype(q.dtype),
     }
     lse_part = q.new_empty(B, H, splits, w, dtype=torch.float32)
-    _window_lse[splits, blocks, B * heads](q_ptr=q, k_ptr=k, lse_part_ptr=lse_part, **common)
+    _query_lse[splits, blocks, B * heads](q_ptr=q, k_ptr=k, lse_part_ptr=lse_part, **common)
     lse = (lse_part * LN2.value).logsumexp(2) / LN2.value  # every query sees itself, so none is −inf
     scores = q.new_empty(B, H if over_group == "each" else heads, S, dtype=torch.float32)
     how = {"OVER_GROUP": over_group, "OVER_QUERIES": over_queries}
-    _window_scores[triton.cdiv(S, BLOCK), B * heads](
+    _key_scores[triton.cdiv(S, BLOCK), B * heads](
         q_ptr=q, k_ptr=k, lse_ptr=lse.contiguous(), scores_ptr=scores, **how, **common, num_warps=8, num_stages=2
     )
     return scores

@@ -138,10 +138,10 @@ def kernels(kind: torch.dtype, fp8: bool) -> dict[str, tuple[JITFunction, Record
             masked = *ask[:3], mask, *ask[4:8], (*exact[:2], mask[:, :, :128], exact[3])
             add("int4 masked", decode_quant, split, lambda ask=masked: decode_quant.decode_quant(*ask), fast)
     w = torch.randn(B, HKV * G, 32, D).to(kind)
-    add("scores", scores, "_window_lse _window_scores", lambda: scores.attention_scores(w, k, S - 32, None, "mean"))
+    add("scores", scores, "_query_lse _key_scores", lambda: scores.attention_scores(w, k, S - 32, None, "mean"))
     many = torch.randn(B, HKV * G, 2048, D).to(kind)
     ask = many, k, S - 2048, None, "max", "max"
-    add("many scores", scores, "_window_lse _window_scores", lambda ask=ask: scores.attention_scores(*ask))
+    add("many scores", scores, "_query_lse _key_scores", lambda ask=ask: scores.attention_scores(*ask))
     a, b, first = (
         torch.randn(B, S // 8, 8, 160).to(kind),
         torch.randn(B, HKV, 160, D).to(kind),

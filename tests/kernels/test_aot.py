@@ -32,10 +32,10 @@ DOTS = [
     "int4 runs 4 _decode_quant_split",
     "int2 runs 4 _decode_quant_split",
     "rebuild _rebuild_keys",
-    "scores _window_lse",
-    "scores _window_scores",
-    "many scores _window_lse",
-    "many scores _window_scores",
+    "scores _query_lse",
+    "scores _key_scores",
+    "many scores _query_lse",
+    "many scores _key_scores",
 ]
 
 
