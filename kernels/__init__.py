@@ -25,6 +25,7 @@ HOMES = {
     "rms_norm": "norm",
     "rotate": "rope",
     "swiglu": "norm",
+    "take_lowest": "kv_write",
     "take_slots": "kv_write",
 }
 __all__ = list(HOMES)

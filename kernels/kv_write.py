@@ -143,6 +143,88 @@ def take_slots(cursor: Tensor, limit: Tensor, sink: Tensor, first: Tensor, pos: 
 
 
 @triton.jit
+def _take_lowest(
+    score_ptr,
+    held_ptr,
+    cursor_ptr,
+    limit_ptr,
+    first_ptr,
+    pos_ptr,
+    slot_pos_ptr,
+    index_ptr,
+    left_ptr,
+    n_heads,
+    n_slots,
+    sliding_window,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Give the new token of one head of one row a slot."""
+    i = tl.program_id(0).to(tl.int64)
+    cursor, pos = tl.load(cursor_ptr + i), tl.load(pos_ptr + i // n_heads).to(tl.int32)
+    slot = cursor
+    if cursor >= tl.load(limit_ptr + i):
+        lowest, oldest = float("inf"), 2147483647
+        for start in range(0, n_slots, BLOCK_N):
+            offs_n = start + tl.arange(0, BLOCK_N)
+            held = tl.load(held_ptr + i * n_slots + offs_n, mask=offs_n < n_slots, other=-1)
+            score = tl.load(score_ptr + i * n_slots + offs_n, mask=held >= 0, other=float("inf"))
+            if HAS_WINDOW:
+                score = tl.where((held >= 0) & (held <= pos - sliding_window), float("-inf"), score)
+            lowest_here = tl.min(score, 0)
+            oldest_here = tl.min(tl.where((held >= 0) & (score == lowest_here), held, 2147483647), 0)
+            if (lowest_here < lowest) | ((lowest_here == lowest) & (oldest_here < oldest)):
+                lowest, oldest = lowest_here, oldest_here
+                slot = tl.max(tl.where(held == oldest_here, offs_n, 0), 0)  # no two slots hold one token
+    index = tl.load(first_ptr + i) + slot
+    tl.store(left_ptr + i, tl.load(slot_pos_ptr + index))
+    tl.store(slot_pos_ptr + index, pos)
+    tl.store(cursor_ptr + i, cursor + 1)
+    tl.store(index_ptr + i, index)
+
+
+def take_lowest(
+    score: Tensor,
+    held: Tensor,
+    cursor: Tensor,
+    limit: Tensor,
+    first: Tensor,
+    pos: Tensor,
+    slot_pos: Tensor,
+    sliding_window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Give each head's new token a free slot, or the one of the lowest score, in one launch; the twin is
+    `reference.take_lowest`.
+
+    score (B,Hkv,S) fp32; held (B,Hkv,S) int32; cursor and limit (B,Hkv) int32; first (B,Hkv,1) int64; pos (B,1) int;
+    slot_pos (slots,) int32. Increases cursor by one, writes pos into slot_pos, and returns flat indices (B·Hkv,) int64
+    and the positions (B·Hkv,) int32 of the tokens that leave. Refuses (AssertionError) tensors but pos, score and held
+    that are not contiguous.
+    """
+    assert all(x.is_contiguous() for x in (cursor, limit, first, slot_pos))
+    score, held, pos = score.contiguous(), held.contiguous(), pos.contiguous()
+    n, S = cursor.numel(), score.shape[2]
+    index, left = first.new_empty(n), slot_pos.new_empty(n)
+    _take_lowest[(n,)](
+        score_ptr=score,
+        held_ptr=held,
+        cursor_ptr=cursor,
+        limit_ptr=limit,
+        first_ptr=first,
+        pos_ptr=pos,
+        slot_pos_ptr=slot_pos,
+        index_ptr=index,
+        left_ptr=left,
+        n_heads=cursor.shape[1],
+        n_slots=S,
+        sliding_window=sliding_window or 0,
+        HAS_WINDOW=sliding_window is not None,
+        BLOCK_N=min(1024, triton.next_power_of_2(S)),
+    )
+    return index, left
+
+
+@triton.jit
 def _append(
     k_ptr,
     v_ptr,

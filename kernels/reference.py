@@ -446,6 +446,36 @@ def take_slots(cursor: Tensor, limit: Tensor, sink: Tensor, first: Tensor, pos: 
     return index
 
 
+def take_lowest(
+    score: Tensor,
+    held: Tensor,
+    cursor: Tensor,
+    limit: Tensor,
+    first: Tensor,
+    pos: Tensor,
+    slot_pos: Tensor,
+    sliding_window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Give each head's new token its next free slot or, where all are taken, the slot of the lowest score, in place.
+    Return the slot's flat index (B·Hkv,) int64 and the position of the token that leaves it (B·Hkv,) int32, −1 for none.
+
+    score (B,Hkv,S) fp32, +inf for a token that must stay; of equals the oldest leaves. held (B,Hkv,S) int32: the
+    position of the token in each slot, −1 for none. Tokens that the model's sliding window hides from pos leave first.
+    The rest is as for `take_slots`.
+    """
+    if sliding_window is not None:
+        score = score.masked_fill(held <= pos[:, None] - sliding_window, -torch.inf)
+    empty = held < 0
+    score = score.masked_fill(empty, torch.inf)
+    stays = (score > score.amin(-1, keepdim=True)) | empty
+    oldest = held.masked_fill(stays, torch.iinfo(torch.int32).max).argmin(-1)
+    index = (torch.where(cursor < limit, cursor, oldest.to(torch.int32))[..., None] + first).flatten()
+    left = slot_pos.index_select(0, index)
+    slot_pos.index_copy_(0, index, pos.expand(cursor.shape).flatten().to(torch.int32))
+    cursor += 1
+    return index, left
+
+
 def append(k: Tensor, v: Tensor, row: Tensor, keys: Tensor, values: Tensor) -> None:
     """Write k and v (B,Hkv,T,D) into the slots row (B·Hkv·T,) of keys and values, seen as (slots,D), in place and in
     their dtype.

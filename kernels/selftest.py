@@ -103,6 +103,15 @@ def _rotate(x: Inputs) -> list[tuple]:
     return [(x.normal(B, 1, HKV * x.group, x.dim), angle.cos().repeat(1, 1, 1, 2), torch.cat((-sin, sin), -1))]
 
 
+def _take_lowest(x: Inputs) -> list[tuple]:
+    held = torch.stack([torch.randperm(16, generator=x.generator) for _ in range(B * HKV)]).view(B, HKV, 16).int()
+    limit, first = 9 + x.integers(8, B, HKV), (torch.arange(B * HKV) * 16).view(B, HKV, 1)
+    held = held.masked_fill(torch.arange(16) >= limit[..., None], -1)
+    score = x.integers(4, B, HKV, 16).float()  # with equals
+    given = x.integers(24, B, HKV), limit, first, NOW - S + 18
+    return [(score, held, *given, held.flatten().clone(), window) for window in (None, 9)]
+
+
 def _take_slots(x: Inputs) -> list[tuple]:
     sink = x.integers(4, B, HKV)
     first = (torch.arange(B * HKV) * 16).view(B, HKV, 1)
@@ -146,10 +155,12 @@ CASES: dict[str, Callable[[Inputs], list[tuple]]] = {
     "rms_norm": lambda x: [(x.normal(2, 1, 300).float(), torch.ones(300), 1e-5, x.dtype)],
     "rotate": _rotate,
     "swiglu": lambda x: [(x.normal(2, 1, 600),)],
+    "take_lowest": _take_lowest,
     "take_slots": _take_slots,
 }
-IN_PLACE = {"append": (3, 4), "fetch_chunks": (3,), "rebuild_keys": (6,), "take_slots": (0, 5)}  # arguments written to
-EXACT = {"append", "compact", "fetch_chunks", "take_slots"}  # they move numbers
+# arguments written to
+IN_PLACE = {"append": (3, 4), "fetch_chunks": (3,), "rebuild_keys": (6,), "take_lowest": (2, 6), "take_slots": (0, 5)}
+EXACT = {"append", "compact", "fetch_chunks", "take_lowest", "take_slots"}  # they move numbers
 
 
 def changed(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -227,8 +227,8 @@ def test_eviction_says_what_heads_do():
     from nanokv.policies.base import Policy
 
     for name, policy in POLICIES.items():
-        chooses = type(policy).next_slots.__qualname__ != Policy.next_slots.__qualname__
-        assert chooses == (policy.eviction == "score"), name
+        ranks = type(policy).slot_scores.__qualname__ != Policy.slot_scores.__qualname__
+        assert ranks == (policy.eviction == "score"), name
 
 
 # ---- a decode step ----------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def waits(function: ast.FunctionDef) -> list[str]:
 STEP = {
     "nanokv/cache/slots.py": [
         "ring",
-        "lowest_score",
+        "take_lowest",
         "flat_index",
         "take",
         "record",
@@ -257,9 +257,8 @@ STEP = {
     "nanokv/cache/rescore.py": ["push"],
     "nanokv/stores/dense.py": [
         "append",
-        "scatter",
         "_write",
-        "_write_at",
+        "write_at",
         "append_masked",
         "read",
         "read_parts",
@@ -274,7 +273,7 @@ STEP = {
     "nanokv/stores/quant/gear.py": ["attend", "decode"],
     "nanokv/stores/quant/kvquant.py": ["encode", "decode"],
     "nanokv/stores/quant/coupled.py": ["encode", "decode"],
-    "nanokv/stores/quant/minicache.py": ["append", "decode", "_write_at"],
+    "nanokv/stores/quant/minicache.py": ["append", "decode", "write_at"],
     "nanokv/stores/sparse/chunks.py": [
         "append",
         "read",
@@ -288,7 +287,7 @@ STEP = {
     "nanokv/stores/sparse/quest.py": ["score", "gather"],
     "nanokv/stores/host/offload.py": ["prefetch", "staged", "wait", "append", "_planes_to_read", "read"],
 }
-STEP |= {n: ["next_slots", "update_scores", "slot_scores", "shift"] for n in FILES if n.startswith("nanokv/policies/")}
+STEP |= {n: ["update_scores", "slot_scores", "shift"] for n in FILES if n.startswith("nanokv/policies/")}
 
 
 @pytest.mark.parametrize("name", STEP)

@@ -31,6 +31,7 @@ class Ops:
     fetch_chunks: Callable[..., None]
     compact: Callable[..., tuple[Tensor, Tensor, Tensor]]
     take_slots: Callable[..., Tensor]
+    take_lowest: Callable[..., tuple[Tensor, Tensor]]
     append: Callable[..., None]
     quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
     dequantize: Callable[..., Tensor]

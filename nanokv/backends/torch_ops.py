@@ -52,6 +52,7 @@ EAGER = Ops(
     fetch_chunks=refetch_all_when_compiling(reference.fetch_chunks),
     compact=reference.compact,
     take_slots=reference.take_slots,
+    take_lowest=reference.take_lowest,
     append=reference.append,
     quantize=reference.quantize,
     dequantize=reference.dequantize,

@@ -96,7 +96,8 @@ def triton(device: torch.device) -> Ops:
         "swiglu": kernels.swiglu,
         "linear": row,
     }
-    moves = {"take_slots": kernels.take_slots, "compact": compact, "append": append, "quantize": quantize}
+    slots = {"take_slots": kernels.take_slots, "take_lowest": kernels.take_lowest}
+    moves = {**slots, "compact": compact, "append": append, "quantize": quantize}
     chunks = {"landmark_scores": landmark_scores, "rebuild_keys": rebuild_keys, "fetch_chunks": fetch_chunks}
     attention = {
         "decode": decode,

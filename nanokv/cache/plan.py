@@ -96,7 +96,8 @@ class Plan:
     @property
     def kernels(self) -> tuple[str, ...]:
         """The kernels that this plan runs beside those of every step."""
-        return *self.store.kernels, *(("attention_scores",) if self._scores_by_kernel() else ())
+        scores = ("attention_scores",) if self._scores_by_kernel() else ()
+        return *self.store.kernels, *scores, *(("take_lowest",) if self.policy.eviction == "score" else ())
 
     def _scores_by_kernel(self) -> bool:
         """Whether a kernel computes the scores of the prompt; the backend in backends/triton.py decides by the same rule."""

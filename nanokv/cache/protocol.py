@@ -35,7 +35,7 @@ class Cache(Protocol):
 
 
 class Store(Protocol):
-    """The tokens that one layer holds, for B rows, in the slots that `policy.next_slots` chooses."""
+    """The tokens that one layer holds, for B rows, in slots: see nanokv/cache/slots.py."""
 
     slots: Slots
     length: Tensor  # (B,Hkv) int32: tokens held

@@ -155,19 +155,6 @@ class Slots:
         # the `where` matters: with fewer tokens than sinks, the bare modulo would name a wrong slot
         return torch.where(slot < limit, slot, sink + (slot - sink) % (limit - sink).clamp(min=1))
 
-    def lowest_score(self, score: Tensor, query_pos: Tensor) -> Tensor:
-        """(B,Hkv,1): a free slot, or else that of the lowest score (B,Hkv,S), the oldest of equals.
-
-        A token that the model's own window hides from the query at query_pos (B,1) goes first.
-        """
-        pos = self.pos
-        if self.sliding_window is not None:
-            score = score.masked_fill(pos <= query_pos[:, None] - self.sliding_window, -torch.inf)
-        score = score.masked_fill(pos < 0, torch.inf)
-        stays = (score > score.amin(-1, keepdim=True)) | (pos < 0)
-        oldest = pos.masked_fill(stays, torch.iinfo(torch.int32).max).argmin(-1)
-        return torch.where(self.cursor < self.limit, self.cursor, oldest.to(torch.int32))[..., None]
-
     def unpack(self, k: Tensor, v: Tensor) -> tuple[list[Kept], list[Tensor]]:
         """Keys and values (slots,D) in the store's order → one Kept per row in temporal order, and per row the flat
         index (Hkv,N) of each token's slot.
@@ -210,6 +197,18 @@ class Slots:
             self.flat_attention.index_fill_(0, index, 0.0)
         self._count_on_host(1)
         return index
+
+    def take_lowest(self, score: Tensor, pos: Tensor, take_lowest: Callable[..., tuple]) -> tuple[Tensor, Tensor]:
+        """Give the new tokens at pos (B,1) a free slot each or else that of the lowest score (B,Hkv,S), and note that they
+        lie there → flat indices (B·Hkv,), and the positions of the tokens that leave, −1 for none. `take_lowest` is the
+        backend's.
+        """
+        given = self.cursor, self.limit, self.first_index, pos, self.flat_pos, self.sliding_window
+        index, left = take_lowest(score, self.pos, *given)
+        if self.flat_attention is not None:
+            self.flat_attention.index_fill_(0, index, 0.0)
+        self._count_on_host(1)
+        return index, left
 
     def record(self, index: Tensor, pos: Tensor) -> None:
         """Note that the slots `index` (as `flat_index` gives them) now hold the tokens at pos (B,T)."""

@@ -32,7 +32,8 @@ class Policy(ABC):
     decode_scores         how each decode step's attention is reduced for `update_scores` (`last_queries` has no meaning
                           here); None: decode steps are not scored.
     eviction              what makes room for a new token. none: nothing does, and heads grow. ring: a head with a
-                          limit overwrites its oldest token behind the sinks. score: `next_slots` picks the lowest.
+                          limit overwrites its oldest token behind the sinks. score: a new token takes the slot of the
+                          lowest of `slot_scores`.
     rescore_every         tokens between two calls of `keep` on what is held while decoding; 0: never.
     decide_after          how many tokens after the prompt still attend to all of it before `keep` is called.
     cross_layer           whether `keep_all` is called once for all layers, instead of `keep` for each. Until then the
@@ -124,11 +125,11 @@ class Policy(ABC):
         """
         return torch.zeros_like(pos)
 
-    def next_slots(self, s: Slots, pos: Tensor) -> Tensor:
-        """(B,Hkv,T): the slots that the new tokens at pos (B,T) take. A store may compute the slots itself
-        if `eviction` is "none" or "ring".
+    def slot_scores(self, s: Slots, pos: Tensor) -> Tensor:
+        """(B,Hkv,S): the slot of the lowest score goes to the token at pos (B,1), once no slot is free; +inf for slots
+        that must stay. Only asked if `eviction` is "score".
         """
-        return s.ring(pos.shape[1])
+        raise NotImplementedError(f"{self.name} declares eviction by score and gives no slot_scores")
 
     def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
         """attention (readers,B,Hkv,n): scores of the first n slots by the queries at pos (B,1) → the new

@@ -87,14 +87,14 @@ class CascadingKV(Policy):
         ring = next((i for i in range(1, self.rings) if (t - self.sink) % 2**i), self.rings)
         return ring * size - 1, min(ring * size, self.rings * size - 1)
 
-    def next_slots(self, s: Slots, pos: Tensor) -> Tensor:
+    def slot_scores(self, s: Slots, pos: Tensor) -> Tensor:
         size, n = ((s.asked_limit - s.sink) // self.rings)[..., None], (pos - self.sink)[:, None]
         ring = torch.full_like(n, self.rings)
         for i in reversed(range(1, self.rings)):
             ring = torch.where(n % 2**i != 0, i, ring)
         offered, rival = ring * size - 1, torch.minimum(ring * size, self.rings * size - 1)  # see `rivals`
         age = s.pos.argsort(dim=-1, descending=True).argsort(dim=-1)  # per slot, how many tokens are younger
-        return s.lowest_score(s.attention.masked_fill((age != offered) & (age != rival), torch.inf), pos)
+        return s.attention.masked_fill((age != offered) & (age != rival), torch.inf)
 
     def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
         keeps = (-math.log(100) * self.rings / (s.asked_limit - s.sink)).exp()[..., None]

@@ -18,7 +18,6 @@ from torch.nn.functional import pad
 from nanokv.cache.budget import Workload, check_budget, in_bytes
 from nanokv.cache.kept import Kept, Prompt
 from nanokv.cache.scores import rounded
-from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
 from nanokv.policies.finish import REFIT_QUERIES, merged, refitted
 
@@ -307,10 +306,3 @@ class EvictingScorer(Scorer):
     def initial_scores(self, p: Prompt) -> Tensor:
         """(1,Hkv,N): the scores to which decode steps add."""
         return p.attention.sum(0, keepdim=True)
-
-    def next_slots(self, s: Slots, pos: Tensor) -> Tensor:
-        return s.lowest_score(self.slot_scores(s, pos), pos)
-
-    @abstractmethod
-    def slot_scores(self, s: Slots, pos: Tensor) -> Tensor:
-        """(B,Hkv,S): the slot of the lowest score goes to the token at pos (B,1); +inf for slots that must stay."""

@@ -168,23 +168,23 @@ class SlotStore:
     def append_by_index(self, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
         """`append` where the device computes the slots → their flat indices (B·Hkv·T,)."""
         s = self.slots
-        if self.policy.eviction == "score" or k.shape[2] > 1 or self.pinned:
-            slot = self.policy.next_slots(s, pos)
-            self.scatter(slot, k, v, pos)
-            return s.flat_index(slot)
-        index = s.take(pos, self.ctx.ops.take_slots)
-        self._write_at(index, k, v, pos[:, None])
+        if self.policy.eviction == "score":
+            index, _ = s.take_lowest(self.policy.slot_scores(s, pos), pos, self.ctx.ops.take_lowest)
+        elif k.shape[2] > 1 or self.pinned:
+            slot = s.ring(k.shape[2])
+            self._write(slot, k, v, pos[:, None])
+            index = s.flat_index(slot)
+            s.record(index, pos)
+            return index
+        else:
+            index = s.take(pos, self.ctx.ops.take_slots)
+        self.write_at(index, k, v, pos[:, None])
         return index
-
-    def scatter(self, slot: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        """Write the tokens at pos (B,T) into the slots (B,Hkv,T)."""
-        self._write(slot, k, v, pos[:, None])
-        self.slots.record(self.slots.flat_index(slot), pos)
 
     def _encode(self, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
         return (*self.codecs[0].encode(k, pos), *self.codecs[1].encode(v, pos))
 
-    def _write_at(self, index: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def write_at(self, index: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Write tokens (B,Hkv,T,D) at pos (B,·,T) into the slots of these flat indices (B·Hkv·T,) → their codes."""
         codes_k, codes_v = self.codecs[0].encode(k, pos), self.codecs[1].encode(v, pos)
         for *planes, x, y in zip(*self.planes, codes_k, codes_v, strict=True):
@@ -192,7 +192,7 @@ class SlotStore:
         return codes_k, codes_v
 
     def _write(self, slot: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        codes_k, codes_v = self._write_at(self.slots.flat_index(slot), k, v, pos)
+        codes_k, codes_v = self.write_at(self.slots.flat_index(slot), k, v, pos)
         if self.pinned:
             first = torch.arange(slot.shape[:2].numel(), device=slot.device).view(*slot.shape[:2], 1)
             index = slot.clamp(max=self.n_pinned) + first * (self.n_pinned + 1)

@@ -231,17 +231,15 @@ class ToyHeavy(Policy):
     recent: int = 4
     scores = Scores(last_queries=None)
     decode_scores = Scores(over_group="mean")
+    eviction = "score"
 
     def keep(self, p: Prompt) -> Kept:
         votes = p.attention.sum(0, keepdim=True)
         kept = Kept.top(p, votes.masked_fill(p.recent(self.recent), torch.inf), self.budget, limit=self.budget)
         return replace(kept, attention=votes.gather(2, kept.pos.clamp(min=0).long()))
 
-    def next_slots(self, s: Slots, pos):
-        free = s.cursor < s.limit
-        old = s.pos <= pos[:, None] - self.recent
-        worst = s.attention.masked_fill(~old | (s.pos < 0), torch.inf).argmin(-1)
-        return torch.where(free, s.cursor, worst)[..., None]
+    def slot_scores(self, s: Slots, pos):
+        return s.attention.masked_fill(s.pos > pos[:, None] - self.recent, torch.inf)
 
     def update_scores(self, s: Slots, votes, pos):
         return s.attention[:, :, : votes.shape[3]] + votes.sum(0)

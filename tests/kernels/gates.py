@@ -164,6 +164,9 @@ def kernels(kind: torch.dtype, fp8: bool) -> dict[str, tuple[JITFunction, Record
         "_take_slots",
         lambda: kv_write.take_slots(*[heads] * 3, first, query_pos, key_pos.view(-1)),
     )
+    score = torch.zeros(B, HKV, S)
+    ask = score, key_pos, heads, heads, first, query_pos, key_pos.view(-1), None
+    add("take lowest", kv_write, "_take_lowest", lambda ask=ask: kv_write.take_lowest(*ask))
     cos, heads_of_token = torch.randn(B, 1, 1, D), torch.randn(B, 1, HKV * G, D).to(kind)
     add("rotate", rope, "_rotate", lambda: rope.rotate(heads_of_token, cos, cos))
     add("quantize k", kv_write, "_quantize", lambda: kv_write.quantize(k, 4, 128, 1))

@@ -417,6 +417,36 @@ def test_rotate(T, heads, dim, dtype):
         same([kernels.rotate(x, *angle)], [reference.rotate(x, angle[0], -angle[1])], dtype)
 
 
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("slots", "kinds"), [(6, 2), (40, 3), (2500, 1000)])
+def test_take_lowest(slots, kinds, window):
+    """Heads with free slots and full ones, of different sizes, with equal scores, against the rule as a loop."""
+    generator, rows = torch.Generator().manual_seed(slots), 3
+    limit = torch.randint(2, slots + 1, (rows, 2), generator=generator, dtype=torch.int32)
+    cursor = limit + torch.tensor([-1, 0], dtype=torch.int32)  # the first head has one free slot
+    order = torch.stack([torch.randperm(slots, generator=generator) for _ in range(rows * 2)]).view(rows, 2, slots)
+    held = order.int().masked_fill(torch.arange(slots) >= torch.minimum(cursor, limit)[..., None], -1)
+    score = torch.randint(0, kinds, (rows, 2, slots), generator=generator).float()
+    score = score.masked_fill(torch.rand(score.shape, generator=generator) < 0.2, torch.inf)  # these must stay
+    first, pos = (torch.arange(rows * 2) * slots).view(rows, 2, 1), torch.full((rows, 1), slots)
+    state = [x.to(DEVICE) for x in (score, held, cursor, limit, first, pos)]
+    found, right = ([*(x.clone() for x in state), held.flatten().clone().to(DEVICE), window] for _ in "ab")
+    result = kernels.take_lowest(*found)
+    assert all(torch.equal(a, b) for a, b in zip(result, reference.take_lowest(*right), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found[:7], right[:7], strict=True))
+    for b in range(rows):
+        for h in range(2):
+            n, tokens = int(cursor[b, h]), held[b, h].tolist()
+            if n < limit[b, h]:
+                slot = n
+            else:
+                hidden = [window is not None and t <= slots - window for t in tokens]
+                slot = min(range(n), key=lambda j: (-torch.inf if hidden[j] else float(score[b, h, j]), tokens[j]))
+            i = b * 2 + h
+            assert result[0][i] == i * slots + slot and result[1][i] == tokens[slot]
+            assert found[6][i * slots + slot] == slots and found[2][b, h] == n + 1
+
+
 @pytest.mark.parametrize("rows", [1, 3, 200])
 def test_take_slots(rows):
     """Heads that grow, that fill up, and that wrap, against the rule as a loop."""

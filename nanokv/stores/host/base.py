@@ -62,9 +62,9 @@ class HostStore(SlotStore):
         else:
             super().append(k, v, pos)
 
-    def _write_at(self, index: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def write_at(self, index: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         if not self.host_is_apart or self.ctx.ops.device_gather:  # on a GPU the kernels write to the host's memory
-            return super()._write_at(index, k, v, pos)
+            return super().write_at(index, k, v, pos)
         for (plane,), x in zip(self.planes, (k, v), strict=True):
             new = x.reshape(-1, x.shape[3]).to(plane.device)
             plane.view(-1, x.shape[3]).index_copy_(0, index.to(plane.device), new)

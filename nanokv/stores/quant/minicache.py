@@ -152,9 +152,9 @@ class PairStore(SlotStore):
         else:
             self.append_by_index(k, v, pos)
 
-    def _write_at(self, index: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def write_at(self, index: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         if self.below is None:
-            return super()._write_at(index, k, v, pos)
+            return super().write_at(index, k, v, pos)
         merged = []
         for x, (vector, _) in zip((k, v), self.below.planes, strict=True):
             below = vector.view(-1, x.shape[3]).index_select(0, index.flatten()).view(x.shape)

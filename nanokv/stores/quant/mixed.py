@@ -132,12 +132,12 @@ class MixedStore:
         if not self.demotes_while_decoding:
             self.recent.append(k, v, pos)
             return
-        slot, full = self.policy.next_slots(s, pos), (s.cursor >= s.limit)[..., None]
-        row = s.flat_index(slot)
+        full = (s.cursor >= s.limit)[..., None]
+        row, left = s.take_lowest(self.policy.slot_scores(s, pos), pos, self.ctx.ops.take_lowest)
         planes = (planes[0] for planes in self.recent.planes)
         evicted = [x.view(-1, x.shape[3])[row].view_as(new) for x, new in zip(planes, (k, v), strict=True)]
-        self.low.append_masked(*evicted, s.flat_pos[row].view_as(full), full)
-        self.recent.scatter(slot, k, v, pos)
+        self.low.append_masked(*evicted, left.view_as(full), full)
+        self.recent.write_at(row, k, v, pos[:, None])
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         self.recent.extend(
