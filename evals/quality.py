@@ -148,7 +148,7 @@ def servable(
     good, refused = [], {}
     for i, plan in enumerate(plans):
         try:
-            plan.fit(llm.config, llm.models.context.dtype, length, room, rows)
+            plan.fit(llm.config, llm.models.new_context().dtype, length, room, rows)
             llm.check_passes(Session(llm.models, plan, room), [[0] * length], rows)
             good.append(i)
         except ValueError as e:

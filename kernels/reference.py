@@ -197,36 +197,36 @@ def attention_scores_by(
 ) -> Tensor:
     """`attention_scores` with another form of the product than `_logits`. block: queries whose logits exist at once."""
     B, H, Hkv, S = q.shape[0], q.shape[1], k.shape[1], k.shape[2]
-    sums = over_queries in ("sum", "rising")
+    sums = over_queries in ("sum", "rising")  # then heads are joined at the end, else query by query
     scores = q.new_zeros(B, H if sums else Hkv, S, dtype=torch.float32)
     for rows, keys, visible in blocks(q.shape[2], start, sliding_window, q.device, block):
-        logits = logits_of(q[:, :, rows], k[:, :, keys])
-        # (B,Hkv,G,t,s); without a sliding window each query sees all keys before the block
+        query = torch.arange(rows.start + start, rows.stop + start, device=q.device)[:, None]  # numbers of tokens
+        key = torch.arange(keys.start, keys.stop, device=q.device)
+        logits = logits_of(q[:, :, rows], k[:, :, keys])  # (B,Hkv,G,t,s)
+        # without a sliding window each query sees all keys before the block, which saves a part of the mask
         own = rows.start + start if sliding_window is None else 0
         logits[..., own:].masked_fill_(~visible[:, own:], -torch.inf)
-        token = torch.arange(rows.start + start, rows.stop + start, device=q.device)[:, None]
-        if noise is None:
-            weight = logits.softmax(-1)
-        else:
-            weight = _noisy(logits, noise, token, torch.arange(keys.start, keys.stop, device=q.device))
+        weight = logits.softmax(-1) if noise is None else _noisy(logits, noise, query, key)
         if sums:
             if over_queries == "rising":
                 weight = weight * torch.linspace(1, 1.2, q.shape[2], device=q.device)[rows, None]
             if near is not None:
-                weight = weight * (token - torch.arange(keys.start, keys.stop, device=q.device) < near)
+                weight = weight * (query - key < near)
             scores[:, :, keys] += weight.sum(3).flatten(1, 2)
-            continue
-        weight = _join_group(weight, over_group)  # (B,Hkv,t,s)
-        if over_queries == "max":
-            scores[:, :, keys] = scores[:, :, keys].maximum(weight.amax(2))
-            continue
-        uniform = 1 / visible.sum(-1, keepdim=True)
-        if over_queries == "count_low":
-            scores[:, :, keys] += ((weight < uniform) & visible).sum(2)
         else:
-            hit = torch.where((weight >= uniform) & visible, token + 1.0, 0.0).amax(2)
-            scores[:, :, keys] = scores[:, :, keys].maximum(hit)
+            here = scores[:, :, keys]
+            here.copy_(_of_queries(_join_group(weight, over_group), here, over_queries, visible, query))
     return _join_group(scores.unflatten(1, (Hkv, -1)), over_group) if sums else scores
+
+
+def _of_queries(weight: Tensor, scores: Tensor, over_queries: str, visible: Tensor, query: Tensor) -> Tensor:
+    """Return the scores (B,Hkv,s) so far, joined with those of t more queries: weight (B,Hkv,t,s)."""
+    if over_queries == "max":
+        return scores.maximum(weight.amax(2))
+    uniform = 1 / visible.sum(-1, keepdim=True)
+    if over_queries == "count_low":
+        return scores + ((weight < uniform) & visible).sum(2)
+    return scores.maximum(torch.where((weight >= uniform) & visible, query + 1.0, 0.0).amax(2))  # last_hit
 
 
 def _noisy(logits: Tensor, noise: tuple[int, float, int], i: Tensor, j: Tensor) -> Tensor:

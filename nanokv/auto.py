@@ -63,7 +63,7 @@ def choose(llm: LLM, ids: Sequence[int], budget: str, room: int) -> list[Trial]:
         try:
             plan = parse(name).with_budget(budget)
             for length, after in ((len(ids), room), (len(ids) - held, max(held, room))):  # the answer, and the trial
-                plan.fit(llm.config, llm.models.context.dtype, length, after)
+                plan.fit(llm.config, llm.models.new_context().dtype, length, after)
             plans[name] = plan
         except ValueError as e:
             reasons.append(str(e))

@@ -98,16 +98,16 @@ class Compiled:
         self.model, self.compile_s = model, 0.0
         self.layout: object = None  # `KVCache.layout` at the last step
         self.recording: Recording | None = None
-        self.notes = Notes() if model.embed_tokens.weight.device.type == "cpu" else None
+        self.recorder = CallRecorder() if model.embed_tokens.weight.device.type == "cpu" else None
         options = {}
         if backend is None and how.backend == "inductor":
-            if self.notes:
+            if self.recorder:
                 options |= {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
             # torch.compile takes a mode or options, not both, so the mode is written out
             options |= _inductor().list_mode_options(how.mode) | dict(how.options)
         chosen = backend or how.backend
-        if self.notes:
-            chosen, options = self.notes.noting(chosen, options), {}
+        if self.recorder:
+            chosen, options = self.recorder.wrap(chosen, options), {}
         options["guard_filter_fn"] = lambda guards: [_keep_guard(guard) for guard in guards]
         given = {"backend": chosen, "fullgraph": True, "dynamic": how.dynamic}
         self.block, self.head = (
@@ -121,8 +121,8 @@ class Compiled:
             self.layout, self.recording = cache.layout, None
         elif self.recording is not None:
             return self.recording.replay((x, pos, *angle))
-        elif self.notes:
-            with self.notes.taken() as calls:
+        elif self.recorder:
+            with self.recorder.recording() as calls:
                 logits = self._run(x, pos, angle, cache)
             self.recording = Recording(calls, (x, pos, *angle), logits)
             return logits
@@ -154,8 +154,8 @@ class Compiled:
 Call = tuple[Callable, tuple, Sequence[Tensor]]  # a compiled graph, what it was given, what it returned
 
 
-class Notes:
-    """Notes each call of a compiled graph while a step is recorded. torch keeps this object as long as its graphs, so it
+class CallRecorder:
+    """Records each call of a compiled graph of one step. torch keeps this object as long as its graphs, so it
     must not hold the model.
     """
 
@@ -163,7 +163,7 @@ class Notes:
         self.calls: list[Call] | None = None
 
     @contextmanager
-    def taken(self) -> Iterator[list[Call]]:
+    def recording(self) -> Iterator[list[Call]]:
         """Within this context the list gets each call of a graph."""
         self.calls = calls = []
         try:
@@ -171,12 +171,12 @@ class Notes:
         finally:
             self.calls = None
 
-    def noting(self, backend: str | Callable, options: Mapping[str, object]) -> Callable:
-        """A backend for torch.compile: it compiles a graph as `backend` does, and notes its calls."""
+    def wrap(self, backend: str | Callable, options: Mapping[str, object]) -> Callable:
+        """A backend for torch.compile: it compiles a graph as `backend` does, and records its calls."""
         compile_graph = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
         patches = {"config_patches": options} if options else {}
 
-        def compile_and_note(graph: Any, example_inputs: list) -> Callable:
+        def compile_and_wrap(graph: Any, example_inputs: list) -> Callable:
             compiled = compile_graph(graph, example_inputs, **patches)
 
             def call(*args: Any) -> Sequence[Tensor]:
@@ -187,7 +187,7 @@ class Notes:
 
             return call
 
-        return compile_and_note
+        return compile_and_wrap
 
 
 class Recording:

@@ -41,8 +41,8 @@ class Models:
     token_kinds: Callable[[], Tensor] | None = None  # for `Context`, as is the next
     encode: Callable[[str], Sequence[int]] | None = None
 
-    @property
-    def context(self) -> Context:
+    def new_context(self) -> Context:
+        """What a cache needs to know of the model and the device, for one session: its constants are its own."""
         model, weight = self.decode, self.decode.embed_tokens.weight
         return Context(
             model.config,
@@ -106,7 +106,7 @@ class Session:
         once.
         """
         self.models, self.plan, self.room, self.chunk = models, plan, room, chunk
-        self.context = models.context
+        self.context = models.new_context()
         self.undecided: list[PromptCache] = []  # prompts whose policy has not decided yet (`decide_after`)
         self.cache: KVCache | None = None
         self.pos: Tensor | None = None  # (B,1): the position of each row's next token
@@ -243,7 +243,7 @@ class Session:
         tried before. `accept` ends the trial; until then the session is not intact.
         """
         self.intact = False
-        self.cache.hold()
+        self.cache.defer()
         n, T = self.n_tried, tokens.shape[1]
         pos = self.pos + torch.arange(n, n + T, device=self.pos.device)
         out = self.models.prefill.logits(self.models.prefill.hidden(tokens, pos, self.cache))
@@ -259,7 +259,7 @@ class Session:
         while n:
             T = self.cache.next_piece(n, self.seen)
             self.cache.room -= T
-            self.cache.store_held(T, self.pos + torch.arange(T, device=self.pos.device))
+            self.cache.store_deferred(T, self.pos + torch.arange(T, device=self.pos.device))
             self._advance(T)
             self.cache.maintain(T, self.seen)
             n -= T

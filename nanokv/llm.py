@@ -164,10 +164,10 @@ class LLM:
     ):
         self.calls = calls
         self.name, self.tokenizer, self.plan = name, vocabulary, plan
-        kinds = partial(_token_kinds, vocabulary, models.decode.config.vocab_size, models.context.device)
+        kinds = partial(_token_kinds, vocabulary, models.decode.config.vocab_size, models.new_context().device)
         self.models = replace(models, token_kinds=cache(kinds), encode=vocabulary.encode_more)
         self.config, self.why_dtype, self.load_s = models.decode.config, why_dtype, load_s
-        self.device = models.context.device
+        self.device = models.new_context().device
         self.last: Session | None = None
         self.check: Check | None = None  # of the kernels of other plans, where those of the first one passed
         self.notes: list[str] = []  # what the user should know before the first answer
@@ -179,7 +179,7 @@ class LLM:
 
     @property
     def cache_dtype(self) -> str:
-        return str(self.models.context.dtype).removeprefix("torch.")
+        return str(self.models.new_context().dtype).removeprefix("torch.")
 
     def stream(
         self,
@@ -394,7 +394,7 @@ class LLM:
         """Raise ValueError if the cache cannot fit: what all layers keep, plus the uncompressed prompt of one layer, or of
         all layers if the policy or --chunk delays their compression.
         """
-        context, plan = self.models.context, session.plan
+        context, plan = self.models.new_context(), session.plan
         config, dtype, on_cpu = self.config, context.dtype, self.device.type == "cpu"
         per_token, _ = plan.cost(config, dtype)
         dense, _ = Plan().cost(config, self.models.prefill.embed_tokens.weight.dtype)

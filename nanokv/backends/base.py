@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.reference import pack, rotate, unpack  # re-exported for stores and for model/rope.py
 
-__all__ = ["Ops", "merge", "pack", "rotate", "unpack"]
+__all__ = ["Ops", "merge", "pack", "part_of", "rotate", "scored_by_kernel", "unpack"]
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,9 @@ def part_of(length: Tensor | None, start: int, end: int) -> Tensor | None:
     if length is None or length.dim() == 3:
         return None if length is None else length[:, :, start:end]
     return (length - start).clamp(0, end - start)
+
+
+def scored_by_kernel(over_group: str, over_queries: str, noise: object, near: int | None) -> bool:
+    """Whether the kernel `attention_scores` joins scores in this way. Where it does not, torch computes them."""
+    joins = over_queries == "sum" or over_group == over_queries == "max"
+    return joins and noise is None and near is None

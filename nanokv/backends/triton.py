@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from nanokv.backends.base import Ops
+from nanokv.backends.base import Ops, scored_by_kernel
 from nanokv.backends.torch_cpu import SDPA
 from nanokv.backends.torch_cuda import TORCH_CUDA
 from nanokv.backends.torch_ops import linear, refetch_all_when_compiling
@@ -73,13 +73,7 @@ def triton(device: torch.device) -> Ops:
         return (kernels.quantize if fits else reference.quantize)(x, bits, tokens, channels)
 
     def attention_scores(q, k, start, sliding_window, over_group, over_queries="sum", noise=None, near=None):
-        fits = (
-            _can_compute(q)
-            and k.stride(3) == 1
-            and noise is None
-            and near is None
-            and (over_queries == "sum" or over_group == over_queries == "max")
-        )
+        fits = _can_compute(q) and k.stride(3) == 1 and scored_by_kernel(over_group, over_queries, noise, near)
         use = kernels.attention_scores if fits else torch_ops.attention_scores
         return use(q, k, start, sliding_window, over_group, over_queries, noise, near)
 

@@ -2,7 +2,7 @@
 
 A single new token is stored first and then attends to everything, itself included. Several tokens at once, a piece of a
 turn, attend to what was stored before and causally to each other, and are stored afterwards. `next_piece` says how many
-may come at once. After `hold`, new tokens attend in this way too but wait: `store_held` stores the first ones, and
+may come at once. After `defer`, new tokens attend in this way too but wait: `store_deferred` stores the first ones, and
 `release` drops the others.
 """
 
@@ -19,7 +19,7 @@ from nanokv.cache.kept import Kept
 from nanokv.cache.plan import Plan
 from nanokv.cache.protocol import Store
 from nanokv.cache.report import LayerReport, Report, storages
-from nanokv.cache.rescore import QueryBuffer, held_as_prompt
+from nanokv.cache.rescore import QueryBuffer, stored_as_prompt
 from nanokv.model.rope import rotate_more
 from nanokv.stores.shared import SharedPrefix
 
@@ -130,24 +130,15 @@ class KVCache:
     def _rescore(self, seen: Sequence[int], tokens: Sequence[Tensor] | None) -> None:
         """Ask the policy what stays of what each layer holds, as it was asked after the prompt."""
         ahead = self.plan.slots_ahead(self.room)
-        if self.plan.policy.cross_layer:
-            prompts = {i: self._held(i, seen, tokens) for i in self.stores}
-            kept = {i: [] for i in self.stores}
-            for b, plan in enumerate(self.plans):
-                for i, one in zip(prompts, plan.policy.keep_all([rows[b] for rows in prompts.values()]), strict=True):
-                    kept[i].append(one)
-            for i, rows in kept.items():
-                self._refill(i, rows, ahead)
-            return
         for i in self.stores:
-            prompts = self._held(i, seen, tokens)
+            prompts = self._stored_as_prompts(i, seen, tokens)
             self._refill(i, [plan.policy.keep(p) for plan, p in zip(self.plans, prompts, strict=True)], ahead)
 
-    def _held(self, i: int, seen: Sequence[int], tokens: Sequence[Tensor] | None) -> list:
+    def _stored_as_prompts(self, i: int, seen: Sequence[int], tokens: Sequence[Tensor] | None) -> list:
         """What layer i holds, per row, as the policy sees it."""
         buffers = [x.queries for x in self.layers if x.owner is self.layers[i] and x.queries]
         return [
-            held_as_prompt(kept, i, b, seen, buffers, self.plan, self.ctx, tokens[b] if tokens else None)
+            stored_as_prompt(kept, i, b, seen, buffers, self.plan, self.ctx, tokens[b] if tokens else None)
             for b, kept in enumerate(self.stores[i].unpack())
         ]
 
@@ -172,20 +163,20 @@ class KVCache:
             if layer.queries:
                 layer.queries.reorder(rows)
 
-    def hold(self) -> None:
+    def defer(self) -> None:
         """Store no new token from now on. They attend to what is stored and causally to each other."""
         for layer in self._owners:
-            layer.holds = True
+            layer.defers = True
 
-    def store_held(self, n: int, pos: Tensor) -> None:
-        """Store the first n of the tokens that were held back, at pos (B,n). Call `maintain` before the next ones."""
+    def store_deferred(self, n: int, pos: Tensor) -> None:
+        """Store the first n of the deferred tokens, at pos (B,n). Call `maintain` before the next ones."""
         for layer in self._owners:
-            layer.store_held(n, pos)
+            layer.store_deferred(n, pos)
 
     def release(self) -> None:
-        """Forget the tokens that are still held back, and store new ones again."""
+        """Forget the tokens that are still deferred, and store new ones again."""
         for layer in self._owners:
-            layer.holds, layer.held = False, None
+            layer.defers, layer.deferred = False, None
 
     @property
     def _owners(self) -> list[Owner]:
@@ -240,19 +231,19 @@ class Owner:
         self.owner = self
         self.sliding_window = ctx.config.window(index)
         self.only_reader = plan.last_reader(index) == index  # the owner attends first, so as the last one only if alone
-        self.holds = False  # whether new tokens wait for `store_held`
-        # k and v (B,Hkv,n,D) that are not stored: a piece of a turn until its last reader has attended, or what is held back
-        self.held: tuple[Tensor, Tensor] | None = None
+        self.defers = False  # whether new tokens wait for `store_deferred`
+        # k and v (B,Hkv,n,D) that are not stored: a piece of a turn until its last reader has attended, or deferred tokens
+        self.deferred: tuple[Tensor, Tensor] | None = None
         self.step_scores: list[Tensor] = []  # the readers' scores so far in this step
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
         k, v = k.to(self.dtype), v.to(self.dtype)
-        if q.shape[2] == 1 and not self.holds:
+        if q.shape[2] == 1 and not self.defers:
             self.store.append(k, v, pos)
-        elif self.held is None:
-            self.held = k, v
+        elif self.deferred is None:
+            self.deferred = k, v
         else:
-            self.held = torch.cat((self.held[0], k), 2), torch.cat((self.held[1], v), 2)
+            self.deferred = torch.cat((self.deferred[0], k), 2), torch.cat((self.deferred[1], v), 2)
         return self.read(q, pos, self.only_reader, self.queries)
 
     def read(self, q: Tensor, pos: Tensor, is_last_reader: bool, queries: QueryBuffer | None) -> Tensor:
@@ -265,11 +256,11 @@ class Owner:
             out, lse, scores = *self._read_by_chunk(own_q, pos), None
         else:
             out, lse, scores = self.store.read(own_q, pos, self._sink_queries(own_q, pos) if in_cache else None)
-        if self.held is not None:
-            before = self.held[0].shape[2] - q.shape[2]
-            out, _ = merge([(out, lse), self.ops.turn(own_q, *self.held, before, self.sliding_window)])
-            if is_last_reader and not self.holds:
-                self.store_held(q.shape[2], pos)
+        if self.deferred is not None:
+            before = self.deferred[0].shape[2] - q.shape[2]
+            out, _ = merge([(out, lse), self.ops.turn(own_q, *self.deferred, before, self.sliding_window)])
+            if is_last_reader and not self.defers:
+                self.store_deferred(q.shape[2], pos)
         elif scores is not None:
             self.step_scores.append(scores)
             if is_last_reader:
@@ -278,12 +269,12 @@ class Owner:
                 self.step_scores = []
         return out.to(q.dtype)
 
-    def store_held(self, n: int, pos: Tensor) -> None:
+    def store_deferred(self, n: int, pos: Tensor) -> None:
         """Store the first n of the tokens that are not stored yet, at pos (B,n)."""
-        k, v = (x[:, :, :n] for x in self.held)
+        k, v = (x[:, :, :n] for x in self.deferred)
         (self.store.append if n == 1 else self.store.extend)(k, v, pos)
-        rest = tuple(x[:, :, n:] for x in self.held)
-        self.held = rest if rest[0].shape[2] else None
+        rest = tuple(x[:, :, n:] for x in self.deferred)
+        self.deferred = rest if rest[0].shape[2] else None
 
     def _read_by_chunk(self, q: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """Attention of q (B,H,T,D), which is rotated anew for each chunk of stored keys → out, lse."""
@@ -300,7 +291,7 @@ class Owner:
         """
         s, T = self.store.slots, q.shape[2]
         # tokens before these: a single token is stored already, others are not
-        before = s.length[:, :1] + (0 if self.held is None else self.held[0].shape[2]) - T
+        before = s.length[:, :1] + (0 if self.deferred is None else self.deferred[0].shape[2]) - T
         gap = before + torch.arange(T, device=pos.device) - pos
         gap = torch.where(
             s.sink[:, :1] < s.n_sink, 0, gap

@@ -75,7 +75,7 @@ class Prompt:
     similarity: float | None = None
     tokens: Tensor | None = None  # (seen,) int64 token ids of the text; None where a cache was loaded from a file
     token_kinds: Tensor | None = None  # (seen,) uint8: 1 for a special token, 2 for punctuation; only if asked for
-    near_attention: Tensor | None = None  # as `attention`, of the policy's `near_scores`
+    second_attention: Tensor | None = None  # as `attention`, of the policy's `second_scores`
     queries: Tensor | None = None  # (readers,H,w,D) the prompt's last queries, rotated; only if asked for
 
     def __len__(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nanokv.backends.base import scored_by_kernel
 from nanokv.cache.budget import Workload
 from nanokv.cache.protocol import StoreSpec
 from nanokv.files import clipped
@@ -67,6 +68,10 @@ class Plan:
             raise ValueError(
                 f"{self.names[1]}: layers are merged in pairs, and layers of this plan read another one's storage; use dense"
             )
+        if plan.policy.cross_layer and plan.policy.rescore_every:
+            raise ValueError(
+                f"{plan.names[0]} chooses across layers and rescores while decoding; it can do one of them"
+            )
         owners = config.num_hidden_layers - len(plan.share)
         windows = any(config.window(i) for i in range(config.num_hidden_layers))
         cost, shape = plan.cost(config, dtype), (plan.store.pads_heads, config.max_position_embeddings, windows)
@@ -100,11 +105,10 @@ class Plan:
         return *self.store.kernels, *scores, *(("take_lowest",) if self.policy.eviction == "score" else ())
 
     def _scores_by_kernel(self) -> bool:
-        """Whether a kernel computes the scores of the prompt; the backend in backends/triton.py decides by the same rule."""
+        """Whether a kernel computes the scores of the prompt."""
         wanted = self.policy.scores
         asks = wanted.last_queries != 0 or self.policy.passes(FAR) > 0
-        joins = wanted.over_queries == "sum" or wanted.over_group == wanted.over_queries == "max"
-        return asks and joins and wanted.gumbel_seed is None and wanted.near is None
+        return asks and scored_by_kernel(wanted.over_group, wanted.over_queries, wanted.gumbel_seed, wanted.near)
 
     def device_bytes(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> float:
         """An upper bound, once fitted, of one layer's bytes on the device for one row after a prompt of n tokens."""

@@ -20,7 +20,7 @@ from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept, Prompt, seen_later
 from nanokv.cache.plan import Plan
 from nanokv.cache.report import ScoringPasses
-from nanokv.cache.scores import QuerySums, Scores, block_scores, moments, query_sums
+from nanokv.cache.scores import QuerySums, ScoreRequest, block_scores, moments, query_sums
 from nanokv.model.config import ModelConfig
 from nanokv.model.rope import inverse_frequencies, rotate_more, unrotated
 from nanokv.policies.base import Policy
@@ -175,7 +175,7 @@ def attend_by_chunk(q: Tensor, k: Tensor, v: Tensor, start: int, cache: PromptCa
 class DenseLayer:
     """The keys and values of one layer that owns storage, and the statistics of its readers' queries."""
 
-    def __init__(self, length: int, wanted: Sequence[Scores], is_held: bool):
+    def __init__(self, length: int, wanted: Sequence[ScoreRequest], is_held: bool):
         """is_held: this layer waits for others, so it must not keep alive what its keys and values are views of."""
         self.length, self.filled, self.is_held = length, 0, is_held
         self.k: Tensor | None = (
@@ -231,15 +231,15 @@ class DenseLayer:
         first = 0 if window is None else max(0, self.length - seen_later(window))
         pos = torch.arange(first, self.length, dtype=torch.int32, device=self.k.device).expand(1, self.k.shape[1], -1)
         scores = [x[:, :, first:] for x in found.scores.values()]  # in the order of the layers
-        if found.joins_groups_last(cache):
+        if found.keeps_query_heads(cache):
             scores = [x.unflatten(1, (self.k.shape[1], -1)).amax(2) for x in scores]
         n_queries = self.length if wanted.last_queries is None else min(wanted.last_queries, self.length)
         mean, cov, lengths = moments(list(found.sums.values())) if found.sums else (None, None, None)
         mine, kinds, near = cache.layers[layer], None, None
         if policy.token_kinds and cache.ctx and cache.ctx.token_kinds:
             kinds = cache.ctx.token_kinds()[cache.ids]
-        if policy.near_scores:
-            near = torch.cat([x[:, :, first:] for x in self.statistics[policy.near_scores].scores.values()])
+        if policy.second_scores:
+            near = torch.cat([x[:, :, first:] for x in self.statistics[policy.second_scores].scores.values()])
         return Prompt(
             layer=layer,
             rank=plan.rank(layer),
@@ -260,48 +260,49 @@ class DenseLayer:
             similarity=float(mine.similarity) / mine.compared if mine.compared else None,
             tokens=cache.ids,
             token_kinds=kinds,
-            near_attention=near,
+            second_attention=near,
             queries=torch.cat([q[:, :, -policy.observation_queries :] for q in self.queries.values()])
             if policy.observation_queries
             else None,
         )
 
 
-def wanted_by(policies: Sequence[Policy]) -> list[Scores]:
+def wanted_by(policies: Sequence[Policy]) -> list[ScoreRequest]:
     """The statistics that these policies want, each once."""
-    both = [scores for policy in policies for scores in (policy.scores, policy.near_scores) if scores]
+    both = [scores for policy in policies for scores in (policy.scores, policy.second_scores) if scores]
     return list(dict.fromkeys(both))
 
 
 class Statistics:
     """Collects the statistics that one policy wants of the queries that read a layer."""
 
-    def __init__(self, wanted: Scores):
+    def __init__(self, wanted: ScoreRequest):
         self.wanted = wanted
-        self.scores: dict[int, Tensor] = {}  # reader → scores (1,Hkv,N); (1,H,N) if `joins_groups_last`
+        self.scores: dict[int, Tensor] = {}  # reader → scores (1,Hkv,N); (1,H,N) if `keeps_query_heads`
         self.held_queries: dict[int, Tensor] = {}  # reader → its last queries so far (1,H,w,D)
         self.sums: dict[int, QuerySums] = {}  # reader → sums over its queries
         self.pass_queries = 0  # queries of scoring passes, per reader
 
     def add(self, reader: int, q: Tensor, pos: Tensor, keys: Tensor, dense: DenseLayer, cache: PromptCache) -> None:
         """Add a reader's next queries q (1,H,T,D) at pos (1,T). keys (1,Hkv,N,D): all keys so far, the last T of them these tokens' own."""
-        wanted, start = self.wanted, keys.shape[2] - q.shape[2]
+        wanted = self.wanted
         if dense.pass_length is not None:
-            # every reader has the same queries, so only the first reader counts them
-            self.pass_queries += q.shape[2] if reader == min(self.scores, default=reader) else 0
-            self._join(reader, self._score_in_pass(reader, q, keys, dense, cache))
+            self._add_pass(reader, q, keys, dense, cache)
             return
         if wanted.query_moments is not None:
-            self._add_moments(reader, q, pos, start, dense.length, cache.inv_freq)
+            self._add_moments(reader, q, pos, keys.shape[2] - q.shape[2], dense.length, cache.inv_freq)
         if wanted.block is not None:
             self._add_blocks(reader, q, keys, dense.length)
-            return
-        if cache.n_passes or wanted.last_queries == 0:
-            return
-        if wanted.last_queries is None:  # all queries score the keys, as they come
-            self._join(reader, self._score(reader, q, keys, start, cache, cache.config.window(reader)))
-            return
-        before, n = self.held_queries.get(reader), wanted.last_queries
+        elif cache.n_passes or wanted.last_queries == 0:
+            return  # only the queries of scoring passes score the keys, or none
+        elif wanted.last_queries is None:
+            self._add_all(reader, q, keys, cache)
+        else:
+            self._add_window(reader, q, keys, dense, cache)
+
+    def _add_window(self, reader: int, q: Tensor, keys: Tensor, dense: DenseLayer, cache: PromptCache) -> None:
+        """Score the keys by the observation window once the prompt is complete. Until then, hold its queries."""
+        before, n = self.held_queries.get(reader), self.wanted.last_queries
         last = q[:, :, -n:] if before is None else _cat(before, q)[:, :, -n:]
         if dense.complete:
             window = cache.config.window(reader)
@@ -309,8 +310,21 @@ class Statistics:
         else:
             self.held_queries[reader] = last.clone()  # a view would keep the whole chunk's queries alive
 
+    def _add_all(self, reader: int, q: Tensor, keys: Tensor, cache: PromptCache) -> None:
+        """Score the keys by all queries, as they come."""
+        start = keys.shape[2] - q.shape[2]
+        self._join(reader, self._score(reader, q, keys, start, cache, cache.config.window(reader)))
+
+    def _add_pass(self, reader: int, q: Tensor, keys: Tensor, dense: DenseLayer, cache: PromptCache) -> None:
+        """Score the prompt's keys by queries of a scoring pass."""
+        # every reader has the same queries, so only the first reader counts them
+        self.pass_queries += q.shape[2] if reader == min(self.scores, default=reader) else 0
+        self._join(reader, self._score_in_pass(reader, q, keys, dense, cache))
+
     def _score_in_pass(self, reader: int, q: Tensor, keys: Tensor, dense: DenseLayer, cache: PromptCache) -> Tensor:
-        """The prompt's scores by queries of a scoring pass; of a part of its keys as if there were no sliding window."""
+        """The prompt's scores by queries of a scoring pass. If the pass scores only some keys (`dense.scored`), the model's
+        sliding window is ignored and all other keys get 0.
+        """
         n, start = dense.length, keys.shape[2] - q.shape[2]
         if dense.scored is None:
             return self._score(reader, q, keys, start, cache, cache.config.window(reader))[:, :, :n]
@@ -323,12 +337,14 @@ class Statistics:
         heads of each KV head. kernels/reference.py, `attention_scores`, has the formula.
         """
         wanted = self.wanted
-        over_group = "each" if self.joins_groups_last(cache) else wanted.over_group
+        over_group = "each" if self.keeps_query_heads(cache) else wanted.over_group
         how = over_group, wanted.over_queries, wanted.noise(0), wanted.near
         return cache.ops.attention_scores(q, k, start, window, *how)
 
-    def joins_groups_last(self, cache: PromptCache) -> bool:
-        """Whether scores arrive in pieces and must be summed before the maximum over a group's heads is taken."""
+    def keeps_query_heads(self, cache: PromptCache) -> bool:
+        """Whether the scores of each query head are kept until the prompt is complete: a maximum over heads of sums over
+        all queries cannot be taken chunk by chunk.
+        """
         in_pieces = cache.n_passes > 0 or self.wanted.last_queries is None
         return in_pieces and self.wanted.over_group == "max" and self.wanted.over_queries == "sum"
 

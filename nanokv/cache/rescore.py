@@ -10,7 +10,7 @@ from torch import Tensor
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept, Prompt, seen_later
 from nanokv.cache.plan import Plan
-from nanokv.cache.scores import Scores, moments, query_sums
+from nanokv.cache.scores import ScoreRequest, moments, query_sums
 from nanokv.model.rope import unrotated
 
 
@@ -37,7 +37,7 @@ class QueryBuffer:
         return self.q[row : row + 1].roll(-(seen[0] % self.size), 2)
 
 
-def held_as_prompt(
+def stored_as_prompt(
     kept: Kept,
     layer: int,
     row: int,
@@ -81,7 +81,7 @@ def held_as_prompt(
     return found
 
 
-def _scores_of(q: Tensor, kept: Kept, wanted: Scores, ctx: Context) -> Tensor:
+def _scores_of(q: Tensor, kept: Kept, wanted: ScoreRequest, ctx: Context) -> Tensor:
     """Scores (1,Hkv,N) of kept keys by the last w queries (1,H,w,D). The last w tokens that each head holds are the
     queries' own.
     """

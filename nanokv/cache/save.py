@@ -115,14 +115,14 @@ def _plan_and_seen(facts: Mapping[str, Any], llm: LLM) -> tuple[Plan, int]:
         raise ValueError(f"its plan is {quoted(plan)} and its text has {quoted(seen)} tokens")
     share = checked_map(facts.get("share", {}), llm.config, "the file")
     found = replace(parse(plan), share=share, ready=True)
-    if found.fit(llm.config, llm.models.context.dtype, seen, 1).policy != found.policy:
+    if found.fit(llm.config, llm.models.new_context().dtype, seen, 1).policy != found.policy:
         raise ValueError(f"its plan {quoted(plan)} is not that of a prompt")  # with percentages, say
     return found, seen
 
 
 def _check(kept: Kept, seen: int, plan: Plan, owner: int, llm: LLM) -> None:
     """ValueError unless the session can have held this row of one layer."""
-    store, ctx = plan.store_of(owner, llm.config.num_hidden_layers), llm.models.context.of_layer(owner)
+    store, ctx = plan.store_of(owner, llm.config.num_hidden_layers), llm.models.new_context().of_layer(owner)
     parts = kept.parts
     if len(parts) not in ((2, 3) if store.has_low_precision_tier else (1,)):
         raise ValueError(f"layer {owner} holds {len(parts)} sets of tokens")

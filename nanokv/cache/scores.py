@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Scores:
+class ScoreRequest:
     """A request: the statistics of attention that a policy wants. `attention_scores` in kernels/reference.py shows how the
     scores are computed, for every policy.
 

@@ -58,7 +58,7 @@ def begin(llm: LLM, plans: Sequence[Plan], ids: Sequence[int], room: int) -> Ite
     own prefill in every call.
     """
     models = llm.models
-    fitted = [plan.fit(llm.config, models.context.dtype, len(ids), room) for plan in plans]
+    fitted = [plan.fit(llm.config, models.new_context().dtype, len(ids), room) for plan in plans]
     groups: dict[tuple, list[int]] = {}
     for i, plan in enumerate(fitted):
         key = (i,) if plan.policy.decide_after else _prefill_key(plan, len(ids))
@@ -68,7 +68,7 @@ def begin(llm: LLM, plans: Sequence[Plan], ids: Sequence[int], room: int) -> Ite
             yield members[0], lambda i=members[0]: _start_session(llm, plans[i], ids, room)
             continue
         tokens = torch.tensor(ids, device=llm.device)
-        run = DenseRun([fitted[i] for i in members], llm.config, tokens, models.ops, models.context)
+        run = DenseRun([fitted[i] for i in members], llm.config, tokens, models.ops, models.new_context())
         logits = prefill(models.prefill, run)
         # the cache and its layers refer to each other: rows left in it would stay until garbage collection
         rows, run.rows = run.rows, []

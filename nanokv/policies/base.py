@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanokv.cache.budget import Workload
 from nanokv.cache.kept import Kept, Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.cache.slots import Slots
 
 
@@ -27,7 +27,7 @@ class Policy(ABC):
     fields. No option may have the name of a declaration (a test checks this).
 
     scores                the statistics of the prompt's attention that `keep` wants.
-    near_scores           a second request, whose scores come as `Prompt.near_attention`; None: there is none.
+    second_scores           a second request, whose scores come as `Prompt.second_attention`; None: there is none.
     rescore_scores        the same at a rescore.
     decode_scores         how each decode step's attention is reduced for `update_scores` (`last_queries` has no meaning
                           here); None: decode steps are not scored.
@@ -53,8 +53,8 @@ class Policy(ABC):
     default_store         the store of a plan that names none.
     """
 
-    scores = Scores()
-    near_scores = None
+    scores = ScoreRequest()
+    second_scores = None
     decode_scores = None
     eviction = "none"
     rescore_every = 0
@@ -74,7 +74,7 @@ class Policy(ABC):
     default_store = "dense"
 
     @property
-    def rescore_scores(self) -> Scores:
+    def rescore_scores(self) -> ScoreRequest:
         return self.scores
 
     @property
@@ -129,7 +129,7 @@ class Policy(ABC):
         """(B,Hkv,S): the slot of the lowest score goes to the token at pos (B,1), once no slot is free; +inf for slots
         that must stay. Only asked if `eviction` is "score".
         """
-        raise NotImplementedError(f"{self.name} declares eviction by score and gives no slot_scores")
+        raise NotImplementedError(f"{type(self).__name__} declares eviction by score and gives no slot_scores")
 
     def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
         """attention (readers,B,Hkv,n): scores of the first n slots by the queries at pos (B,1) → the new

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanokv.cache.budget import Workload, check_budget
 from nanokv.cache.kept import Kept, Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
 
@@ -35,8 +35,8 @@ class CascadingKV(Policy):
     budget: int | str = 1024
     sink: int = 4
     rings: int = 4
-    scores = Scores(last_queries=None)
-    decode_scores = Scores()
+    scores = ScoreRequest(last_queries=None)
+    decode_scores = ScoreRequest()
     eviction = "score"
 
     def __post_init__(self):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
 from nanokv.cache.kept import Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.model.rope import unrotated
 from nanokv.policies.scorer import Scorer
 
@@ -56,8 +56,8 @@ class Compactor(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> Scores:
-        return Scores(block=self.block, block_edges=(self.sink, self.recent))
+    def scores(self) -> ScoreRequest:
+        return ScoreRequest(block=self.block, block_edges=(self.sink, self.recent))
 
     def min_budget(self, prompt_len: int = 0) -> int:
         return max(1, self.sink + self.recent)

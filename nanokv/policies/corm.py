@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanokv.cache.kept import Kept, Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
 
@@ -30,7 +30,7 @@ class CORM(Policy):
     window: int = 256
     recent: int = 256
     every: int = 64
-    decode_scores = Scores(over_group="max")
+    decode_scores = ScoreRequest(over_group="max")
     default_store = "ragged"
 
     def __post_init__(self):
@@ -40,8 +40,8 @@ class CORM(Policy):
             )
 
     @property
-    def scores(self) -> Scores:
-        return Scores(last_queries=self.window, over_queries="last_hit", over_group="max")
+    def scores(self) -> ScoreRequest:
+        return ScoreRequest(last_queries=self.window, over_queries="last_hit", over_group="max")
 
     @property
     def rescore_every(self) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanokv.cache.kept import Prompt
-from nanokv.cache.scores import Scores, rounded
+from nanokv.cache.scores import ScoreRequest, rounded
 from nanokv.policies.snapkv import SnapKV
 
 
@@ -40,7 +40,7 @@ class CriticalKV(SnapKV):
         super().__post_init__()
 
     @property
-    def scores(self) -> Scores:
+    def scores(self) -> ScoreRequest:
         return replace(super().scores, output_weights=True)
 
     def refine(self, p: Prompt, score: Tensor, n: int | Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from nanokv.cache.kept import Prompt
-from nanokv.cache.scores import Scores, rounded
+from nanokv.cache.scores import ScoreRequest, rounded
 from nanokv.policies.scorer import Scorer
 
 FORCED = 2.0  # the score of tokens that are taken first; all others have at most 1
@@ -55,12 +55,12 @@ class DefensiveKV(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> Scores:
-        return Scores(last_queries=self.window, over_group="max", over_queries="max", output_weights=True)
+    def scores(self) -> ScoreRequest:
+        return ScoreRequest(last_queries=self.window, over_group="max", over_queries="max", output_weights=True)
 
     @property
-    def near_scores(self) -> Scores:
-        return Scores(last_queries=self.window)
+    def second_scores(self) -> ScoreRequest:
+        return ScoreRequest(last_queries=self.window)
 
     def min_budget(self, prompt_len: int = 0) -> int:
         return self.window
@@ -76,7 +76,7 @@ class DefensiveKV(Scorer):
 
     def _taken_first(self, p: Prompt, recent: Tensor) -> Tensor:
         """bool (1,Hkv,N): the tokens before the window that hold most of the attention, on average over its queries."""
-        mean = p.near_attention.sum(0, keepdim=True)
+        mean = p.second_attention.sum(0, keepdim=True)
         share = rounded(mean / mean.sum(-1, keepdim=True)).double()
         of_window = (share * recent).sum(-1, keepdim=True)
         share, order = share.masked_fill(recent, -1).sort(dim=-1, descending=True, stable=True)

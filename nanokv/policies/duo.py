@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nanokv.cache.kept import Kept, Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.policies.base import Policy
 
 
@@ -47,8 +47,8 @@ class DuoAttention(Policy):
             )
 
     @property
-    def scores(self) -> Scores:
-        return Scores(last_queries=0 if self.gates else self.window)
+    def scores(self) -> ScoreRequest:
+        return ScoreRequest(last_queries=0 if self.gates else self.window)
 
     @property
     def protected_sinks(self) -> int:

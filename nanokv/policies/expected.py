@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanokv.cache.kept import Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.model.rope import angles, rotate
 from nanokv.policies.scorer import Scorer
 
@@ -42,8 +42,8 @@ class ExpectedAttention(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> Scores:
-        return Scores(query_moments=self.sink)
+    def scores(self) -> ScoreRequest:
+        return ScoreRequest(query_moments=self.sink)
 
     def min_budget(self, prompt_len: int = 0) -> int:
         return self.sink + 1

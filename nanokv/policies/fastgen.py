@@ -8,7 +8,7 @@ import torch
 
 from nanokv.cache.budget import Workload, check_budget
 from nanokv.cache.kept import Kept, Prompt
-from nanokv.cache.scores import Scores, rounded
+from nanokv.cache.scores import ScoreRequest, rounded
 from nanokv.policies.base import Policy
 
 
@@ -35,7 +35,7 @@ class FastGen(Policy):
     frequent: int | str = "30%"
     local: int | str = "30%"
     sink: int = 4
-    scores = Scores(last_queries=None)
+    scores = ScoreRequest(last_queries=None)
     default_store = "ragged"
     token_kinds = True
 
@@ -48,14 +48,14 @@ class FastGen(Policy):
         check_budget(self.local, 1, "the last token is local to itself")
 
     @property
-    def near_scores(self) -> Scores:
-        return Scores(last_queries=None, near=self.local if isinstance(self.local, int) else 1)
+    def second_scores(self) -> ScoreRequest:
+        return ScoreRequest(last_queries=None, near=self.local if isinstance(self.local, int) else 1)
 
     def fit(self, work: Workload) -> FastGen:
         return replace(self, frequent=work.tokens(self.frequent, 1), local=work.tokens(self.local, 1))
 
     def keep(self, p: Prompt) -> Kept:
-        paid, near = (x.mean(0, keepdim=True) / p.n_queries for x in (p.attention, p.near_attention))  # (1,Hkv,N)
+        paid, near = (x.mean(0, keepdim=True) / p.n_queries for x in (p.attention, p.second_attention))  # (1,Hkv,N)
         kinds = torch.zeros_like(p.pos) if p.token_kinds is None else p.token_kinds[p.pos.long()]
         special = p.sinks(self.sink) | (kinds == 1)
         punctuation = special | (kinds == 2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanokv.cache.kept import Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.cache.slots import Slots
 from nanokv.policies.scorer import EvictingScorer
 
@@ -28,8 +28,8 @@ class H2O(EvictingScorer):
 
     budget: int | str = "20%"
     recent: float = 0.5  # of the budget
-    scores = Scores(last_queries=None)
-    decode_scores = Scores()
+    scores = ScoreRequest(last_queries=None)
+    decode_scores = ScoreRequest()
 
     def __post_init__(self):
         if not 0 <= self.recent <= 1:

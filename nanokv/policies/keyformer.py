@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.policies.h2o import H2O
 
 
@@ -36,9 +36,9 @@ class Keyformer(H2O):
         super().__post_init__()
 
     @property
-    def scores(self) -> Scores:
-        return Scores(last_queries=None, gumbel_seed=self.seed, temperature=self.tau)
+    def scores(self) -> ScoreRequest:
+        return ScoreRequest(last_queries=None, gumbel_seed=self.seed, temperature=self.tau)
 
     @property
-    def decode_scores(self) -> Scores:
-        return Scores(gumbel_seed=self.seed, temperature=self.tau)
+    def decode_scores(self) -> ScoreRequest:
+        return ScoreRequest(gumbel_seed=self.seed, temperature=self.tau)

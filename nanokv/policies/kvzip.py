@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanokv.cache.kept import Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.policies.scorer import Scorer
 
 FIRST = "\n\nRepeat the previous context exactly.\n"
@@ -54,8 +54,8 @@ class KVzip(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> Scores:
-        return Scores(over_group="max", over_queries="max", output_weights=self.normed)
+    def scores(self) -> ScoreRequest:
+        return ScoreRequest(over_group="max", over_queries="max", output_weights=self.normed)
 
     def min_budget(self, prompt_len: int = 0) -> int:
         return max(1, self.sink)

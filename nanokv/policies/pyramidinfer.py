@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanokv.cache.budget import Workload, check_budget
 from nanokv.cache.kept import Kept, Prompt
-from nanokv.cache.scores import Scores, rounded
+from nanokv.cache.scores import ScoreRequest, rounded
 from nanokv.policies.base import Policy
 
 
@@ -51,8 +51,8 @@ class PyramidInfer(Policy):
             check_budget(self.budget, 1, "the last token always stays")
 
     @property
-    def scores(self) -> Scores:
-        return Scores(last_queries=self.recent if isinstance(self.recent, int) else None, over_queries="rising")
+    def scores(self) -> ScoreRequest:
+        return ScoreRequest(last_queries=self.recent if isinstance(self.recent, int) else None, over_queries="rising")
 
     def with_budget(self, budget: int | str) -> PyramidInfer:
         return replace(self, budget=budget)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nanokv.cache.kept import Kept, Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.policies.base import Policy
 
 
@@ -46,8 +46,8 @@ class QAQ(Policy):
             )
 
     @property
-    def scores(self) -> Scores:
-        return Scores(last_queries=self.window, over_group="max", over_queries="max", query_moments=0)
+    def scores(self) -> ScoreRequest:
+        return ScoreRequest(last_queries=self.window, over_group="max", over_queries="max", query_moments=0)
 
     @property
     def low_bits(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d, normalize
 
 from nanokv.cache.kept import Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.policies.scorer import Scorer
 
 KEYS_AT_ONCE = 1024  # of a head, whose similarity to all others exists at once
@@ -49,8 +49,8 @@ class RKV(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> Scores:
-        return Scores(last_queries=self.window, over_group="max")
+    def scores(self) -> ScoreRequest:
+        return ScoreRequest(last_queries=self.window, over_group="max")
 
     def min_budget(self, prompt_len: int = 0) -> int:
         return self.window

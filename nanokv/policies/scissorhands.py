@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanokv.cache.kept import Kept, Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.cache.slots import Slots
 from nanokv.policies.scorer import Scorer
 
@@ -31,7 +31,7 @@ class Scissorhands(Scorer):
     every: int = 128
     window: int = 400
     recent: int = 10
-    decode_scores = Scores()
+    decode_scores = ScoreRequest()
     new_slots = 0
 
     def __post_init__(self):
@@ -46,8 +46,8 @@ class Scissorhands(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> Scores:
-        return Scores(last_queries=self.window, over_queries="count_low")
+    def scores(self) -> ScoreRequest:
+        return ScoreRequest(last_queries=self.window, over_queries="count_low")
 
     def min_budget(self, prompt_len: int = 0) -> int:
         return self.recent + self.every

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from nanokv.cache.budget import Workload
 from nanokv.cache.kept import Kept, Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.policies.base import Policy
 
 # Per model family, as in the authors' code. smollm2's is ours: its median layer lies at 0.84–0.93 over 2,000–7,000
@@ -61,8 +61,8 @@ class SimLayerKV(Policy):
             raise ValueError(f"simlayer:threshold={self.threshold}; it is a share of attention, from 0 to 1")
 
     @property
-    def scores(self) -> Scores:
-        return Scores(last_queries=self.window)
+    def scores(self) -> ScoreRequest:
+        return ScoreRequest(last_queries=self.window)
 
     @property
     def decide_after(self) -> int:

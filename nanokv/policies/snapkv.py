@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanokv.cache.kept import Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.policies.scorer import Scorer
 
 
@@ -46,8 +46,8 @@ class SnapKV(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> Scores:
-        return Scores(last_queries=self.window, over_group=self.group)
+    def scores(self) -> ScoreRequest:
+        return ScoreRequest(last_queries=self.window, over_group=self.group)
 
     def min_budget(self, prompt_len: int = 0) -> int:
         return self.window

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nanokv.cache.kept import Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.cache.slots import Slots
 from nanokv.policies.scorer import EvictingScorer
 
@@ -21,8 +21,8 @@ class TOVA(EvictingScorer):
     Deviation from the authors' code: the slot is freed before the new token attends, so the budget holds at all times.
     """
 
-    scores = Scores(last_queries=1)
-    decode_scores = Scores()
+    scores = ScoreRequest(last_queries=1)
+    decode_scores = ScoreRequest()
 
     def __post_init__(self):
         if self.heads != "flat":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanokv.cache.kept import Prompt
-from nanokv.cache.scores import Scores, pair_norms
+from nanokv.cache.scores import ScoreRequest, pair_norms
 from nanokv.model.rope import angles, rotate
 from nanokv.policies.scorer import Scorer
 
@@ -41,8 +41,8 @@ class TriAttention(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> Scores:
-        return Scores(query_moments=0)
+    def scores(self) -> ScoreRequest:
+        return ScoreRequest(query_moments=0)
 
     def min_budget(self, prompt_len: int = 0) -> int:
         return max(1, self.recent)

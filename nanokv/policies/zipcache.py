@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanokv.cache.kept import Kept, Prompt
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.policies.base import Policy
 
 
@@ -25,8 +25,8 @@ class ZipCache(Policy):
 
     salient: float = 0.6
     every: int = 100
-    scores = Scores(last_queries=None)
-    rescore_scores = Scores(last_queries=1)
+    scores = ScoreRequest(last_queries=None)
+    rescore_scores = ScoreRequest(last_queries=1)
     default_store = "mixed:high=4"
     demotes = True
     scores_once = True

@@ -10,7 +10,7 @@ from torch import Tensor
 from nanokv.backends.base import merge
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
 from nanokv.stores.dense import Dense, SlotStore, plain_codecs
@@ -82,7 +82,7 @@ class RaggedStore(SlotStore):
         spans: Sequence[tuple[int, int]],
         first_index: Tensor,
         length: Tensor | None,
-        wanted: Scores | None = None,
+        wanted: ScoreRequest | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attention over the slots that `spans` names, per head."""
         s, decode = self.slots, self.ctx.ops.decode_ragged

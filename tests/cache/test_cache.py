@@ -15,7 +15,7 @@ from tiny import text
 from nanokv import parse
 from nanokv.cache.kept import Kept, Prompt
 from nanokv.cache.plan import Plan
-from nanokv.cache.scores import Scores
+from nanokv.cache.scores import ScoreRequest
 from nanokv.cache.slots import Slots
 from nanokv.policies.base import Policy
 
@@ -229,8 +229,8 @@ class ToyHeavy(Policy):
 
     budget: int = 12
     recent: int = 4
-    scores = Scores(last_queries=None)
-    decode_scores = Scores(over_group="mean")
+    scores = ScoreRequest(last_queries=None)
+    decode_scores = ScoreRequest(over_group="mean")
     eviction = "score"
 
     def keep(self, p: Prompt) -> Kept:
@@ -243,6 +243,16 @@ class ToyHeavy(Policy):
 
     def update_scores(self, s: Slots, votes, pos):
         return s.attention[:, :, : votes.shape[3]] + votes.sum(0)
+
+
+def test_a_policy_chooses_across_layers_or_rescores(llm_of):
+    @dataclass(frozen=True, kw_only=True)
+    class Both(ToyHeavy):
+        cross_layer = True
+        rescore_every = 4
+
+    with pytest.raises(ValueError, match="chooses across layers and rescores"):
+        llm_of("g3").session(4, None, Plan(Both(), parse("full").store)).start([[1, 2, 3]])
 
 
 @pytest.mark.parametrize("share", [{}, {2: 0}])

@@ -218,7 +218,7 @@ def test_an_error_in_a_step_that_is_recorded_ends_the_recording(llm_of):
     runner.head = None
     with pytest.raises(TypeError):
         session.feed(torch.tensor([[4]]))
-    assert runner.notes.calls is None and runner.recording is None
+    assert runner.recorder.calls is None and runner.recording is None
 
 
 def test_inductor_writes_the_same_logits(llm_of):
@@ -240,7 +240,7 @@ def test_inductor_writes_the_same_tokens(smollm):
     llm = load("smollm2-135m", "snapkv:budget=50%", runner="compile")
     assert llm.dtypes["decode"] in ("bfloat16", "float32", "float16")
     ids = llm.tokenizer.encode("The capital of France is Paris. The capital of Italy is")
-    kinds = {models.context.dtype: models for models in (smollm.models, llm.models)}
+    kinds = {models.new_context().dtype: models for models in (smollm.models, llm.models)}
     for models in kinds.values():
         texts = []
         for runner in (Eager(models.decode), Compiled(models.decode)):

@@ -166,7 +166,7 @@ def layers_alive(llm, plan: str, ids: list[int], chunk: int | None = None) -> li
     from nanokv.backends.torch_cpu import SDPA
     from nanokv.cache.prefill import PromptCache
 
-    seen, plan = [], parse(plan).fit(llm.config, llm.models.context.dtype, len(ids), 8)
+    seen, plan = [], parse(plan).fit(llm.config, llm.models.new_context().dtype, len(ids), 8)
     cache = PromptCache(plan, llm.config, torch.tensor(ids), SDPA)
 
     def held(block, x, pos, angle, layer):

@@ -223,7 +223,7 @@ def test_fastgen_meets_every_one_of_its_sets():
 
 def test_tokens_are_of_three_kinds(llm_of):
     llm = llm_of("g3")
-    kinds = llm.models.context.token_kinds()
+    kinds = llm.models.new_context().token_kinds()
     of = {llm.tokenizer.decode([i]): int(kind) for i, kind in enumerate(kinds)}
     assert [of[c] for c in ".,!_~"] == [2] * 5 and of["a"] == of["7"] == of[" "] == 0
 
