@@ -1,4 +1,4 @@
-"""Attention of one new token over quantised tokens and the exact ones beside them, in one launch; K and V are never
+"""Attention of one new token over quantised tokens and the exact ones beside them, in one pass; K and V are never
 dequantised to memory.
 
 K has a scale and a zero point per channel and group of tokens, so they are folded into the query. V has them per

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOKENS_AT_ONCE = 4096  # that are projected at once where a norm is measured
+NORM_BLOCK = 4096  # tokens in one matrix product where norms are measured
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of keys and values
 
 
@@ -102,10 +102,10 @@ class Prompt:
         weights = self.w_o.unflatten(1, (heads, -1, dim))  # (C,Hkv,G,D)
         found = self.v.new_empty(1, heads, n, dtype=torch.float32)
         for h in range(heads):
-            for a in range(0, n, TOKENS_AT_ONCE):
-                v = self.v[0, h, a : a + TOKENS_AT_ONCE].to(weights.dtype)
+            for a in range(0, n, NORM_BLOCK):
+                v = self.v[0, h, a : a + NORM_BLOCK].to(weights.dtype)
                 norms = [(v @ w.T).float().norm(order, -1) for w in weights[:, h].unbind(1)]
-                found[0, h, a : a + TOKENS_AT_ONCE] = sum(norms) / len(norms)
+                found[0, h, a : a + NORM_BLOCK] = sum(norms) / len(norms)
         return found
 
 

@@ -45,13 +45,13 @@ class Store(Protocol):
     until_maintenance: int | None  # so many more tokens may come at once before `maintain`; None: any number
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        """Store one new token per row: k, v (B,Hkv,1,D), pos (B,1). In place, with static shapes."""
+        """Store new tokens: k, v (B,Hkv,T,D), pos (B,T). In place, with static shapes. A step has T = 1."""
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         """Store a piece of a turn after it attended: k, v (B,Hkv,T,D), pos (B,T), T > 1. May sync with the host."""
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Attention of q (B,H,T,D) → out, natural lse (B,H,T), scores if wanted. Sinks are read by q_sink: q at its place in the cache."""
+        """Attention of q (B,H,T,D) → out, lse (B,H,T), scores if wanted. Sinks are read by q_sink: q, rotated back."""
 
     def maintain(self, written: int) -> bool | None:
         """Do what is due after `written` more tokens. Return True if the store's memory has moved."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOMENT_QUERIES = 128  # last queries of which a rescore takes the moments
+
 
 @dataclass(frozen=True)
 class ScoreRequest:
@@ -48,7 +50,7 @@ class ScoreRequest:
     @property
     def buffered_queries(self) -> int:
         """How many of the last queries a cache must keep to score again while decoding."""
-        return self.last_queries or (0 if self.query_moments is None else 128)
+        return self.last_queries or (0 if self.query_moments is None else MOMENT_QUERIES)
 
     def join(self, old: Tensor, new: Tensor) -> Tensor:
         """Scores of the same keys from two disjoint sets of queries."""

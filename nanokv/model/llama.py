@@ -47,7 +47,7 @@ class Llama(nn.Module):
 
     def hidden(self, tokens: Tensor, pos: Tensor, cache: Cache, run: Callable | None = None) -> Tensor:
         """tokens, pos (B,T) → (B,T,C) after the last norm. `run(block, x, pos, angle, layer)`, if given, replaces the
-        call of each block.
+        call of each block, for a prompt's cache that compares x before and after it.
         """
         x, angle = self.embed(tokens, pos)
         for block, layer in zip(self.layers, cache.layers, strict=True):

@@ -28,7 +28,7 @@ class Policy(ABC):
 
     scores                the statistics of the prompt's attention that `keep` wants.
     second_scores           a second request, whose scores come as `Prompt.second_attention`; None: there is none.
-    rescore_scores        the same at a rescore.
+    rescore_scores        replaces `scores` when the policy is asked again while decoding; by default `scores` itself.
     decode_scores         how each decode step's attention is reduced for `update_scores` (`last_queries` has no meaning
                           here); None: decode steps are not scored.
     eviction              what makes room for a new token. none: nothing does, and heads grow. ring: a head with a

@@ -15,7 +15,7 @@ from nanokv.cache.scores import rounded
 
 REFIT_QUERIES = 32  # for whose outputs values are refitted
 RIDGE = 0.01
-TOKENS_AT_ONCE = 1024  # whose similarity to all kept keys of a head exists at once
+SIMILARITY_BLOCK = 1024  # tokens whose similarities to all kept keys of a head exist at once
 
 
 def merged(p: Prompt, kept: Kept) -> Kept:
@@ -30,8 +30,8 @@ def merged(p: Prompt, kept: Kept) -> Kept:
     exact = torch.promote_types(kept.v.dtype, torch.float32)
     keys, norms = normalize(kept.k.to(exact), dim=-1), kept.v.to(exact).norm(dim=-1)
     total, weights = torch.zeros_like(kept.v, dtype=exact), torch.zeros_like(norms)
-    for h, a in itertools.product(range(p.k.shape[1]), range(0, len(p), TOKENS_AT_ONCE)):
-        part = slice(a, a + TOKENS_AT_ONCE)
+    for h, a in itertools.product(range(p.k.shape[1]), range(0, len(p), SIMILARITY_BLOCK)):
+        part = slice(a, a + SIMILARITY_BLOCK)
         k, v = p.k[0, h, part].to(exact), p.v[0, h, part].to(exact)
         similarities = (normalize(k, dim=-1) @ keys[0, h].T).masked_fill(~valid[0, h], -2)  # (·,n)
         target = rounded(similarities).argmax(-1, keepdim=True)  # among equal ones the earlier token

@@ -61,6 +61,7 @@ class KVzip(Scorer):
         return max(1, self.sink)
 
     def passes(self, prompt_len: int) -> int:
+        # layers=squeeze may give a layer fewer tokens than the prompt has
         keeps_all = isinstance(self.budget, int) and prompt_len <= self.budget and self.layers != "squeeze"
         return 0 if keeps_all else -(-prompt_len // self.piece)
 

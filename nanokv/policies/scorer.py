@@ -205,7 +205,7 @@ class Scorer(Policy):
         scores = [self._ranking(p) for p in prompts]
         joined = torch.cat([pad(x, (0, longest - x.shape[-1]), value=-torch.inf) for x in scores], 1)
         budgets = self._head_budgets(joined, self.budget).split([x.shape[1] for x in scores], 1)
-        return [self._top(p, score, n) for p, score, n in zip(prompts, scores, budgets, strict=True)]
+        return [self._select(p, score, n) for p, score, n in zip(prompts, scores, budgets, strict=True)]
 
     def best(self, p: Prompt, n: int, evict: bool = False, attention: Tensor | None = None) -> Kept:
         """The best tokens, n per head (with heads=ada: n on average).
@@ -217,14 +217,14 @@ class Scorer(Policy):
             kept = Kept.all(p, n if evict else -1, attention=attention)
             return kept.demote_others(p) if self.demote else kept
         score = self._ranking(p)
-        return self._top(p, score, self._head_budgets(score, n) if self.heads == "ada" else n, evict, attention)
+        return self._select(p, score, self._head_budgets(score, n) if self.heads == "ada" else n, evict, attention)
 
     def _ranking(self, p: Prompt) -> Tensor:
         """(1,Hkv,N): rounded scores, under select=chunk each chunk's mean; −inf for padding."""
         score = rounded(self.score(p)).masked_fill(~p.valid, -torch.inf)
         return self._chunk_means(score) if self.select == "chunk" else score
 
-    def _top(
+    def _select(
         self, p: Prompt, score: Tensor, n: int | Tensor, evict: bool = False, attention: Tensor | None = None
     ) -> Kept:
         """The n tokens (a number, or (1,Hkv)) of each head that rank highest."""

@@ -15,7 +15,7 @@ from nanokv.stores.quant.codec import HALF_MAX, Codec
 from nanokv.stores.quant.fitted import Fitted, k_means, nearest, rotated_keys, unrotated_keys
 
 CENTROIDS = 256  # a code is one byte
-TOKENS_AT_ONCE = 256  # whose distances to all centroids exist at once
+DISTANCE_BLOCK = 256  # tokens whose distances to all centroids exist at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class CoupledCodec(Codec):
     def encode(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
         x = unrotated_keys(x, pos, self.ctx.inv_freq) if self.rotates else x.float()
         groups = x.unflatten(-1, (self.groups, -1)).transpose(2, 3)  # (B,Hkv,D/c,T,c)
-        some = (nearest(part, self.centroids.float()) for part in groups.split(TOKENS_AT_ONCE, 3))
+        some = (nearest(part, self.centroids.float()) for part in groups.split(DISTANCE_BLOCK, 3))
         return (torch.cat(list(some), 3).transpose(2, 3).to(torch.uint8),)
 
     def decode(self, planes: Sequence[Tensor], pos: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from nanokv.stores.quant.codec import HALF_MAX, check_places
 from nanokv.stores.quant.grouped import Planes
 from nanokv.stores.quant.int import Int
 
-TOKENS_AT_ONCE = 1024  # that are decoded before attention reads them, where the backend names no number
+DECODE_BLOCK = 1024  # tokens decoded before attention reads them, where the backend names no number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class Gear(Int):
         parts = []
         if exact is not None:
             parts.append(ops.decode(q, *exact, query_pos, sliding_window)[:2])
-        n, at_once = k[0].shape[2], max(1, (ops.unpack_block or TOKENS_AT_ONCE) // self.group)
+        n, at_once = k[0].shape[2], max(1, (ops.unpack_block or DECODE_BLOCK) // self.group)
         # a loop over blocks would be another graph for each number of groups
         starts = [0] if torch.compiler.is_compiling() else range(0, n, at_once)
         for a in starts:

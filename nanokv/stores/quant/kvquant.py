@@ -17,7 +17,7 @@ from nanokv.stores.quant.codec import HALF_MAX, Codec, check_places
 from nanokv.stores.quant.fitted import Fitted, k_means, rotated_keys, unrotated_keys
 
 TAIL = 0.005  # share of a channel's numbers at either end that its range leaves out
-TOKENS_AT_ONCE = 512  # that are encoded together, to bound the memory
+ENCODE_BLOCK = 512  # tokens encoded together, to bound the memory
 LEVEL_NUMBERS = 4096  # that the levels of a head are fitted to
 
 
@@ -94,14 +94,14 @@ class NonUniformCodec(Codec, ABC):
         return type(self)(self.bits, self.outliers, self.ctx, self.table[b : b + 1])
 
     def encode(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
-        if x.shape[2] <= TOKENS_AT_ONCE:
+        if x.shape[2] <= ENCODE_BLOCK:
             return self.encode_some(x, pos)
-        parts = zip(x.split(TOKENS_AT_ONCE, 2), pos.split(TOKENS_AT_ONCE, 2), strict=True)
+        parts = zip(x.split(ENCODE_BLOCK, 2), pos.split(ENCODE_BLOCK, 2), strict=True)
         return tuple(torch.cat(plane, 2) for plane in zip(*(self.encode_some(*part) for part in parts), strict=True))
 
     @abstractmethod
     def encode_some(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
-        """`encode` for at most TOKENS_AT_ONCE tokens."""
+        """`encode` for at most ENCODE_BLOCK tokens."""
 
     def _codes(self, y: Tensor) -> Tensor:
         """y (B,Hkv,T,D) → packed codes of the nearest levels."""
