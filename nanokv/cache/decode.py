@@ -119,6 +119,7 @@ class KVCache:
         tokens() gives each row's token ids so far (seen,), or None where they are not known. It is called only when
         the policy rescores.
         """
+        self.room -= written
         for store in self.stores.values():
             if store.maintain(written):
                 self.layout = object()

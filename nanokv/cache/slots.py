@@ -148,48 +148,23 @@ class Slots:
         """(B,Hkv) bool: whether the head overwrites tokens when it is full."""
         return (self.asked_limit >= 0) | (self.sliding_window is not None)
 
+    # ---- which slot a new token takes. `ring`, `ring_on_host` and `take` are one rule: on tensors, in Python numbers, and as
+    # one operation that also notes what it gave; `take_lowest` is the rule of policies that evict by score
+
     def ring(self, n: int) -> Tensor:
-        """(B,Hkv,n): the default rule. Fill slots up to the limit, then overwrite the oldest one behind the sinks."""
+        """(B,Hkv,n): the slots of the next n tokens. They fill up to the limit, then the oldest behind the sinks is overwritten."""
         slot = self.cursor[..., None] + torch.arange(n, dtype=torch.int32, device=self.cursor.device)
         sink, limit = self.sink[..., None], self.limit[..., None]
         # the `where` matters: with fewer tokens than sinks, the bare modulo would name a wrong slot
         return torch.where(slot < limit, slot, sink + (slot - sink) % (limit - sink).clamp(min=1))
-
-    def unpack(self, k: Tensor, v: Tensor) -> tuple[list[Kept], list[Tensor]]:
-        """Keys and values (slots,D) in the store's order → one Kept per row in temporal order, and per row the flat
-        index (Hkv,N) of each token's slot.
-        """
-        found, sources = [], []
-        pos, attention = self.pos, None if self.flat_attention is None else self.attention
-        for b, n in enumerate(self.length):
-            valid = torch.arange(int(n.max()), device=n.device) < n[:, None]  # (Hkv,N)
-            order = pos[b].masked_fill(pos[b] < 0, torch.iinfo(torch.int32).max).argsort(-1)[:, : valid.shape[1]]
-            index = (order + self.first_index[b]).masked_fill(~valid, 0)
-            found.append(
-                Kept(
-                    k[index][None],
-                    v[index][None],
-                    pos[b].gather(1, order).masked_fill(~valid, -1)[None],
-                    n[None].clone(),
-                    self.asked_limit[b : b + 1].clone(),
-                    self.sink[b : b + 1].clone(),
-                    attention=None if attention is None else attention[b].gather(1, order)[None],
-                )
-            )
-            sources.append(index)
-        return found, sources
 
     def ring_on_host(self) -> int:
         """`ring` for one token, computed on the host; heads must be uniform."""
         cursor, sink = self.host_cursor, self.n_sink
         return cursor if cursor < self.largest_head else sink + (cursor - sink) % (self.largest_head - sink)
 
-    def flat_index(self, slot: Tensor) -> Tensor:
-        """Slots (B,Hkv,T) → int64 (B·Hkv·T,): their indices in the flat list of all rows' and heads' slots."""
-        return (slot + self.first_index).flatten()
-
     def take(self, pos: Tensor, take_slots: Callable[..., Tensor]) -> Tensor:
-        """Give the new tokens at pos (B,1) their slots by the default rule, and note that they lie there → flat
+        """Give the new tokens at pos (B,1) their slots by the rule of `ring`, and note that they lie there → flat
         indices (B·Hkv,). `take_slots` is the backend's.
         """
         index = take_slots(self.cursor, self.limit, self.sink, self.first_index, pos, self.flat_pos)
@@ -209,6 +184,10 @@ class Slots:
             self.flat_attention.index_fill_(0, index, 0.0)
         self._count_on_host(1)
         return index, left
+
+    def flat_index(self, slot: Tensor) -> Tensor:
+        """Slots (B,Hkv,T) → int64 (B·Hkv·T,): their indices in the flat list of all rows' and heads' slots."""
+        return (slot + self.first_index).flatten()
 
     def record(self, index: Tensor, pos: Tensor) -> None:
         """Note that the slots `index` (as `flat_index` gives them) now hold the tokens at pos (B,T)."""
@@ -243,6 +222,30 @@ class Slots:
         if self.uniform:  # only `ring_on_host` reads this number, and only while all heads are uniform
             self.host_cursor += n
         self.max_used = min(self.max_used + n, self.largest_head)
+
+    def unpack(self, k: Tensor, v: Tensor) -> tuple[list[Kept], list[Tensor]]:
+        """Keys and values (slots,D) in the store's order → one Kept per row in temporal order, and per row the flat
+        index (Hkv,N) of each token's slot.
+        """
+        found, sources = [], []
+        pos, attention = self.pos, None if self.flat_attention is None else self.attention
+        for b, n in enumerate(self.length):
+            valid = torch.arange(int(n.max()), device=n.device) < n[:, None]  # (Hkv,N)
+            order = pos[b].masked_fill(pos[b] < 0, torch.iinfo(torch.int32).max).argsort(-1)[:, : valid.shape[1]]
+            index = (order + self.first_index[b]).masked_fill(~valid, 0)
+            found.append(
+                Kept(
+                    k[index][None],
+                    v[index][None],
+                    pos[b].gather(1, order).masked_fill(~valid, -1)[None],
+                    n[None].clone(),
+                    self.asked_limit[b : b + 1].clone(),
+                    self.sink[b : b + 1].clone(),
+                    attention=None if attention is None else attention[b].gather(1, order)[None],
+                )
+            )
+            sources.append(index)
+        return found, sources
 
     def freeze(self) -> None:
         """From now on shapes stay at capacity, as a compiled or captured step needs; the host knows no lengths any
