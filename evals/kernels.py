@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanokv import load, parse
 from nanokv.backends.base import Ops
 from nanokv.backends.torch_ops import EAGER
-from nanokv.backends.triton import triton, tuning_table
+from nanokv.backends.triton import triton_ops, tuning_table
 from nanokv.engine import Session
 
 D, CALLS, REPLAYS, L2 = 128, 20, 30, 60 << 20
@@ -111,7 +111,7 @@ def ceilings() -> dict[str, float]:
 
 def attention() -> Iterator[dict]:
     """Time one layer's decode attention in every format, and torch's attention on the same bf16 keys."""
-    ours = triton(torch.device("cuda"))
+    ours = triton_ops(torch.device("cuda"))
     for heads, group, B, S in SHAPES:
         size = 2 * B * heads * S * D * 2
         copies = max(2, min(CALLS, 4 * L2 // size + 1))
@@ -250,7 +250,7 @@ def tune() -> Iterator[dict]:
     something else than the present entry is left out.
     """
     table, here = tuning_table(torch.device("cuda"))
-    ours = triton(torch.device("cuda"))
+    ours = triton_ops(torch.device("cuda"))
     sets = [_random_inputs(1, 8, 4, 16384, seed) for seed in range(8)]  # far more than the L2 holds
     calls = {
         "decode": [_attention_call(ours, 16, *x)[0] for x in sets],

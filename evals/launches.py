@@ -258,7 +258,7 @@ def row(name: str, backend: str, ops: Ops) -> dict:
 
 
 def main() -> int:
-    from nanokv.backends.triton import triton
+    from nanokv.backends.triton import triton_ops
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, required=True)
@@ -275,7 +275,7 @@ def main() -> int:
         "launches": [],
     }
     for name in args.plans:
-        for backend, ops in (("triton", triton(torch.device("meta"))), ("sdpa", TORCH_CUDA)):
+        for backend, ops in (("triton", triton_ops(torch.device("meta"))), ("sdpa", TORCH_CUDA)):
             entry = row(name, backend, ops)
             record["launches"].append(entry)
             if "waits" in entry:

@@ -24,7 +24,7 @@ from nanokv.answer import Answer
 from nanokv.backends import BACKENDS
 from nanokv.backends.check import ALWAYS, verdicts
 from nanokv.backends.choose import Check, choose
-from nanokv.backends.triton import triton_for
+from nanokv.backends.triton import need_triton
 from nanokv.backends.watch import Calls
 from nanokv.cache.plan import Plan, nearest, parse
 from nanokv.cache.report import Report, mib
@@ -81,7 +81,7 @@ def load(
         raise ValueError(f"unknown runner {runner!r}{nearest(runner, RUNNERS)}; runners are auto, {', '.join(RUNNERS)}")
     where = choose_device(device)
     if backend == "triton":
-        triton_for(where)  # refuses a device at once
+        need_triton(where)  # at once, not after a download
     if random_weights:
         shape = MODELS[model].shape if model in MODELS else model
         if shape not in PRESETS:

@@ -11,7 +11,7 @@ import torch
 from nanokv.backends import BACKENDS
 from nanokv.backends.base import Ops
 from nanokv.backends.torch_cuda import TORCH_CUDA
-from nanokv.backends.triton import triton, triton_for
+from nanokv.backends.triton import need_triton, triton_ops
 
 Check = Callable[[Sequence[str]], dict[str, str]]  # kernels → why each cannot be used, or nothing (see check.py)
 
@@ -21,7 +21,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, needs: Sequence[
     torch if not; `Ops.why` says why. ValueError if this device cannot run it.
     """
     if name == "triton":
-        return replace(triton_for(device), why="not checked, as asked")
+        need_triton(device)
+        return replace(triton_ops(device), why="not checked, as asked")
     if device.type != "cuda" or name == "eager":
         return BACKENDS["sdpa" if name == "auto" else name]
     if name == "sdpa":
@@ -34,4 +35,4 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, needs: Sequence[
     if failed:
         more = f", and {len(failed) - 1} more" if failed[1:] else ""
         return replace(TORCH_CUDA, why=f"{failed[0]}{more}")
-    return replace(triton(device), why="kernels checked")
+    return replace(triton_ops(device), why="kernels checked")

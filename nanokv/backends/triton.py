@@ -16,7 +16,7 @@ from nanokv.backends.torch_cuda import TORCH_CUDA
 from nanokv.backends.torch_ops import linear, refetch_all_when_compiling
 
 
-def triton(device: torch.device) -> Ops:
+def triton_ops(device: torch.device) -> Ops:
     """Torch, with the kernels of `kernels/` for decode steps in 16 bits and for the attention scores of a prompt's
     last queries.
 
@@ -134,7 +134,8 @@ def _can_copy(x: Tensor) -> bool:
     return x.device.type != "cpu" or x.dtype != torch.bfloat16
 
 
-def triton_for(device: torch.device) -> Ops:
+def need_triton(device: torch.device) -> None:
+    """ValueError if Triton makes no code for this device, or is not installed."""
     try:
         from triton.knobs import runtime
     except ImportError:
@@ -143,4 +144,3 @@ def triton_for(device: torch.device) -> Ops:
         raise ValueError(
             f"backend triton makes code for CUDA devices and the device is {device.type}; use --backend sdpa"
         )
-    return triton(device)

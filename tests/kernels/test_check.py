@@ -19,7 +19,7 @@ from nanokv.backends import check
 from nanokv.backends.check import ALWAYS, PROGRAM, verdicts
 from nanokv.backends.choose import choose
 from nanokv.backends.torch_cpu import SDPA
-from nanokv.backends.triton import triton
+from nanokv.backends.triton import triton_ops
 from nanokv.device import choose_device
 from nanokv.runner import Eager, Graphed, make
 
@@ -176,7 +176,7 @@ def test_a_plan_names_every_kernel_that_it_runs(plan, monkeypatch):
     for name in kernels.__all__:
         monkeypatch.setattr(kernels, name, noted(name))
     plan = parse(plan)
-    launches.step(launches.models_of(triton(META), CONFIG), plan)
+    launches.step(launches.models_of(triton_ops(META), CONFIG), plan)
     assert "decode" in ran or "decode_quant" in ran or "decode_ragged" in ran
     assert ran <= {*ALWAYS, *plan.kernels}
 

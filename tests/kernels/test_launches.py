@@ -13,7 +13,7 @@ from kernels import reference
 from nanokv import parse
 from nanokv.backends.torch_cpu import SDPA
 from nanokv.backends.torch_cuda import TORCH_CUDA
-from nanokv.backends.triton import triton
+from nanokv.backends.triton import triton_ops
 from nanokv.stores.dense import SlotStore
 
 META = torch.device("meta")
@@ -43,7 +43,7 @@ def runs_on_kernels(plan: str) -> bool:
 
 @pytest.mark.parametrize("plan", [*CEILINGS, *every(4, [p for p in PLANS if p not in CEILINGS and runs_on_kernels(p)])])
 def test_a_step_with_kernels_waits_for_nothing_and_copies_no_keys(plan):
-    found = counted(plan, triton(META))
+    found = counted(plan, triton_ops(META))
     assert found.largest < keys_of_a_layer() / 4, found.in_blocks
     assert (
         found.in_blocks["triton decode_split"] + found.in_blocks["triton decode_quant_split"]
@@ -56,7 +56,7 @@ def test_a_step_with_kernels_waits_for_nothing_and_copies_no_keys(plan):
 @pytest.mark.parametrize("store", every(2, [store for keep, store in pairs() if keep == "full"]))
 def test_a_step_over_any_store_waits_for_nothing(store):
     plan = of("mikv" if store == "mixed" else "full", store)
-    assert counted(plan, triton(META)).in_blocks["triton rotate"] == CONFIG.num_hidden_layers
+    assert counted(plan, triton_ops(META)).in_blocks["triton rotate"] == CONFIG.num_hidden_layers
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -112,10 +112,10 @@ def test_a_wait_for_the_host_is_seen(monkeypatch):
 
     monkeypatch.setattr(SlotStore, "append", waits)
     with pytest.raises(RuntimeError, match="meta"):
-        counted("full", triton(META))
+        counted("full", triton_ops(META))
 
 
 def test_one_launch_more_is_seen():
-    ops = triton(META)
+    ops = triton_ops(META)
     found = counted("full", replace(ops, swiglu=lambda x: ops.swiglu(x) + 1)).in_blocks
     assert found.total() > CEILINGS["full"] * CONFIG.num_hidden_layers
