@@ -263,10 +263,10 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
     """Answer one prompt, print the answer and then what the flags ask for."""
     from tqdm import tqdm
 
-    from nanokv.cache.save import restore, save
     from nanokv.inspect.explain import explain
     from nanokv.inspect.fidelity import against
     from nanokv.inspect.xray import xray
+    from nanokv.save import restore, save
     from nanokv.summary import as_record, end_block, first_line
     from nanokv.text.chat import encode_prompt
 

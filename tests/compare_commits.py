@@ -90,7 +90,7 @@ def report_as_dict(session: Any) -> dict[str, Any] | None:
 
 def save_prompt(llm: Any, session: Any, file: Path) -> None:
     try:
-        from nanokv.cache.save import save
+        from nanokv.save import save
     except ImportError:
         from nanokv.save import save
     save(llm, session, file)
@@ -98,7 +98,7 @@ def save_prompt(llm: Any, session: Any, file: Path) -> None:
 
 def load_prompt(llm: Any, file: Path, room: int) -> Any:
     try:
-        from nanokv.cache.save import restore
+        from nanokv.save import restore
     except ImportError:
         from nanokv.save import restore
     return restore(llm, file, room)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 NORM_BLOCK = 4096  # tokens in one matrix product where norms are measured
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of keys and values
 
 
 class StoreState(ABC):
@@ -226,35 +225,6 @@ class Kept:
         is_kept = mine.gather(2, index) == p.pos
         score = torch.zeros_like(p.pos, dtype=torch.float32).masked_fill(is_kept, -torch.inf)
         return replace(self, demoted=Kept.top(p, score, p.valid.sum(-1, dtype=torch.int32) - self.length))
-
-    def check(self, config: Any, seen: int, sinks: int) -> None:
-        """ValueError unless a text of `seen` tokens can have left this row, whose heads have at most so many sinks."""
-        heads, n = config.num_key_value_heads, self.pos.shape[-1]
-        rows = {"k": (1, heads, n, config.head_dim), "v": (1, heads, n, config.head_dim), "attention": (1, heads, n)}
-        numbers = {"pos": (1, heads, n), **dict.fromkeys(("length", "limit", "sink"), (1, heads))}
-        for name, shape in (rows | numbers).items():
-            x = getattr(self, name)
-            if x is None:
-                continue  # attention
-            kinds = (torch.int32,) if name in numbers else (torch.float32,) if name == "attention" else FLOATS
-            if x.shape != shape or x.dtype not in kinds:
-                raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}")
-            if name in rows and not x.isfinite().all():
-                raise ValueError(f"{name} holds values that are no numbers")
-        valid = torch.arange(n, device=self.pos.device) < self.length[..., None]
-        later = (self.pos.diff(dim=-1) > 0) | ~valid[..., 1:]
-        attention = self.attention if self.attention is not None else torch.zeros(1)
-        right = {
-            "attention": attention >= 0,
-            "length": (self.length >= 0) & (self.length <= n),
-            "limit": (self.limit == -1) | ((self.limit >= self.length) & (self.limit > self.sink)),
-            "sink": (self.sink >= 0) & (self.sink <= sinks),
-            "pos": torch.where(valid, (self.pos >= 0) & (self.pos < seen), self.pos == -1),
-            "order of pos": later,
-        }
-        for name, holds in right.items():
-            if not holds.all():
-                raise ValueError(f"{name} is out of range")
 
     def with_state(self, state: StoreState) -> Kept:
         return replace(self, state=state)

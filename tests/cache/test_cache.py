@@ -317,7 +317,7 @@ SAVED = ["h2o:budget=20", "corm:window=6,recent=8,every=4", "adakv:budget=20,win
 
 @pytest.mark.parametrize("plan", SAVED)
 def test_a_saved_cache_goes_on_as_the_one_that_was_saved(plan, llm_of, tmp_path):
-    from nanokv.cache.save import restore, save
+    from nanokv.save import restore, save
 
     llm, plan = llm_of("g3"), parse(plan)
     session = llm.session(20, None, plan)

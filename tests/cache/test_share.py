@@ -173,7 +173,7 @@ def test_a_plan_finds_the_map_that_an_earlier_search_left(deep, tmp_path, monkey
 
 
 def test_a_saved_cache_remembers_who_reads_whom(deep, tmp_path):
-    from nanokv.cache.save import restore, save
+    from nanokv.save import restore, save
 
     plan = deep.ready(parse("snapkv:budget=20,window=4+kvsharer:layers=2,threshold=-1"))
     session = deep.session(4, plan=plan)

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer as Fast
 
 import generate
 from nanokv import load, parse
-from nanokv.cache.save import restore
 from nanokv.inspect.fidelity import compare
+from nanokv.save import restore
 from nanokv.text.sampler import finite
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

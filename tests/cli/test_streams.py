@@ -15,8 +15,8 @@ from tokenizers import Tokenizer as Fast
 
 import generate
 from nanokv import load
-from nanokv.cache.save import restore
 from nanokv.files import replacing
+from nanokv.save import restore
 
 BASE = ["-p", "hello", "-n", "6", "--dtype", "float32", "--ignore-eos"]
 

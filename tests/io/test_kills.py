@@ -15,8 +15,8 @@ from helpers import ROOT
 from test_hub import REPO, checkpoint, locate, serving, tensors  # noqa: F401 two of them are fixtures
 
 from nanokv import load, parse
-from nanokv.cache.save import restore
 from nanokv.model.loader import find_shards
+from nanokv.save import restore
 from nanokv.sharing.search import read_map
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
@@ -95,7 +95,7 @@ SAVE = """
 import sys
 from pathlib import Path
 from nanokv import load, parse
-from nanokv.cache.save import save
+from nanokv.save import save
 llm = load(sys.argv[1], dtype="float32")
 sessions = []
 for n in (300, 500):
@@ -117,7 +117,7 @@ def test_saving(tiny, tmp_path):
         killed(SAVE, None, random.Random(n).uniform(0, 0.1), str(path), str(tmp_path / "c"))
         session = restore(llm, tmp_path / "c", 4)
         assert session.seen[0] in (450 + 300 % 90, 450 + 500 % 90)
-    from nanokv.cache.save import save
+    from nanokv.save import save
 
     session = llm.session(4, None, parse("full"))
     session.start([[1, 2, 3]])

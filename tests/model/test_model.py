@@ -76,7 +76,7 @@ def test_two_types_share_one_text(tiny):
 def test_keys_and_values_have_a_type_of_their_own(tiny, monkeypatch, tmp_path):
     """On a CPU that multiplies bf16 but no bf16 tiles, weights are fp16 for single tokens and the cache is bf16."""
     from nanokv import load
-    from nanokv.cache.save import restore, save
+    from nanokv.save import restore, save
     from nanokv.stores import EXAMPLES
     from nanokv.summary import first_line
 

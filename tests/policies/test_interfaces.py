@@ -14,11 +14,11 @@ from nanokv import parse
 from nanokv.cache.kept import Kept
 from nanokv.cache.plan import Plan
 from nanokv.cache.prefill import PromptCache
-from nanokv.cache.save import restore, save
 from nanokv.cache.scores import ScoreRequest
 from nanokv.engine import Session
 from nanokv.policies.base import Policy
 from nanokv.policies.scorer import Scorer
+from nanokv.save import restore, save
 from nanokv.stores.quant.int import Int
 from nanokv.summary import as_record, end_block
 

@@ -354,7 +354,7 @@ def wide(store: ChunkStore) -> torch.Tensor:
 
 
 def test_growing_saves_bytes_and_survives_saving_and_more_room(llm_of, tmp_path):
-    from nanokv.cache.save import restore, save
+    from nanokv.save import restore, save
 
     llm, more, sizes = llm_of("g3"), text(100, seed=6), []
     for grow in (0, 10):
@@ -394,7 +394,7 @@ def test_prompts_and_tokens_of_two_types(plan, dtype, tiny):
 
 def test_what_was_exact_stays_exact_in_new_memory(llm_of, tmp_path):
     """A prompt too short for chunks, and enough said since for some."""
-    from nanokv.cache.save import restore, save
+    from nanokv.save import restore, save
 
     llm, more, logits = llm_of("g3"), text(60, seed=6), []
     for way in ("as it is", "reserve", "save"):

@@ -296,7 +296,7 @@ RUNS += [
 
 @pytest.mark.parametrize("plan", every(5, RUNS))
 def test_more_room_saving_and_batches_change_nothing(plan, llm_of, tmp_path):
-    from nanokv.cache.save import restore, save
+    from nanokv.save import restore, save
 
     llm, plan = llm_of("g3"), parse(plan)
     prompts, more = [text(60, seed=5), text(33, seed=7)], [text(STEPS, seed=6), text(STEPS, seed=9)]
@@ -618,7 +618,7 @@ def test_two_sets_of_tokens_far_past_a_models_window(plan, model, llm_of):
     ],
 )
 def test_under_a_window_a_cache_saved_from_a_batch_fits_another_room(plan, llm_of, tmp_path):
-    from nanokv.cache.save import restore, save
+    from nanokv.save import restore, save
 
     llm, plan = llm_of("mistral"), parse(plan)
     session = llm.session(50, None, plan)

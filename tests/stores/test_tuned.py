@@ -13,7 +13,7 @@ from tiny import text
 
 from kernels import reference
 from nanokv import load, parse, sensitivity
-from nanokv.cache.save import restore, save
+from nanokv.save import restore, save
 from nanokv.stores.quant.int import Int
 from nanokv.stores.quant.tuned import Tuned, allocate
 

@@ -22,6 +22,7 @@ from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept, StoreState
 from nanokv.cache.protocol import StoreSpec
 from nanokv.cache.slots import Slots
+from nanokv.cache.validate import check_row
 from nanokv.policies.base import Policy
 from nanokv.stores.dense import SLOT_COUNTERS, SlotStore, plain_codecs
 
@@ -52,7 +53,7 @@ class ChunkState(StoreState):
 
     def check(self, row: Kept, spec: Any, ctx: Context) -> None:
         data, heads, c = self.chunk_data, ctx.config.num_key_value_heads, spec.chunk
-        self.exact.check(ctx.config, int(row.pos.max()) + 1, int(row.sink.max()))
+        check_row(self.exact, ctx.config, int(row.pos.max()) + 1, int(row.sink.max()))
         if not 0 <= self.since_grown <= max(0, spec.grow - 1):
             raise ValueError(f"{GROWN} is {self.since_grown}")
         if not data:

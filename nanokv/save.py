@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nanokv.cache.kept import Kept
 from nanokv.cache.plan import Plan, parse
+from nanokv.cache.validate import check_row
 from nanokv.engine import Session
 from nanokv.files import is_there, quoted, reason, replacing
 from nanokv.llm import LLM
@@ -134,7 +135,7 @@ def _check(kept: Kept, seen: int, plan: Plan, owner: int, llm: LLM) -> None:
         raise ValueError(f"layer {owner} holds no token")
     for part in parts:
         try:
-            part.check(llm.config, seen, plan.policy.protected_sinks)
+            check_row(part, llm.config, seen, plan.policy.protected_sinks)
             if part.state is not None:
                 part.state.check(part, store, ctx)
         except ValueError as e:
