@@ -147,8 +147,9 @@ class Session:
         for prompt in prompts:
             plan = self.plan.fit(config, self.context.dtype, len(prompt), self.room, n)
             ids = torch.tensor(prompt, device=device)
-            repeats = copies if plan.policy.decide_after else 1  # an undecided prompt goes on differently for each copy
-            for _ in range(repeats):
+            # copies share one prefill, but an undecided prompt goes on differently for each of them
+            alike = 1 if plan.policy.decide_after else copies
+            for _ in range(copies // alike):
                 cache = PromptCache(plan, config, ids, self.models.ops, self.context)
                 if shared and caches:
                     cache.begin_with(caches[0].kept, shared)
@@ -158,8 +159,8 @@ class Session:
                 self.passes += [cache.passes_cost] if cache.passes_cost else []
                 if shared and caches:  # the first row holds the prefix
                     cache.kept = {i: kept.since(shared) for i, kept in cache.kept.items()}
-                logits += [out] * (copies // repeats)
-                caches += [cache] * (copies // repeats)
+                logits += [out] * alike
+                caches += [cache] * alike
             self.plans += [plan] * copies
             self.seen += [len(prompt)] * copies
             self.tokens += [ids] * copies
