@@ -161,14 +161,15 @@ def _take_lowest(
 ):
     """Give the new token of one head of one row a slot."""
     i = tl.program_id(0).to(tl.int64)
-    cursor, pos = tl.load(cursor_ptr + i), tl.load(pos_ptr + i // n_heads).to(tl.int32)
-    slot = cursor
-    if cursor >= tl.load(limit_ptr + i):
+    cursor, limit, pos = tl.load(cursor_ptr + i), tl.load(limit_ptr + i), tl.load(pos_ptr + i // n_heads).to(tl.int32)
+    slot = tl.minimum(cursor, limit - 1)  # never outside the head
+    if cursor >= limit:
         lowest, oldest = float("inf"), 2147483647
         for start in range(0, n_slots, BLOCK_N):
             offs_n = start + tl.arange(0, BLOCK_N)
             held = tl.load(held_ptr + i * n_slots + offs_n, mask=offs_n < n_slots, other=-1)
             score = tl.load(score_ptr + i * n_slots + offs_n, mask=held >= 0, other=float("inf"))
+            score = tl.where(score == score, score, float("-inf"))  # NaN compares with nothing
             if HAS_WINDOW:
                 score = tl.where((held >= 0) & (held <= pos - sliding_window), float("-inf"), score)
             lowest_here = tl.min(score, 0)
@@ -198,10 +199,10 @@ def take_lowest(
 
     score (B,Hkv,S) fp32; held (B,Hkv,S) int32; cursor and limit (B,Hkv) int32; first (B,Hkv,1) int64; pos (B,1) int;
     slot_pos (slots,) int32. Increases cursor by one, writes pos into slot_pos, and returns flat indices (B·Hkv,) int64
-    and the positions (B·Hkv,) int32 of the tokens that leave. Refuses (AssertionError) tensors but pos, score and held
-    that are not contiguous.
+    and the positions (B·Hkv,) int32 of the tokens that leave. Refuses (AssertionError) several tokens at
+    once, and tensors but pos, score and held that are not contiguous.
     """
-    assert all(x.is_contiguous() for x in (cursor, limit, first, slot_pos))
+    assert all(x.is_contiguous() for x in (cursor, limit, first, slot_pos)) and pos.shape[1] == 1, pos.shape
     score, held, pos = score.contiguous(), held.contiguous(), pos.contiguous()
     n, S = cursor.numel(), score.shape[2]
     index, left = first.new_empty(n), slot_pos.new_empty(n)

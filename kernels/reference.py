@@ -460,10 +460,11 @@ def take_lowest(
     """Give each head's new token its next free slot or, where all are taken, the slot of the lowest score, in place.
     Return the slot's flat index (B·Hkv,) int64 and the position of the token that leaves it (B·Hkv,) int32, −1 for none.
 
-    score (B,Hkv,S) fp32, +inf for a token that must stay; of equals the oldest leaves. held (B,Hkv,S) int32: the
-    position of the token in each slot, −1 for none. Tokens that the model's sliding window hides from pos leave first.
-    The rest is as for `take_slots`.
+    score (B,Hkv,S) fp32, +inf for a token that must stay; of equals the oldest leaves, and NaN counts as the lowest.
+    held (B,Hkv,S) int32: the position of the token in each slot, −1 for none. Tokens that the model's sliding window
+    hides from pos leave first. The rest is as for `take_slots`.
     """
+    score = score.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     if sliding_window is not None:
         score = score.masked_fill(held <= pos[:, None] - sliding_window, -torch.inf)
     empty = held < 0

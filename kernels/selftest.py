@@ -108,6 +108,7 @@ def _take_lowest(x: Inputs) -> list[tuple]:
     limit, first = 9 + x.integers(8, B, HKV), (torch.arange(B * HKV) * 16).view(B, HKV, 1)
     held = held.masked_fill(torch.arange(16) >= limit[..., None], -1)
     score = x.integers(4, B, HKV, 16).float()  # with equals
+    score[0, 0] = torch.nan
     given = x.integers(24, B, HKV), limit, first, NOW - S + 18
     return [(score, held, *given, held.flatten().clone(), window) for window in (None, 9)]
 

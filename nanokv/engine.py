@@ -217,6 +217,7 @@ class Session:
             self.cache.check_room(tokens.shape[1])
         while tokens.shape[1]:
             T = self.cache.next_piece(tokens.shape[1], self.seen)
+            self.cache.room -= T  # before the step, so that an interrupted one leaves no room for what it wrote
             pos = self.pos if T == 1 else self.pos + torch.arange(T, device=self.pos.device)
             if T == 1:
                 out = self.models.runner.step(tokens[:, :1], pos, self.cache)[:, None]
@@ -258,6 +259,7 @@ class Session:
         self.cache.check_room(n)
         while n:
             T = self.cache.next_piece(n, self.seen)
+            self.cache.room -= T
             self.cache.store_deferred(T, self.pos + torch.arange(T, device=self.pos.device))
             self._advance(T)
             self.cache.maintain(T, self.seen)

@@ -91,16 +91,16 @@ def report_as_dict(session: Any) -> dict[str, Any] | None:
 def save_prompt(llm: Any, session: Any, file: Path) -> None:
     try:
         from nanokv.save import save
-    except ImportError:
-        from nanokv.save import save
+    except ImportError:  # before it moved
+        from nanokv.cache.save import save
     save(llm, session, file)
 
 
 def load_prompt(llm: Any, file: Path, room: int) -> Any:
     try:
         from nanokv.save import restore
-    except ImportError:
-        from nanokv.save import restore
+    except ImportError:  # before it moved
+        from nanokv.cache.save import restore
     return restore(llm, file, room)
 
 

@@ -182,6 +182,7 @@ def stepped(text: str, T: int, steps: int = 200, share: dict | None = None, seed
     attend(first, 0, T)
     cache, seen = KVCache.pack([plan], [first.kept], steps, ctx), []
     for t in range(T, T + steps):
+        cache.room -= 1
         attend(cache, t, t + 1)
         seen.append({i: [positions(x, h) for h in range(2)] for i, s in cache.stores.items() for x in s.unpack()})
         cache.maintain(1, [t + 1])

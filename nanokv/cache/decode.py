@@ -73,12 +73,12 @@ class KVCache:
         return cls(plans, stores, scores, room, ctx, shared)
 
     def next_piece(self, n: int, seen: Sequence[int]) -> int:
-        """How many of n tokens may come at once: one if the policy scores each step. Otherwise a piece ends where the
+        """How many of n tokens may come at once: one if the policy scores each step or evicts by score. Otherwise a piece ends where the
         store's next `maintain`, the policy's next rescore, or the end of a chunk of positions is due, whichever comes
         first. seen: tokens of each row's text so far.
         """
         policy = self.plan.policy
-        if n == 1 or policy.decode_scores:
+        if n == 1 or policy.decode_scores or policy.eviction == "score":
             return 1
         if policy.positions_by_chunk:
             n = min(n, *(policy.chunk_size - s % policy.chunk_size for s in seen))
@@ -119,7 +119,6 @@ class KVCache:
         tokens() gives each row's token ids so far (seen,), or None where they are not known. It is called only when
         the policy rescores.
         """
-        self.room -= written
         for store in self.stores.values():
             if store.maintain(written):
                 self.layout = object()

@@ -27,7 +27,7 @@ class Policy(ABC):
     fields. No option may have the name of a declaration (a test checks this).
 
     scores                the statistics of the prompt's attention that `keep` wants.
-    second_scores           a second request, whose scores come as `Prompt.second_attention`; None: there is none.
+    second_scores         a second request, whose scores come as `Prompt.second_attention`; None: there is none.
     rescore_scores        replaces `scores` when the policy is asked again while decoding; by default `scores` itself.
     decode_scores         how each decode step's attention is reduced for `update_scores` (`last_queries` has no meaning
                           here); None: decode steps are not scored.

@@ -247,6 +247,7 @@ def test_the_fast_runners_give_the_logits_of_plain_calls_and_never_wait(plan, ki
             with torch.inference_mode():
                 logits.append(runner.step(token, session.pos, session.cache))
                 torch.cuda.set_sync_debug_mode("default")
+                session.cache.room -= 1
                 session._advance(1)
                 session.cache.maintain(1, session.seen)
         found.append(torch.cat(logits).float())

@@ -423,25 +423,33 @@ def test_take_lowest(slots, kinds, window):
     """Heads with free slots and full ones, of different sizes, with equal scores, against the rule as a loop."""
     generator, rows = torch.Generator().manual_seed(slots), 3
     limit = torch.randint(2, slots + 1, (rows, 2), generator=generator, dtype=torch.int32)
-    cursor = limit + torch.tensor([-1, 0], dtype=torch.int32)  # the first head has one free slot
+    cursor = limit + torch.tensor([-1, 5], dtype=torch.int32)  # the first head has one free slot
     order = torch.stack([torch.randperm(slots, generator=generator) for _ in range(rows * 2)]).view(rows, 2, slots)
     held = order.int().masked_fill(torch.arange(slots) >= torch.minimum(cursor, limit)[..., None], -1)
     score = torch.randint(0, kinds, (rows, 2, slots), generator=generator).float()
     score = score.masked_fill(torch.rand(score.shape, generator=generator) < 0.2, torch.inf)  # these must stay
+    score[1] = score[1].masked_fill(torch.rand(score[1].shape, generator=generator) < 0.1, torch.nan)
+    score[2, 1] = torch.nan
     first, pos = (torch.arange(rows * 2) * slots).view(rows, 2, 1), torch.full((rows, 1), slots)
     state = [x.to(DEVICE) for x in (score, held, cursor, limit, first, pos)]
     found, right = ([*(x.clone() for x in state), held.flatten().clone().to(DEVICE), window] for _ in "ab")
     result = kernels.take_lowest(*found)
     assert all(torch.equal(a, b) for a, b in zip(result, reference.take_lowest(*right), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(found[:7], right[:7], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found[1:7], right[1:7], strict=True))  # no NaN
     for b in range(rows):
         for h in range(2):
             n, tokens = int(cursor[b, h]), held[b, h].tolist()
             if n < limit[b, h]:
                 slot = n
             else:
-                hidden = [window is not None and t <= slots - window for t in tokens]
-                slot = min(range(n), key=lambda j: (-torch.inf if hidden[j] else float(score[b, h, j]), tokens[j]))
+                first_out = [
+                    x.isnan() or (window and t <= slots - window) for x, t in zip(score[b, h], tokens, strict=True)
+                ]
+                rank = [
+                    (-torch.inf if out else float(x), t)
+                    for x, t, out in zip(score[b, h], tokens, first_out, strict=True)
+                ]
+                slot = min(range(int(limit[b, h])), key=rank.__getitem__)
             i = b * 2 + h
             assert result[0][i] == i * slots + slot and result[1][i] == tokens[slot]
             assert found[6][i * slots + slot] == slots and found[2][b, h] == n + 1

@@ -18,12 +18,15 @@ from nanokv.stores.dense import SlotStore
 
 META = torch.device("meta")
 CONFIG = replace(shape(heads=8), head_dim=64, hidden_size=64, intermediate_size=64)
-# launches per layer with our kernels: of policies that do not score while decoding
+# launches per layer with our kernels
 CEILINGS = {
     "full": 14,
     "streaming:sink=2,recent=10": 14,
     "snapkv:budget=20,window=4,kernel=3": 14,
     "adakv:budget=20,window=4,kernel=3": 14,
+    "h2o:budget=20": 26,
+    "tova:budget=20": 20,
+    "full+fp8": 22,
     "full+int4:group=32,residual=8": 16,
     "snapkv:budget=20,window=4,kernel=3+int4:group=32,residual=8": 16,
 }

@@ -34,9 +34,8 @@ class GroupSlots(Slots):
         # (B,Hkv) int32. Sinks must be pinned, because a ring of groups would evict them
         self.pinned = torch.cat([r.sink.clamp(min=pin) if r.state is None else r.state.pinned for r in rows])
         super().__init__(rows, room, sliding_window)
-        self.in_groups = torch.empty_like(
-            self.cursor
-        )  # (B,Hkv) int32: tokens that have left the window, in whole groups
+        # (B,Hkv) int32: tokens that have left the window, in whole groups
+        self.in_groups = torch.empty_like(self.cursor)
         # (B,Hkv,1) int64: the flat index from which the cursor counts, and how many slots of groups lie before each head
         self.window_first = torch.empty_like(self.first_index)
         self.skipped = self.first_index // self.capacity * (self.capacity - self.n_exact)

@@ -69,7 +69,7 @@ class Int(StoreSpec):
         exact = 2 * dim * dtype.itemsize + 4
         window = max(self.pin, sink) + self.residual + self.group
         fixed = window * exact + self.group * token  # a ring needs one group more than its tokens
-        return heads * token, int(heads * (fixed + SLOT_COUNTERS + 3 * 4 + 2 * 8))
+        return heads * token, int(heads * (fixed + SLOT_COUNTERS + 4 * 4 + 2 * 8))
 
     def grouped_token_bytes(self, dim: int, dtype: torch.dtype) -> float:
         """Bytes of one token's K and V in a group."""
