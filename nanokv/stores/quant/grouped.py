@@ -34,8 +34,6 @@ class GroupSlots(Slots):
         # (B,Hkv) int32. Sinks must be pinned, because a ring of groups would evict them
         self.pinned = torch.cat([r.sink.clamp(min=pin) if r.state is None else r.state.pinned for r in rows])
         super().__init__(rows, room, sliding_window)
-        # (B,Hkv) int32: tokens that have left the window, in whole groups
-        self.in_groups = torch.empty_like(self.cursor)
         # (B,Hkv,1) int64: the flat index from which the cursor counts, and how many slots of groups lie before each head
         self.window_first = torch.empty_like(self.first_index)
         self.skipped = self.first_index // self.capacity * (self.capacity - self.n_exact)
@@ -59,6 +57,7 @@ class GroupSlots(Slots):
         ring = -(self.sink + self.residual - self.limit).div(self.group, rounding_mode="floor")
         self.ring_groups = torch.where(wraps, ring.clamp(min=1), grows)
         self.n_flushed = self._groups(self.cursor - self.pinned - self.residual)
+        self.in_groups = self.n_flushed * self.group  # (B,Hkv) int32: tokens that have left the window
         return self.n_exact + int(self.ring_groups.max()) * self.group
 
     def _groups(self, tokens: Tensor) -> Tensor:
@@ -70,18 +69,18 @@ class GroupSlots(Slots):
     def slot_of(self, nth: Tensor, b: int | None = None) -> Tensor:
         """(B,Hkv,n): the slots of the tokens numbered nth (B,Hkv,n); b: of this row alone."""
         rows = slice(None) if b is None else slice(b, b + 1)
-        flushed, ring = self.n_flushed[rows, :, None], self.ring_groups[rows, :, None].clamp(min=1)
+        flushed, ring = self.in_groups[rows, :, None], self.ring_groups[rows, :, None].clamp(min=1)
         behind = nth - self.pinned[rows, :, None]
         in_group = (
             self.n_exact + (behind.div(self.group, rounding_mode="floor") % ring) * self.group + behind % self.group
         )
-        in_window = torch.where(behind < 0, nth, nth - flushed * self.group)
-        return torch.where((behind >= 0) & (behind < flushed * self.group), in_group, in_window)
+        in_window = torch.where(behind < 0, nth, nth - flushed)
+        return torch.where((behind >= 0) & (behind < flushed), in_group, in_window)
 
     def ring(self, n: int) -> Tensor:
         """(B,Hkv,n): the next free slots of the window."""
         nth = self.cursor[..., None] + torch.arange(n, dtype=torch.int32, device=self.cursor.device)
-        return nth - self.n_flushed[..., None] * self.group
+        return nth - self.in_groups[..., None]
 
     def take(self, pos: Tensor, take_slots: Callable[..., Tensor]) -> Tensor:
         self._evict(pos)
