@@ -202,3 +202,20 @@ def _merge_splits(
     out = tl.sum(tl.load(out_part_ptr, mask=mask_sd, other=0.0) * weight[:, None], 0) / denominator
     tl.store(out_ptr + row * HEAD_DIM + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
     tl.store(lse_ptr + row, lse * LN2)
+
+
+def merge_splits(out_part: Tensor, lse_part: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Join what the programs of one launch wrote, out_part (B,H,splits,D) and lse_part (B,H,splits,1) fp32, into out
+    (B,H,1,D) and the natural lse (B,H,1).
+    """
+    B, H, splits, D = out_part.shape
+    _merge_splits[(B * H,)](
+        out_part_ptr=out_part,
+        lse_part_ptr=lse_part,
+        out_ptr=out,
+        lse_ptr=lse,
+        splits=splits,
+        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        HEAD_DIM=D,
+        BLOCK_D=triton.next_power_of_2(D),
+    )

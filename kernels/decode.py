@@ -21,11 +21,11 @@ from kernels._common import (
     LOG2E,
     _attend_range,
     _finite,
-    _merge_splits,
     _normaliser,
     _scale_queries,
     _split_range,
     counts_or_mask,
+    merge_splits,
     n_splits,
     softmax_scale,
     triton_dtype,
@@ -223,7 +223,6 @@ def _launch(
     compute = torch.float16 if k.itemsize == 1 and q.dtype == torch.bfloat16 else q.dtype
     how = launch("decode" if k.itemsize > 1 else "decode of 8 bits", q.device)
     G, splits = H // heads, n_splits(B * heads, S, q.device, how.per_processor, how.block)
-    block_d = triton.next_power_of_2(D)
     out_part, lse_part = (q.new_empty(B, H, splits, n, dtype=torch.float32) for n in (D, 1))
     out, lse = q.new_empty(B, H, T, D), q.new_empty(B, H, T, dtype=torch.float32)
     logits = q.new_empty(B, H, S, dtype=torch.float32) if over_group else lse
@@ -265,22 +264,13 @@ def _launch(
         HEADS_PER_KV=G,
         BLOCK_M=query_rows(G, is_packed=False),
         HEAD_DIM=D,
-        BLOCK_D=block_d,
+        BLOCK_D=triton.next_power_of_2(D),
         BLOCK_N=how.block,
         COMPUTE_DTYPE=triton_dtype(compute),
         num_warps=how.warps,
         num_stages=how.stages,
     )
-    _merge_splits[(B * H,)](
-        out_part_ptr=out_part,
-        lse_part_ptr=lse_part,
-        out_ptr=out,
-        lse_ptr=lse,
-        splits=splits,
-        BLOCK_SPLITS=triton.next_power_of_2(splits),
-        HEAD_DIM=D,
-        BLOCK_D=block_d,
-    )
+    merge_splits(out_part, lse_part, out, lse)
     if over_group is None:
         return out, lse, None
     scores = q.new_empty(B, H if over_group == "each" else heads, S, dtype=torch.float32)

@@ -25,11 +25,11 @@ from torch import Tensor
 from kernels._common import (
     _attend_range,
     _finite,
-    _merge_splits,
     _normaliser,
     _scale_queries,
     _split_range,
     counts_or_mask,
+    merge_splits,
     n_splits,
     softmax_scale,
     triton_dtype,
@@ -296,7 +296,6 @@ def decode_quant(
     how = launch(f"decode_quant{kind}", q.device)
     block_n = min(how.block, group & -group)  # groups are whole tiles
     splits = n_splits(B * heads, S, q.device, how.per_processor, block_n) + int(exact is not None)
-    block_d = triton.next_power_of_2(D)
     out_part, lse_part = (q.new_empty(B, H, splits, n, dtype=torch.float32) for n in (D, 1))
     out, lse = q.new_empty(B, H, T, D), q.new_empty(B, H, T, dtype=torch.float32)
     exact_k, exact_v, exact_length, exact_pos = exact or (q, q, None, key_pos)
@@ -365,7 +364,7 @@ def decode_quant(
         HEADS_PER_KV=G,
         BLOCK_M=query_rows(G, is_packed=True),
         HEAD_DIM=D,
-        BLOCK_D=block_d,
+        BLOCK_D=triton.next_power_of_2(D),
         QUARTER_DIM=D // 4,
         BLOCK_W=triton.next_power_of_2(D // 4),
         BLOCK_N=block_n,
@@ -374,16 +373,7 @@ def decode_quant(
         num_warps=how.warps,
         num_stages=how.stages,
     )
-    _merge_splits[(B * H,)](
-        out_part_ptr=out_part,
-        lse_part_ptr=lse_part,
-        out_ptr=out,
-        lse_ptr=lse,
-        splits=splits,
-        BLOCK_SPLITS=triton.next_power_of_2(splits),
-        HEAD_DIM=D,
-        BLOCK_D=block_d,
-    )
+    merge_splits(out_part, lse_part, out, lse)
     return out, lse
 
 

@@ -109,7 +109,8 @@ def kernel_modules() -> list[ModuleType]:
     """The modules of the kernels, for those who count their launches."""
     import kernels
 
-    return [sys.modules[getattr(kernels, name).__module__] for name in kernels.__all__]
+    modules = (getattr(kernels, name).__module__ for name in kernels.__all__)
+    return [sys.modules[name] for name in (*modules, "kernels._common")]
 
 
 def tuning_table(device: torch.device) -> tuple[dict, int]:

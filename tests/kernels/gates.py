@@ -31,8 +31,9 @@ NAMES = (
     "rope",
     "scores",
     "shadowkv",
+    "_common",
 )  # in kernels, `decode` is the function
-decode, decode_quant, gemv, kv_write, norm, rope, scores, shadowkv = (
+decode, decode_quant, gemv, kv_write, norm, rope, scores, shadowkv, common = (
     import_module(f"kernels.{name}") for name in NAMES
 )
 
@@ -62,16 +63,18 @@ class Recorder:
 
 
 def launched(module: ModuleType, call: Callable[[], object]) -> dict[str, tuple[JITFunction, Recorder]]:
-    """Return the kernels of a module by name, each with a recorder that holds the arguments of its launch."""
-    real = {name: x for name, x in vars(module).items() if isinstance(x, JITFunction)}
-    found = {name: (fn, Recorder()) for name, fn in real.items()}
-    for name, (_, recorder) in found.items():
-        setattr(module, name, recorder)
+    """Return the kernels of a module and of kernels/_common.py by name, each with a recorder that holds the arguments of its
+    launch.
+    """
+    real = [(m, name, x) for m in (module, common) for name, x in vars(m).items() if isinstance(x, JITFunction)]
+    found = {name: (fn, Recorder()) for _, name, fn in real}
+    for m, name, _ in real:
+        setattr(m, name, found[name][1])
     try:
         call()
     finally:
-        for name, fn in real.items():
-            setattr(module, name, fn)
+        for m, name, fn in real:
+            setattr(m, name, fn)
     return found
 
 
