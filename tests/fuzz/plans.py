@@ -16,8 +16,7 @@ import torch
 from tiny import text
 from torch import Tensor
 
-from nanokv import parse
-from nanokv.cache import save
+from nanokv import parse, save
 from nanokv.cache.plan import Plan, canonical, configure
 from nanokv.engine import Session
 from nanokv.llm import LLM

@@ -21,8 +21,7 @@ from fuzz.templates import CONVERSATION, draw_template
 from safetensors.torch import load_file, save_file
 from tiny import text, write_seeded
 
-from nanokv import load, parse
-from nanokv.cache import save
+from nanokv import load, parse, save
 from nanokv.policies import EXAMPLES, POLICIES
 from nanokv.sharing.search import read_map
 from nanokv.stores import EXAMPLES as STORE_EXAMPLES

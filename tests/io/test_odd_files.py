@@ -19,8 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import text, write_seeded
 
-from nanokv import load, parse
-from nanokv.cache import save
+from nanokv import load, parse, save
 from nanokv.files import MAX_JSON
 from nanokv.text.template import MAX_LENGTH, Renderer
 

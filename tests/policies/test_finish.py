@@ -34,7 +34,7 @@ PLANS = ["keydiff:budget=20", "snapkv:budget=20,window=4,kernel=3,heads=ada", "h
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("plan", PLANS)
 def test_merged_values_are_those_of_the_loop(plan, dtype, monkeypatch):
-    monkeypatch.setattr("nanokv.policies.finish.TOKENS_AT_ONCE", 17)
+    monkeypatch.setattr("nanokv.policies.finish.SIMILARITY_BLOCK", 17)
     kept, _, k, v = compress(f"{plan},merge=nearest", dtype)
     plain = compress(plan, dtype)[0]
     assert torch.equal(kept.pos, plain.pos) and torch.equal(kept.k, plain.k)
