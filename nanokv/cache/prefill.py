@@ -235,11 +235,11 @@ class DenseLayer:
             scores = [x.unflatten(1, (self.k.shape[1], -1)).amax(2) for x in scores]
         n_queries = self.length if wanted.last_queries is None else min(wanted.last_queries, self.length)
         mean, cov, lengths = moments(list(found.sums.values())) if found.sums else (None, None, None)
-        mine, kinds, near = cache.layers[layer], None, None
+        mine, kinds, second = cache.layers[layer], None, None
         if policy.token_kinds and cache.ctx and cache.ctx.token_kinds:
             kinds = cache.ctx.token_kinds()[cache.ids]
         if policy.second_scores:
-            near = torch.cat([x[:, :, first:] for x in self.statistics[policy.second_scores].scores.values()])
+            second = torch.cat([x[:, :, first:] for x in self.statistics[policy.second_scores].scores.values()])
         return Prompt(
             layer=layer,
             rank=plan.rank(layer),
@@ -260,7 +260,7 @@ class DenseLayer:
             similarity=float(mine.similarity) / mine.compared if mine.compared else None,
             tokens=cache.ids,
             token_kinds=kinds,
-            second_attention=near,
+            second_attention=second,
             queries=torch.cat([q[:, :, -policy.observation_queries :] for q in self.queries.values()])
             if policy.observation_queries
             else None,

@@ -127,9 +127,9 @@ class Policy(ABC):
 
     def slot_scores(self, s: Slots, pos: Tensor) -> Tensor:
         """(B,Hkv,S): the slot of the lowest score goes to the token at pos (B,1), once no slot is free; +inf for slots
-        that must stay. Only asked if `eviction` is "score".
+        that must stay. Only asked if `eviction` is "score"; by default what `update_scores` has returned.
         """
-        raise NotImplementedError(f"{type(self).__name__} declares eviction by score and gives no slot_scores")
+        return s.attention
 
     def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
         """attention (readers,B,Hkv,n): scores of the first n slots by the queries at pos (B,1) → the new

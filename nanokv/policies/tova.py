@@ -37,8 +37,5 @@ class TOVA(EvictingScorer):
     def score(self, p: Prompt) -> Tensor:
         return self.initial_scores(p)
 
-    def slot_scores(self, s: Slots, pos: Tensor) -> Tensor:
-        return s.attention
-
     def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
         return attention.sum(0).mean(1, keepdim=True).expand(attention.shape[1:])
