@@ -5,18 +5,31 @@ They are called only while compiling. Run as plain torch they would be slow and 
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
 # One thread that reads at one address waits for memory. On 2 cores of an Emerald Rapids the head's 57 MB were read at
-# 15 GB/s from one address, and at 22, 27 and 29 GB/s from 2, 4 and 8 addresses at a time
-N_PARALLEL_READS = 8
+# 15 GB/s from one address, and at 22, 27 and 29 GB/s from 2, 4 and 8 addresses at a time. On 2 cores of a Zen 4 steps of
+# smollm2-135m took 10.9, 10.4, 10.7 and 11.4 ms with 2, 4, 6 and 8
+N_PARALLEL_READS = 4
+LONGEST_SUM = 4096  # Inductor adds up more numbers with an object in memory, which takes far longer
+N_PIECES = 8  # a sum over tokens is made in so many pieces, which stay under LONGEST_SUM up to 32,768 tokens
+N_LANES = 16  # fp32 numbers in a vector register of AVX-512
+N_REGISTERS = 16  # vector registers for sums: half of AVX-512's
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """One row x (…,C) times weight (N,C), plus bias (N,) → (…,N) in the weight's type; products and sums are fp32."""
     row = force_materialize(x.to(weight.dtype).float().flatten())
-    out = torch.cat([(row * part.float()).sum(-1) for part in weight.chunk(N_PARALLEL_READS)])
+    n_sums = -(-len(row) // LONGEST_SUM)
+
+    def times_row(part: Tensor) -> Tensor:
+        pairs = zip(row.chunk(n_sums), part.chunk(n_sums, -1), strict=True)
+        return reduce(torch.add, [(x * w.float()).sum(-1) for x, w in pairs])
+
+    out = torch.cat([times_row(part) for part in weight.chunk(N_PARALLEL_READS)])
     out = out if bias is None else out + bias.float()
     return out.to(weight.dtype).view(*x.shape[:-1], -1)
 
@@ -37,14 +50,35 @@ def decode(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> tuple[Ten
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
     """x (…,n,C) times y (…,S,C) transposed → (…,n,S). One loop over y serves all n rows of x."""
-    x = force_materialize(x)
-    return torch.stack([(x[..., i, None, :] * y).sum(-1) for i in range(x.shape[-2])], -2)
+    tiles = list(zip(_tiles(force_materialize(x)), _tiles(y), strict=True))
+    rows = [reduce(torch.add, [a[..., i, None, :] * b for a, b in tiles]).sum(-1) for i in range(x.shape[-2])]
+    return torch.stack(rows, -2)
 
 
 def mix(weight: Tensor, y: Tensor) -> Tensor:
-    """weight (…,n,S) times y (…,S,C) → (…,n,C), by one loop over y too."""
-    weight = force_materialize(weight)
-    return torch.stack([(weight[..., i, :, None] * y).sum(-2) for i in range(weight.shape[-2])], -2)
+    """weight (…,n,S) times y (…,S,C) → (…,n,C): products of pieces of equal length, and of the tokens that are left."""
+    weight, n_tokens = force_materialize(weight), y.shape[-2]
+    if n_tokens < 2 * N_PIECES + 2:
+        return _mix_piece(weight, y)
+    length = (n_tokens - 2) // N_PIECES  # so at least two tokens are left: one would make a graph of its own
+    end = length * N_PIECES
+    weights = weight[..., :end].unflatten(-1, (N_PIECES, length)).transpose(-2, -3)  # (…,N_PIECES,n,length)
+    pieces = y[..., :end, :].unflatten(-2, (N_PIECES, length))  # (…,N_PIECES,length,C)
+    return _mix_piece(weights, pieces).sum(-3) + _mix_piece(weight[..., end:], y[..., end:, :])
+
+
+def _mix_piece(weight: Tensor, y: Tensor) -> Tensor:
+    """As `mix`, by one loop over y if its sums fit the registers."""
+    n, tiles = weight.shape[-2], _tiles(y)
+    if n * len(tiles) > N_REGISTERS:
+        tiles = (y,)
+    sums = [(weight[..., i, :, None] * tile).sum(-2) for i in range(n) for tile in tiles]
+    return torch.stack(sums, -2).unflatten(-2, (n, -1)).flatten(-2)
+
+
+def _tiles(x: Tensor) -> tuple[Tensor, ...]:
+    """The last dimension in parts of one vector register each. Inductor adds up longer parts in memory."""
+    return x.split(N_LANES, -1) if x.shape[-1] % N_LANES == 0 else (x,)
 
 
 def force_materialize(x: Tensor) -> Tensor:
