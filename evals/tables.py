@@ -227,9 +227,9 @@ def decode_without_amx() -> str:
     return _decode(_read("peers.json", "epyc")["peers_speed"])
 
 
-def decode_recorded() -> str:
-    """The same machine, since compiled steps are recorded."""
-    return _decode(_read("peers-recorded.json", "epyc")["peers_speed"])
+def decode_compiled() -> str:
+    """The same machine, since compiled steps are recorded and sum in registers."""
+    return _decode(_read("peers-registers.json", "epyc")["peers_speed"])
 
 
 def decode_qwen() -> str:
@@ -588,7 +588,7 @@ TABLES: dict[str, Callable[[], str]] = {
         sparse,
         decode,
         decode_without_amx,
-        decode_recorded,
+        decode_compiled,
         decode_qwen,
         decode_qwen_16384,
         decode_16384,
