@@ -201,15 +201,15 @@ def test_however_tokens_come_the_same_groups_have_the_same_codes(how):
     }
     right = ways.pop("at once")
     s, n, pinned = right.slots, first + more, int(right.slots.pinned[0, 0])
-    assert right.n_flushed == [(n - pinned - s.residual) // group] * 2  # by the rule, counted
+    assert right.counts.n_flushed == [(n - pinned - s.residual) // group] * 2  # by the rule, counted
     for name, store in ways.items():
-        m = right.n_flushed[0]
-        assert store.n_flushed == right.n_flushed and store.reach == right.reach, name
+        m = right.counts.n_flushed[0]
+        assert store.counts.n_flushed == right.counts.n_flushed and store.counts.reach == right.counts.reach, name
         for mine, theirs in zip(
             (*store.groups[0], *store.groups[1]), (*right.groups[0], *right.groups[1]), strict=True
         ):
             assert torch.equal(mine[:, :, :m], theirs[:, :, :m]), name
-        near = right.reach
+        near = right.counts.reach
         assert torch.equal(store.k[:, :, :near], right.k[:, :, :near]) and torch.equal(
             store.v[:, :, :near], right.v[:, :, :near]
         )
@@ -228,7 +228,7 @@ def test_however_tokens_come_the_same_groups_have_the_same_codes(how):
 def test_the_codes_of_a_group_are_those_of_its_tokens_and_no_others():
     k, v = noise(1)
     store = fed(group_store(k, v, [20], 60), k, v, [20], [1] * 60)
-    for g in range(store.n_flushed[0]):
+    for g in range(store.counts.n_flushed[0]):
         tokens = slice(2 + 8 * g, 10 + 8 * g)
         for h in range(2):
             x = k[0, h, tokens]
@@ -245,7 +245,10 @@ def test_rows_of_different_lengths_flush_each_at_its_own_time():
     together = fed(group_store(k, v, start, 40), k, v, start, [1] * 29 + [5] + [1] * 6)
     for b, n in enumerate(start):
         alone = fed(group_store(k[b : b + 1], v[b : b + 1], [n], 40), k[b : b + 1], v[b : b + 1], [n], [1] * 40)
-        assert together.n_flushed[2 * b : 2 * b + 2] == alone.n_flushed and len(set(together.n_flushed)) == 3
+        assert (
+            together.counts.n_flushed[2 * b : 2 * b + 2] == alone.counts.n_flushed
+            and len(set(together.counts.n_flushed)) == 3
+        )
         for a, c in zip(values(together, b), values(alone), strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, c, strict=True))
 

@@ -215,10 +215,61 @@ def _runs(values: Sequence, most: int) -> Iterator[tuple[slice, Any]]:
         a = end
 
 
-class GroupedStore:
-    """Words, scales and zero points of whole groups; K and V of the exact tokens. The host counts tokens, so no step
-    waits for it.
+class WindowCounts:
+    """The host's count of the tokens in each window, so that no step asks the device. Lists have a number per (row, head).
+
+    Every step writes as many tokens to each head, so one number, `written`, counts them all.
     """
+
+    def __init__(self, slots: GroupSlots):
+        self.group, self.full = slots.group, slots.residual + slots.group
+        self.pinned, self.n_flushed, self.ring_groups = (
+            x.flatten().tolist() for x in (slots.pinned, slots.n_flushed, slots.ring_groups)
+        )
+        # tokens in each window, less those of `written`
+        self.before = (slots.cursor - slots.pinned - slots.in_groups).flatten().tolist()
+        self.written = 0
+        self._note_largest()
+
+    def _note_largest(self) -> None:
+        self._fullest = max(self.before)
+        self._reach = max(map(sum, zip(self.pinned, self.before, strict=True)))
+
+    @property
+    def free(self) -> int:
+        """How many tokens may be written until a window is full."""
+        return self.full - self._fullest - self.written
+
+    @property
+    def reach(self) -> int:
+        """How many exact slots, from the first on, hold all exact tokens of every head."""
+        return self._reach + self.written
+
+    @property
+    def exact_tokens(self) -> int:
+        """Of all heads together."""
+        return sum(self.pinned) + sum(self.before) + self.written * len(self.before)
+
+    @property
+    def groups_in_memory(self) -> int:
+        """Of all heads together."""
+        return sum(map(min, self.n_flushed, self.ring_groups))
+
+    def take_full(self) -> tuple[list[int], list[int], list[int]]:
+        """Count a group as moved out of each full window → these windows, the group that it becomes in memory, and the
+        slot where it lies.
+        """
+        due = [i for i, n in enumerate(self.before) if n + self.written >= self.full]
+        into = [self.n_flushed[i] % self.ring_groups[i] for i in due]
+        for i in due:
+            self.before[i] -= self.group
+            self.n_flushed[i] += 1
+        self._note_largest()
+        return due, into, [self.pinned[i] for i in due]
+
+
+class GroupedStore:
+    """Words, scales and zero points of whole groups; K and V of the exact tokens."""
 
     needs_host_sync = refill_ends_capture = False
     until_maintenance = None
@@ -240,15 +291,8 @@ class GroupedStore:
             self._fill(rows)
         else:
             self._resume(rows)
-        # tokens in every window that `in_window` lacks, because it is updated only when a group is due
-        self.uncounted = 0
+        self.counts = WindowCounts(s)
         self.precounted = 0  # tokens that `extend` has counted; the next `maintain` must not count them again
-        # the host's copy, per (row, head): tokens in the window, pinned ones, groups flushed, groups that there is memory for
-        self.in_window = (s.cursor - s.pinned - s.n_flushed * group).flatten().tolist()
-        self.pinned, self.n_flushed, self.ring_groups = (
-            x.flatten().tolist() for x in (s.pinned, s.n_flushed, s.ring_groups)
-        )
-        self._update_reach()
 
     def _fill(self, rows: list[Kept]) -> None:
         s, group = self.slots, self.spec.group
@@ -294,8 +338,9 @@ class GroupedStore:
         return False
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        s, n = self.slots, self.reach
+        s = self.slots
         if s.uniform and not s.wraps and k.shape[2] == 1:  # the host knows the slot
+            n = self.counts.reach
             self.k[:, :, n : n + 1], self.v[:, :, n : n + 1] = k, v
             s.record_at(n, pos)
             return
@@ -311,8 +356,7 @@ class GroupedStore:
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         a, T = 0, k.shape[2]
         while a < T:
-            free = self.spec.residual + self.spec.group - self.fullest
-            step = min(free, self.slots.distinct_writes, T - a)
+            step = min(self.counts.free, self.slots.distinct_writes, T - a)
             self.append(k[:, :, a : a + step], v[:, :, a : a + step], pos[:, a : a + step])
             self._flush(step)
             a += step
@@ -329,23 +373,14 @@ class GroupedStore:
 
     def _flush(self, written: int) -> None:
         """Count `written` tokens. In each window that is full, encode the first group and move it behind the window."""
-        s, group, residual = self.slots, self.spec.group, self.spec.residual
-        self.uncounted += written
-        self.reach += written
-        self.fullest += written
-        if self.fullest < residual + group:
+        s, group = self.slots, self.spec.group
+        self.counts.written += written
+        if self.counts.free > 0:
             return
-        self.in_window, self.uncounted = [n + self.uncounted for n in self.in_window], 0
-        due = [i for i, n in enumerate(self.in_window) if n >= residual + group]
-        into = [self.n_flushed[i] % self.ring_groups[i] for i in due]
-        first = [self.pinned[i] for i in due]
-        for i in due:
-            self.in_window[i] -= group
-            self.n_flushed[i] += 1
-        self._update_reach()
+        due, into, first = self.counts.take_full()
         index, heads = torch.tensor([due, into, first], device=s.cursor.device), s.cursor.shape[1]
         b, h, to = index[0] // heads, index[0] % heads, index[1]
-        window = index[2][:, None] + torch.arange(residual + group, device=index.device)  # (n,residual+group)
+        window = index[2][:, None] + torch.arange(s.residual + group, device=index.device)  # (n,residual+group)
         slots = b[:, None], h[:, None], window
         k, v, pos = self.k[slots], self.v[slots], s.pos[slots]  # copies
         encoded = self.spec.encode(k[:, :group], v[:, :group], self.ctx)
@@ -358,16 +393,12 @@ class GroupedStore:
         s.n_flushed[b, h] += 1
         s.note_flushed()
 
-    def _update_reach(self) -> None:
-        """Note how many tokens the fullest window holds, and how far any head reaches: in exact slots and in groups."""
-        self.fullest = max(self.in_window)
-        self.reach = max(map(sum, zip(self.pinned, self.in_window, strict=True)))
-        self.used_groups = min(self.n_groups, max(self.n_flushed))
-
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         s = self.slots
-        n = s.n_exact if s.frozen else self.reach + (1 if q.shape[2] == 1 else 0)  # a single token is stored already
-        groups = self.n_groups if s.frozen else self.used_groups
+        n = (
+            s.n_exact if s.frozen else self.counts.reach + (1 if q.shape[2] == 1 else 0)
+        )  # a single token is stored already
+        groups = self.n_groups if s.frozen else min(self.n_groups, max(self.counts.n_flushed))
         end = s.n_exact + groups * self.spec.group
         in_window, in_groups = self._held(n, end)
         m = 0 if q_sink is None else min(s.n_sink, n)
@@ -427,11 +458,8 @@ class GroupedStore:
         return self.slots.length
 
     def used_bytes(self) -> tuple[int, int, int]:
-        s, group = self.slots, self.spec.group
-        exact = sum(map(sum, zip(self.pinned, self.in_window, strict=True))) + self.uncounted * len(self.pinned)
-        grouped = sum(map(min, self.n_flushed, self.ring_groups))
-        sizes = []
+        s, exact, grouped, sizes = self.slots, self.counts.exact_tokens, self.counts.groups_in_memory, []
         for x, planes in zip((self.k, self.v), self.groups, strict=True):
             per_group = sum(plane.nbytes for plane in planes) // max(1, planes[0].shape[:3].numel())
             sizes.append(exact * x.shape[3] * x.itemsize + grouped * per_group)
-        return *sizes, sum(t.nbytes for t in s.tensors()) - 4 * (s.total - exact - grouped * group)
+        return *sizes, sum(t.nbytes for t in s.tensors()) - 4 * (s.total - exact - grouped * self.spec.group)
