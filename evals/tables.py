@@ -86,6 +86,11 @@ def tenth() -> str:
     return _scores(_read("tenth-4096.json", "epyc"))
 
 
+def long_16384() -> str:
+    """A quarter of 16,384 tokens, on four texts."""
+    return _scores(_read("long-16384.json", "epyc"))
+
+
 def few_bytes() -> str:
     """KVzip with values counted, and with more tokens of fewer bits."""
     return _scores(_read("few-bytes-1000.json", "epyc"))
@@ -577,6 +582,7 @@ TABLES: dict[str, Callable[[], str]] = {
         without_question,
         without_question_long,
         tenth,
+        long_16384,
         few_bytes,
         frontier,
         pareto,

@@ -84,9 +84,8 @@ class Compiled:
 
     A plan gets at most two graphs per kind of block, whatever the lengths (on a CPU those under 18 slots may need one
     more). Layers are of one kind if they agree in what decides a step's operations: whether they store, and which parts
-    their store has. Before each call torch
-    checks its guards. The weights and the program never change while this object lives, so only guards on the cache's
-    layer and the inputs are kept.
+    their store has. Before each call torch checks its guards. The weights and the program never change while this
+    object lives, so only guards on the cache's layer and the inputs are kept.
 
     On a CPU the second step over the same memory is recorded and later ones are replayed, see `Recording`.
     """

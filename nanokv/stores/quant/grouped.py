@@ -395,9 +395,8 @@ class GroupedStore:
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         s = self.slots
-        n = (
-            s.n_exact if s.frozen else self.counts.reach + (1 if q.shape[2] == 1 else 0)
-        )  # a single token is stored already
+        stored = 1 if q.shape[2] == 1 else 0  # a single token is stored, and not counted yet
+        n = s.n_exact if s.frozen else self.counts.reach + stored
         groups = self.n_groups if s.frozen else min(self.n_groups, max(self.counts.n_flushed))
         end = s.n_exact + groups * self.spec.group
         in_window, in_groups = self._held(n, end)
