@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     def times_row(part: Tensor) -> Tensor:
         pairs = zip(row.chunk(n_sums), part.chunk(n_sums, -1), strict=True)
-        return reduce(torch.add, [(x * w.float()).sum(-1) for x, w in pairs])
+        return reduce(torch.add, [(a * b.float()).sum(-1) for a, b in pairs])
 
     out = torch.cat([times_row(part) for part in weight.chunk(N_PARALLEL_READS)])
     out = out if bias is None else out + bias.float()

@@ -28,7 +28,7 @@ LENGTHS, STEPS = (60, 43, 77), 4
 
 @pytest.fixture(autouse=True)
 def fewer_pieces(monkeypatch):
-    """On a CPU a head of fewer than 2·N_PIECES + 2 slots has a graph of its own. Caches here are small, so that few too."""
+    """On a CPU a head of fewer than 2·N_PIECES + 2 slots has a graph of its own. Caches here are small, so this makes one piece."""
     monkeypatch.setattr(inductor_cpu, "N_PIECES", 1)
 
 
