@@ -26,7 +26,7 @@ from nanokv.stores import STORES
 LENGTHS, STEPS = (60, 43, 77), 4
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def fewer_pieces(monkeypatch):
     """On a CPU a head of fewer than 2·N_PIECES + 2 slots has a graph of its own. Caches here are small, so this makes one piece."""
     monkeypatch.setattr(inductor_cpu, "N_PIECES", 1)
@@ -111,6 +111,7 @@ KINDS += [("full", "fp8"), ("full", "turbo"), ("keyformer", "dense"), ("scissorh
 
 
 @pytest.mark.parametrize("pair", first(3, [*KINDS, *(pair for pair in ALONE if pair not in KINDS)]))
+@pytest.mark.usefixtures("fewer_pieces")
 def test_every_part_compiles_to_two_graphs_and_no_third(pair, llm_of):
     """Past the flush of a group."""
     keep, store = pair
@@ -119,16 +120,19 @@ def test_every_part_compiles_to_two_graphs_and_no_third(pair, llm_of):
 
 @pytest.mark.pairs
 @pytest.mark.parametrize(("keep", "store"), [pair for pair in PAIRS if pair not in ALONE])
+@pytest.mark.usefixtures("fewer_pieces")
 def test_every_pair_compiles_to_two_graphs_and_no_third(keep, store, llm_of):
     # sizes of single heads: one that all layers share at first is taken for a constant, and for a number of its own later
     check(store, *counted(llm_of("g3"), small(keep, store)), more=store == "ragged")
 
 
 @pytest.mark.parametrize("store", first(1, ["dense", "int4"]))
+@pytest.mark.usefixtures("fewer_pieces")
 def test_an_owner_and_its_reader_are_two_kinds_of_blocks(store, llm_of):
     check(store, *counted(llm_of("g3"), of("snapkv", store, {2: 0})))
 
 
+@pytest.mark.usefixtures("fewer_pieces")
 def test_a_cache_that_is_not_frozen_compiles_as_it_grows(llm_of, monkeypatch):
     """That the counts above can fail."""
     monkeypatch.setattr(KVCache, "freeze", lambda self: None)
