@@ -1,7 +1,7 @@
 """Every kernel's twin in plain torch: the oracle of the tests, and the eager backend.
 
-Written to be read and to be right: logits and softmax are in fp32. What several backends compute in blocks is
-parameterised by the product (`…_by`). Shapes: q (B,H,T,D); k and
+Written to be read and to be right: logits and softmax are in fp32. The `…_by` functions take the
+matrix product as an argument, because backends differ in it. Shapes: q (B,H,T,D); k and
 v (B,Hkv,S,D). The G = H/Hkv query heads of one KV head lie next to each other, so `q.view(B, Hkv, G, T, D)` pairs
 them with their keys. lse is always a natural logsumexp.
 """

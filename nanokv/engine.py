@@ -112,7 +112,7 @@ class Session:
         self.pos: Tensor | None = None  # (B,1): the position of each row's next token
         self.seen: list[int] = []  # the same positions as Python numbers: how long each row's text is
         self.plans: list[Plan] = []  # the plan as fitted to each row's prompt
-        self.passes: list[ScoringPasses] = []  # what they cost, for each prompt that had some
+        self.passes: list[ScoringPasses] = []  # the cost of the scoring passes, for each prompt that had any
         # only policies that rescore need the token ids of the text
         self.tokens: (
             list[Tensor] | None
@@ -150,7 +150,7 @@ class Session:
             # copies share one prefill, but an undecided prompt goes on differently for each of them
             alike = 1 if plan.policy.decide_after else copies
             for _ in range(copies // alike):
-                cache = PromptCache(plan, config, ids, self.models.ops, self.context)
+                cache = PromptCache(plan, ids, self.context)
                 if shared and caches:
                     cache.begin_with(caches[0].kept, shared)
                     if progress:
@@ -177,8 +177,7 @@ class Session:
         """
         policy, config = self.plan.policy, self.models.prefill.config
         grows = policy.eviction == "none" and not (policy.rescore_every or policy.decode_scores or policy.decide_after)
-        windows = any(config.window(i) for i in range(config.num_hidden_layers))
-        if len(prompts) * copies == 1 or not grows or windows or policy.positions_by_chunk:
+        if len(prompts) * copies == 1 or not grows or config.has_windows or policy.positions_by_chunk:
             return 0
         n = len(prompts[0])
         if len(prompts) > 1:

@@ -126,7 +126,7 @@ def load(
     name = f"{model} (random weights)" if random_weights else model
     llm = LLM(name, models, vocabulary, plan, use.why, time.perf_counter() - t0, calls)
     llm.notes = notes
-    llm.check = check if ops.has_kernels and backend == "auto" else None
+    llm.check_kernels = check if ops.has_kernels and backend == "auto" else None
     llm.plan = llm.ready(plan)
     return llm
 
@@ -169,7 +169,8 @@ class LLM:
         self.config, self.why_dtype, self.load_s = models.decode.config, why_dtype, load_s
         self.device = models.new_context().device
         self.last: Session | None = None
-        self.check: Check | None = None  # of the kernels of other plans, where those of the first one passed
+        # checks a plan's kernels; None where the user chose the backend, or it has none
+        self.check_kernels: Check | None = None
         self.notes: list[str] = []  # what the user should know before the first answer
 
     @property
@@ -216,7 +217,9 @@ class LLM:
         """The plan with its map of shared layers and its bits by layer: from the plan's file, from what was measured
         earlier, or measured and kept now.
         """
-        if self.check and (failed := [f"{name} {why}" for name, why in self.check(plan.kernels).items() if why]):
+        if self.check_kernels and (
+            failed := [f"{name} {why}" for name, why in self.check_kernels(plan.kernels).items() if why]
+        ):
             raise ValueError(f"{plan} cannot run here: kernel {failed[0]}; use --backend sdpa")
         if self.config.shared_layers and plan.sharer and not plan.share:
             raise ValueError(
@@ -398,7 +401,7 @@ class LLM:
         config, dtype, on_cpu = self.config, context.dtype, self.device.type == "cpu"
         per_token, _ = plan.cost(config, dtype)
         dense, _ = Plan().cost(config, self.models.prefill.embed_tokens.weight.dtype)
-        layers, need, n = config.num_hidden_layers - len(plan.share), 0.0, len(prompts) * copies
+        layers, need, n = plan.n_owners(config.num_hidden_layers), 0.0, len(prompts) * copies
         for p in prompts:
             fitted = plan.fit(config, dtype, len(p), room, n)
             policy = fitted.policy
@@ -410,7 +413,9 @@ class LLM:
             prompt = (layers if all_dense else 1) * len(p) + (layers if session.chunk else 1) * again
             need += copies * layers * here + prompt * dense
         shared = session.shared_tokens(prompts, copies)
-        fewer = n - min(len(prompts), 2)  # a later prompt has a prefix of its own until it is prefilled
+        fewer = n - min(
+            len(prompts), 2
+        )  # rows without a prefix of their own; of several prompts, one has its own until it is prefilled
         need -= fewer * layers * per_token * min(shared, fitted.policy.max_kept(shared))
         free = free_bytes(self.device)
         if need > free:

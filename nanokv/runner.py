@@ -1,5 +1,5 @@
 """How a decode step is run: by plain calls, by compiled blocks, or as one captured CUDA graph. All give the same
-tokens.
+tokens in fp32; in 16 bits a near tie may fall the other way.
 
 A frozen cache has static shapes and is written in place, so the fast runners need no help from the model: a compiled
 block replaces the call of a block, and a graph replays the whole step.

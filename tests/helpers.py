@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,16 +132,17 @@ def shape(heads: int = 6, kv_heads: int = 2, layers: int = 3, window: int | None
     return ModelConfig(**{**values, "head_dim": 16, "sliding_window": window})
 
 
+def context_of(config: ModelConfig) -> Context:
+    return Context(config, EAGER, torch.device("cpu"), torch.float32, inverse_frequencies(config))
+
+
 def compress(plan: Plan | str, config: ModelConfig, T: int, seed: int = 0, chunk: int | None = None):
     """Run random q, k, v through a PromptCache → (kept per layer, q per layer (H,T,D), k per layer (Hkv,T,D))."""
     plan = (parse(plan) if isinstance(plan, str) else plan).fit(config, torch.float32, T, 8)
     dice = torch.Generator().manual_seed(seed)
     H, Hkv, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
-    ctx = None
-    if plan.policy.scores.output_weights:
-        weights = torch.randn(L, 24, H * 16, generator=torch.Generator().manual_seed(seed + 1))
-        ctx = Context(config, EAGER, torch.device("cpu"), torch.float32, torch.ones(8), output_weights=weights)
-    cache = PromptCache(plan, config, torch.arange(T), EAGER, ctx)
+    weights = torch.randn(L, 24, H * 16, generator=torch.Generator().manual_seed(seed + 1))
+    cache = PromptCache(plan, torch.arange(T), replace(context_of(config), output_weights=weights))
     for i, layer in enumerate(cache.layers):  # there is no residual stream
         layer.similarity, layer.compared = float(i), 1
     q, k, v = (torch.randn(L, 1, n, T + plan.policy.decide_after, 16, generator=dice) * 1.5 for n in (H, Hkv, Hkv))
@@ -171,8 +173,8 @@ def stepped(text: str, T: int, steps: int = 200, share: dict | None = None, seed
     plan = Plan(part.policy, part.store, share or {}, part.names).fit(config, torch.float32, T, steps)
     dice, L = torch.Generator().manual_seed(seed), config.num_hidden_layers
     q, k, v = (torch.randn(L, 1, n, T + steps, 16, generator=dice) * 1.5 for n in (6, 2, 2))
-    first = PromptCache(plan, config, torch.arange(T), EAGER)
-    ctx = Context(config, EAGER, torch.device("cpu"), torch.float32, inverse_frequencies(config))
+    ctx = context_of(config)
+    first = PromptCache(plan, torch.arange(T), ctx)
 
     def attend(cache, a: int, b: int) -> None:
         for i, layer in enumerate(cache.layers):

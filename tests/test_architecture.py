@@ -245,14 +245,14 @@ def waits(function: ast.FunctionDef) -> list[str]:
 
 STEP = {
     "nanokv/cache/slots.py": [
-        "ring",
+        "next_slots",
         "take_lowest",
         "flat_index",
         "take",
         "record",
         "record_at",
         "record_masked",
-        "ring_on_host",
+        "next_slot_on_host",
     ],
     "nanokv/cache/decode.py": ["attend", "read", "_read_by_chunk", "_sink_queries"],
     "nanokv/cache/rescore.py": ["push"],

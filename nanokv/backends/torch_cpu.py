@@ -1,5 +1,5 @@
-"""Torch with its fused attention, SDPA: on a CPU and, without what is special to CPUs, on devices such as Apple's (mps).
-On a CPU a decode step reads each key once, and the codes of `int` stores are multiplied as they are.
+"""Torch with its fused attention, SDPA, for CPUs. Other devices without CUDA (mps) use it too, without the calls that only a
+CPU has. On a CPU a decode step reads each key once, and the codes of `int` stores are multiplied as they are.
 """
 
 from __future__ import annotations

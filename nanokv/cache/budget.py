@@ -19,7 +19,7 @@ class Workload:
     token_bytes: float  # bytes of one token in one owning layer, all KV heads, as the store holds it
     fixed_bytes: int  # bytes per row and owning layer, whatever the length
     pads_heads: bool = False  # whether all heads take the slots of the longest one
-    context: int = 0  # tokens that the model was trained on
+    context: int = 0  # the model's context, in tokens
     has_windows: bool = False  # whether some layer has a sliding window
 
     def tokens(self, budget: int | str, least: int, new_slots: int | None = None) -> int:

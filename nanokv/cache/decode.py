@@ -230,7 +230,9 @@ class Owner:
         self.ops, self.dtype = ctx.ops, ctx.dtype
         self.owner = self
         self.sliding_window = ctx.config.window(index)
-        self.only_reader = plan.last_reader(index) == index  # the owner attends first, so as the last one only if alone
+        self.is_last_reader = (
+            plan.last_reader(index) == index
+        )  # the owner attends first, so only if no other layer reads it
         self.defers = False  # whether new tokens wait for `store_deferred`
         # k and v (B,Hkv,n,D) that are not stored: a piece of a turn until its last reader has attended, or deferred tokens
         self.deferred: tuple[Tensor, Tensor] | None = None
@@ -244,7 +246,7 @@ class Owner:
             self.deferred = k, v
         else:
             self.deferred = torch.cat((self.deferred[0], k), 2), torch.cat((self.deferred[1], v), 2)
-        return self.read(q, pos, self.only_reader, self.queries)
+        return self.read(q, pos, self.is_last_reader, self.queries)
 
     def read(self, q: Tensor, pos: Tensor, is_last_reader: bool, queries: QueryBuffer | None) -> Tensor:
         """One reader's attention. The model for prompts runs a turn too, so q may have another dtype than the cache."""

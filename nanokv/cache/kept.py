@@ -186,7 +186,7 @@ class Kept:
         return self._range(torch.zeros_like(self.length), self._count_before(pos))
 
     def since(self, pos: int) -> Kept:
-        """The other tokens."""
+        """The tokens from this position on."""
         return self._range(self._count_before(pos), self.length)
 
     def _count_before(self, pos: int) -> Tensor:

@@ -42,6 +42,10 @@ class Plan:
         """How many layers before this one own storage."""
         return owner - sum(reader < owner for reader in self.share)
 
+    def n_owners(self, n_layers: int) -> int:
+        """How many of n layers own storage."""
+        return n_layers - len(self.share)
+
     def last_reader(self, owner: int) -> int:
         """The last layer that attends to this owner's keys and values; the owner itself if no other layer shares them."""
         return max([owner, *(i for i, o in self.share.items() if o == owner)])
@@ -72,10 +76,19 @@ class Plan:
             raise ValueError(
                 f"{plan.names[0]} chooses across layers and rescores while decoding; it can do one of them"
             )
-        owners = config.num_hidden_layers - len(plan.share)
-        windows = any(config.window(i) for i in range(config.num_hidden_layers))
-        cost, shape = plan.cost(config, dtype), (plan.store.pads_heads, config.max_position_embeddings, windows)
-        work = Workload(config.family, owners, prompt_len, room, rows, *cost, *shape)
+        token_bytes, fixed_bytes = plan.cost(config, dtype)
+        work = Workload(
+            config.family,
+            plan.n_owners(config.num_hidden_layers),
+            prompt_len,
+            room,
+            rows,
+            token_bytes,
+            fixed_bytes,
+            pads_heads=plan.store.pads_heads,
+            context=config.max_position_embeddings,
+            has_windows=config.has_windows,
+        )
         return replace(plan, policy=plan.policy.fit(work))
 
     def cost(self, config: ModelConfig, dtype: torch.dtype) -> tuple[float, int]:
@@ -111,7 +124,9 @@ class Plan:
         return asks and scored_by_kernel(wanted.over_group, wanted.over_queries, wanted.gumbel_seed, wanted.near)
 
     def device_bytes(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> float:
-        """An upper bound, once fitted, of one layer's bytes on the device for one row after a prompt of n tokens."""
+        """One layer's bytes on the device for one row after a prompt of n tokens, once fitted: at most these on average over
+        layers. Slots that pad shorter heads to the longest (`adakv+dense`) are not counted, because the text decides them.
+        """
         kept, ahead = self.policy.max_kept(n), self.slots_ahead(room)
         demoted = n - kept + room if self.policy.demotes else 0
         return self.store.device_bytes(config, dtype, self.cost(config, dtype), kept, ahead, demoted)
@@ -161,17 +176,12 @@ AXES = {
 }
 
 
-IGNORED_PARTS = ("device",)  # `parse` ignores these parts of old plans
-
-
 def parse(text: str) -> Plan:
     """`name:key=value,key=value+name`, at most one part per axis. ValueError says what is allowed."""
     chosen: dict[str, tuple[str, Any]] = {}
     for piece in text.split("+"):
         name, _, given = piece.strip().partition(":")
         axis = next((a for a, parts in AXES.items() if name in parts), None)
-        if name in IGNORED_PARTS:
-            continue
         if name == "auto":
             raise ValueError(
                 "auto is no part of a plan: it chooses one for a prompt; give --policy auto and --kv-budget"

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear
 
-from nanokv.backends.base import Ops, merge
+from nanokv.backends.base import merge
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept, Prompt, seen_later
 from nanokv.cache.plan import Plan
 from nanokv.cache.report import ScoringPasses
 from nanokv.cache.scores import QuerySums, ScoreRequest, block_scores, moments, query_sums
-from nanokv.model.config import ModelConfig
-from nanokv.model.rope import inverse_frequencies, rotate_more, unrotated
+from nanokv.model.rope import rotate_more, unrotated
 from nanokv.policies.base import Policy
 
 QUERIES_AT_ONCE = 256  # whose logits for one chunk of keys exist at once
@@ -33,26 +32,25 @@ class PromptCache:
     policy's scoring passes.
     """
 
-    def __init__(self, plan: Plan, config: ModelConfig, ids: Tensor, ops: Ops, ctx: Context | None = None):
-        """ids (T,): the prompt's tokens. ctx: the `Context` of the `KVCache` that this prompt will go into; if given, each
+    def __init__(self, plan: Plan, ids: Tensor, ctx: Context):
+        """ids (T,): the prompt's tokens. ctx: the `Context` of the `KVCache` that this prompt will go into. Each
         finished layer is prepacked for its store.
         """
         self.n_passes = self.passes_left = plan.policy.passes(len(ids))
         if self.n_passes and plan.policy.decide_after:
             raise ValueError(f"{plan.names[0]} asks for scoring passes and for later tokens; a policy may ask for one")
-        self.plan, self.config, self.ops, self.ctx = plan, config, ops, ctx
+        self.plan, self.config, self.ops, self.ctx = plan, ctx.config, ctx.ops, ctx
         self.ids = ids
         self.length = len(ids) + plan.policy.decide_after  # tokens after the prompt may belong to it
         self.wanted = wanted_by([plan.policy])
         self.wants_similarity = plan.policy.similarity
-        self.n_queries = plan.policy.observation_queries
-        self.inv_freq = inverse_frequencies(config).to(ids.device)
+        self.n_held_queries = plan.policy.refit_queries
         self.kept: dict[int, Kept] = {}
         self.dense: dict[int, DenseLayer] = {}  # layers whose keys and values are still whole
         self.n_given = 0  # tokens that need not be fed
         self.holds_all = bool(self.n_passes) or plan.policy.cross_layer  # whether all layers wait for the last one
         self.passes_cost: ScoringPasses | None = None  # known after the scoring passes
-        self.layers = [PromptLayer(self, i) for i in range(config.num_hidden_layers)]
+        self.layers = [PromptLayer(self, i) for i in range(ctx.config.num_hidden_layers)]
 
     def begin_with(self, row: Mapping[int, Kept], n: int) -> None:
         """Take the first n tokens over from a row that kept them all (layer → Kept), instead of computing them."""
@@ -104,7 +102,7 @@ class PromptCache:
 
     def _keep(self, owner: int, kept: Kept) -> None:
         store = self.plan.store_of(owner, len(self.layers))
-        self.kept[owner] = store.prepack(kept, self.ctx.of_layer(owner)) if self.ctx else kept
+        self.kept[owner] = store.prepack(kept, self.ctx.of_layer(owner))
 
 
 class PromptLayer:
@@ -131,8 +129,8 @@ class PromptLayer:
             out = cache.ops.prefill(q, keys, values, start, cache.config.window(self.index))
         for statistics in dense.statistics.values():
             statistics.add(self.index, q, pos, keys, dense, cache)
-        if cache.n_queries and dense.pass_length is None:
-            dense.hold_queries(self.index, q, cache.n_queries)
+        if cache.n_held_queries and dense.pass_length is None:
+            dense.hold_queries(self.index, q, cache.n_held_queries)
         if self.residual is not None and dense.pass_length is None:
             self._compare(out)
         if self.is_last_reader and dense.complete:
@@ -164,7 +162,7 @@ def attend_by_chunk(q: Tensor, k: Tensor, v: Tensor, start: int, cache: PromptCa
         queries, pos = q[:, :, a - start : b - start], torch.arange(a, b, device=q.device)[None]
         parts = [ops.turn(queries, k[:, :, own:b], v[:, :, own:b], a - own, None)]
         for first in range(0, own, size):
-            turned = rotate_more(queries, policy.shift(pos, first), cache.inv_freq)
+            turned = rotate_more(queries, policy.shift(pos, first), cache.ctx.inv_freq)
             chunk = (x[:, :, first : first + size] for x in (k, v))
             parts.append(ops.decode(turned, *chunk, None, key_pos, pos, None)[:2])
         found.append(merge(parts)[0])
@@ -176,13 +174,14 @@ class DenseLayer:
     """The keys and values of one layer that owns storage, and the statistics of its readers' queries."""
 
     def __init__(self, length: int, wanted: Sequence[ScoreRequest], is_held: bool):
-        """is_held: this layer waits for others, so it must not keep alive what its keys and values are views of."""
+        """is_held: this layer waits for others, so it copies its keys and values: as views they would keep alive all that
+        the layer projected."""
         self.length, self.filled, self.is_held = length, 0, is_held
         self.k: Tensor | None = (
             None  # (1,Hkv,length,D); a view if the prompt came in one piece and the layer is not held
         )
         self.v: Tensor | None = None
-        self.statistics = {scores: Statistics(scores) for scores in wanted}
+        self.statistics = {request: Statistics(request) for request in wanted}
         self.queries: dict[int, Tensor] = {}  # reader → its last queries so far (1,H,w,D), for policies that see them
         self.pass_length: int | None = None  # tokens of the scoring pass in progress
         self.pass_kv: tuple[Tensor, Tensor] | None = None  # its keys and values so far
@@ -236,14 +235,14 @@ class DenseLayer:
         n_queries = self.length if wanted.last_queries is None else min(wanted.last_queries, self.length)
         mean, cov, lengths = moments(list(found.sums.values())) if found.sums else (None, None, None)
         mine, kinds, second = cache.layers[layer], None, None
-        if policy.token_kinds and cache.ctx and cache.ctx.token_kinds:
+        if policy.token_kinds and cache.ctx.token_kinds:
             kinds = cache.ctx.token_kinds()[cache.ids]
         if policy.second_scores:
             second = torch.cat([x[:, :, first:] for x in self.statistics[policy.second_scores].scores.values()])
         return Prompt(
             layer=layer,
             rank=plan.rank(layer),
-            owners=cache.config.num_hidden_layers - len(plan.share),
+            owners=plan.n_owners(cache.config.num_hidden_layers),
             seen=self.length,
             n_visible=self.length - first,
             k=self.k[:, :, first:],
@@ -255,26 +254,26 @@ class DenseLayer:
             q_mean=mean,
             q_cov=cov,
             q_abs=lengths,
-            inv_freq=cache.inv_freq,
-            w_o=cache.ctx.output_weights[layer] if wanted.output_weights and cache.ctx else None,
+            inv_freq=cache.ctx.inv_freq,
+            w_o=cache.ctx.output_weights[layer] if wanted.output_weights else None,
             similarity=float(mine.similarity) / mine.compared if mine.compared else None,
             tokens=cache.ids,
             token_kinds=kinds,
             second_attention=second,
-            queries=torch.cat([q[:, :, -policy.observation_queries :] for q in self.queries.values()])
-            if policy.observation_queries
+            queries=torch.cat([q[:, :, -policy.refit_queries :] for q in self.queries.values()])
+            if policy.refit_queries
             else None,
         )
 
 
 def wanted_by(policies: Sequence[Policy]) -> list[ScoreRequest]:
     """The statistics that these policies want, each once."""
-    both = [scores for policy in policies for scores in (policy.scores, policy.second_scores) if scores]
+    both = [request for policy in policies for request in (policy.scores, policy.second_scores) if request]
     return list(dict.fromkeys(both))
 
 
 class Statistics:
-    """Collects the statistics that one policy wants of the queries that read a layer."""
+    """Collects what one `ScoreRequest` asks of the queries that read a layer."""
 
     def __init__(self, wanted: ScoreRequest):
         self.wanted = wanted
@@ -290,7 +289,7 @@ class Statistics:
             self._add_pass(reader, q, keys, dense, cache)
             return
         if wanted.query_moments is not None:
-            self._add_moments(reader, q, pos, keys.shape[2] - q.shape[2], dense.length, cache.inv_freq)
+            self._add_moments(reader, q, pos, keys.shape[2] - q.shape[2], dense.length, cache.ctx.inv_freq)
         if wanted.block is not None:
             self._add_blocks(reader, q, keys, dense.length)
         elif cache.n_passes or wanted.last_queries == 0:

@@ -45,7 +45,7 @@ class Store(Protocol):
     until_maintenance: int | None  # so many more tokens may come at once before `maintain`; None: any number
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        """Store new tokens: k, v (B,Hkv,T,D), pos (B,T). In place, with static shapes. A step has T = 1."""
+        """Store new tokens: k, v (B,Hkv,T,D), pos (B,T). In place, with static shapes. The cache calls it with T = 1."""
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         """Store a piece of a turn after it attended: k, v (B,Hkv,T,D), pos (B,T), T > 1. May sync with the host."""
@@ -108,8 +108,8 @@ class StoreSpec(ABC):
         if policy.demotes != self.has_low_precision_tier:
             none = "demotes nothing, so the low-precision tier would be empty: add demote=true if it ranks tokens"
             return "demotes tokens to a low-precision tier, which this store does not have" if policy.demotes else none
-        if (n := self.eviction_granularity) > 1 and policy.evicts_single_tokens:
-            return f"evicts single tokens while decoding, and in this store {n} tokens share a scale and leave together"
+        if (n := self.eviction_granularity) > 1 and policy.evicts_out_of_order:
+            return f"evicts tokens in no order of time while decoding, and in this store {n} share a scale and leave together"
         return ""
 
     def incompatible_model(self, config: Any) -> str:

@@ -30,7 +30,7 @@ class LayerReport:
 @dataclass(frozen=True)
 class Report:
     """`bytes` counts every storage that the cache holds on the device once. `full_bytes` counts K and V of every token of
-    the text in every layer, in the decode dtype, without positions and free slots.
+    the text in every layer, in the cache's dtype, without positions and free slots.
     """
 
     bytes: int

@@ -54,7 +54,7 @@ def stored_as_prompt(
     found = Prompt(
         layer=layer,
         rank=plan.rank(layer),
-        owners=config.num_hidden_layers - len(plan.share),
+        owners=plan.n_owners(config.num_hidden_layers),
         seen=n,
         n_visible=min(n, seen_later(window)) if window else n,
         k=kept.k,

@@ -148,23 +148,23 @@ class Slots:
         """(B,Hkv) bool: whether the head overwrites tokens when it is full."""
         return (self.asked_limit >= 0) | (self.sliding_window is not None)
 
-    # ---- which slot a new token takes. `ring`, `ring_on_host` and `take` are one rule: on tensors, in Python numbers, and as
+    # ---- which slot a new token takes. `next_slots`, `next_slot_on_host` and `take` are one rule: on tensors, in Python numbers, and as
     # one operation that also notes what it gave; `take_lowest` is the rule of policies that evict by score
 
-    def ring(self, n: int) -> Tensor:
+    def next_slots(self, n: int) -> Tensor:
         """(B,Hkv,n): the slots of the next n tokens. They fill up to the limit, then the oldest behind the sinks is overwritten."""
         slot = self.cursor[..., None] + torch.arange(n, dtype=torch.int32, device=self.cursor.device)
         sink, limit = self.sink[..., None], self.limit[..., None]
         # the `where` matters: with fewer tokens than sinks, the bare modulo would name a wrong slot
         return torch.where(slot < limit, slot, sink + (slot - sink) % (limit - sink).clamp(min=1))
 
-    def ring_on_host(self) -> int:
-        """`ring` for one token, computed on the host; heads must be uniform."""
+    def next_slot_on_host(self) -> int:
+        """`next_slots` for one token, computed on the host; heads must be uniform."""
         cursor, sink = self.host_cursor, self.n_sink
         return cursor if cursor < self.largest_head else sink + (cursor - sink) % (self.largest_head - sink)
 
     def take(self, pos: Tensor, take_slots: Callable[..., Tensor]) -> Tensor:
-        """Give the new tokens at pos (B,1) their slots by the rule of `ring`, and note that they lie there → flat
+        """Give the new tokens at pos (B,1) their slots by the rule of `next_slots`, and note that they lie there → flat
         indices (B·Hkv,). `take_slots` is the backend's.
         """
         index = take_slots(self.cursor, self.limit, self.sink, self.first_index, pos, self.flat_pos)
@@ -219,7 +219,7 @@ class Slots:
     def _count_on_host(self, n: int) -> None:
         if self.frozen:
             return
-        if self.uniform:  # only `ring_on_host` reads this number, and only while all heads are uniform
+        if self.uniform:  # only `next_slot_on_host` reads this number, and only while all heads are uniform
             self.host_cursor += n
         self.max_used = min(self.max_used + n, self.largest_head)
 

@@ -8,14 +8,12 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from nanokv.backends.base import Ops
 from nanokv.cache.context import Context
 from nanokv.cache.kept import Kept, Prompt
 from nanokv.cache.plan import Plan
 from nanokv.cache.prefill import PromptCache, wanted_by
 from nanokv.engine import Session, prefill
 from nanokv.llm import LLM
-from nanokv.model.config import ModelConfig
 
 # returns a session whose prompt is compressed, and the prompt's last logits (1,vocab)
 Begin = Callable[[], tuple[Session, Tensor]]
@@ -24,19 +22,19 @@ Begin = Callable[[], tuple[Session, Tensor]]
 class DenseRun(PromptCache):
     """A prompt cache that asks every plan's policy what to keep. `rows` holds {layer: kept tokens} for each plan."""
 
-    def __init__(self, plans: Sequence[Plan], config: ModelConfig, ids: Tensor, ops: Ops, ctx: Context):
-        super().__init__(plans[0], config, ids, ops, ctx)
+    def __init__(self, plans: Sequence[Plan], ids: Tensor, ctx: Context):
+        super().__init__(plans[0], ids, ctx)
         self.plans = plans
         self.wanted = wanted_by([plan.policy for plan in plans])
         self.wants_similarity = any(plan.policy.similarity for plan in plans)
-        self.n_queries = max(plan.policy.observation_queries for plan in plans)
+        self.n_held_queries = max(plan.policy.refit_queries for plan in plans)
         self.rows: list[dict[int, Kept]] = [{} for _ in plans]
         self.prompts: list[list[Prompt]] = [[] for _ in plans]  # for policies that choose across layers
 
     def compress(self, owner: int) -> None:
         if self.passes_left:
             return
-        dense, n_owners = self.dense.pop(owner), len(self.layers) - len(self.plan.share)
+        dense, n_owners = self.dense.pop(owner), self.plan.n_owners(len(self.layers))
         for plan, row, prompts in zip(self.plans, self.rows, self.prompts, strict=True):
             prompt = dense.as_prompt(owner, self, plan.policy)
             if not plan.policy.cross_layer:
@@ -68,7 +66,7 @@ def begin(llm: LLM, plans: Sequence[Plan], ids: Sequence[int], room: int) -> Ite
             yield members[0], lambda i=members[0]: _start_session(llm, plans[i], ids, room)
             continue
         tokens = torch.tensor(ids, device=llm.device)
-        run = DenseRun([fitted[i] for i in members], llm.config, tokens, models.ops, models.new_context())
+        run = DenseRun([fitted[i] for i in members], tokens, models.new_context())
         logits = prefill(models.prefill, run)
         # the cache and its layers refer to each other: rows left in it would stay until garbage collection
         rows, run.rows = run.rows, []

@@ -79,10 +79,12 @@ def sizes(model: str, plans: Mapping[str, Plan], room: int) -> str:
         except ValueError as e:
             lines.append(f"{name:12} {e}")
             continue
-        size = int((n_layers - len(plan.share)) * plan.device_bytes(config, dtype, n, room))
+        size = int(plan.n_owners(n_layers) * plan.device_bytes(config, dtype, n, room))
         kept = n if plan.policy.demotes else plan.policy.max_kept(n)
         fits = "fits" if size + weights <= free else "does not fit"
-        lines.append(f"{name:12} at most {kept:>7} tokens per head  {mib(size):>10}  {dense / size:5.1f}x  {fits}")
+        lines.append(
+            f"{name:12} at most {kept:>7} tokens per head on average  {mib(size):>10}  {dense / size:5.1f}x  {fits}"
+        )
     return "\n".join(lines)
 
 

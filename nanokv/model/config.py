@@ -90,6 +90,11 @@ class ModelConfig:
         return None if layer in self.full_attention_layers else self.sliding_window
 
     @property
+    def has_windows(self) -> bool:
+        """Whether some layer has a sliding window."""
+        return any(self.window(i) for i in range(self.num_hidden_layers))
+
+    @property
     def family(self) -> str:
         """The published model family, because some thresholds are measured per family. "" if it is none of them."""
         if self.model_type != "llama":

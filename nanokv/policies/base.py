@@ -38,7 +38,7 @@ class Policy(ABC):
     decide_after          how many tokens after the prompt still attend to all of it before `keep` is called.
     cross_layer           whether `keep_all` is called once for all layers, instead of `keep` for each. Until then the
                           keys and values of the whole prompt stay in memory.
-    observation_queries   how many of the prompt's last queries come as `Prompt.queries`.
+    refit_queries         how many of the prompt's last queries come as `Prompt.queries`.
     similarity            whether `Prompt.similarity` is wanted.
     token_kinds           whether `Prompt.token_kinds` is wanted.
     protected_sinks       how many of the text's first tokens are never evicted.
@@ -60,7 +60,7 @@ class Policy(ABC):
     rescore_every = 0
     decide_after = 0
     cross_layer = False
-    observation_queries = 0
+    refit_queries = 0
     similarity = token_kinds = False
     protected_sinks = 0
     positions_in_cache = False
@@ -78,7 +78,7 @@ class Policy(ABC):
         return self.scores
 
     @property
-    def evicts_single_tokens(self) -> bool:
+    def evicts_out_of_order(self) -> bool:
         """Whether tokens other than a ring's oldest leave while decoding."""
         return bool(self.rescore_every or self.decode_scores) or self.eviction == "score"
 
@@ -91,7 +91,9 @@ class Policy(ABC):
         raise ValueError("this policy takes no budget; use one with budget= (see --list-policies)")
 
     def max_kept(self, n: int) -> int:
-        """For memory estimates: the most tokens that a KV head keeps of n, on a fitted policy."""
+        """For memory estimates, on a fitted policy: how many of n tokens a KV head keeps at most, on average over heads and
+        layers.
+        """
         return n
 
     @abstractmethod

@@ -59,7 +59,8 @@ class Compactor(Scorer):
     def scores(self) -> ScoreRequest:
         return ScoreRequest(block=self.block, block_edges=(self.sink, self.recent))
 
-    def min_budget(self, prompt_len: int = 0) -> int:
+    @property
+    def min_budget(self) -> int:
         return max(1, self.sink + self.recent)
 
     def score(self, p: Prompt) -> Tensor:

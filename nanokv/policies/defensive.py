@@ -62,7 +62,8 @@ class DefensiveKV(Scorer):
     def second_scores(self) -> ScoreRequest:
         return ScoreRequest(last_queries=self.window)
 
-    def min_budget(self, prompt_len: int = 0) -> int:
+    @property
+    def min_budget(self) -> int:
         return self.window
 
     def score(self, p: Prompt) -> Tensor:

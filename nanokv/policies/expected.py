@@ -45,7 +45,8 @@ class ExpectedAttention(Scorer):
     def scores(self) -> ScoreRequest:
         return ScoreRequest(query_moments=self.sink)
 
-    def min_budget(self, prompt_len: int = 0) -> int:
+    @property
+    def min_budget(self) -> int:
         return self.sink + 1
 
     def score(self, p: Prompt) -> Tensor:

@@ -57,7 +57,8 @@ class KVzip(Scorer):
     def scores(self) -> ScoreRequest:
         return ScoreRequest(over_group="max", over_queries="max", output_weights=self.normed)
 
-    def min_budget(self, prompt_len: int = 0) -> int:
+    @property
+    def min_budget(self) -> int:
         return max(1, self.sink)
 
     def passes(self, prompt_len: int) -> int:

@@ -34,7 +34,8 @@ class LagKV(Scorer):
             raise ValueError(f"lagkv:sink={self.sink},lag={self.lag} is out of range; sink ≥ 0, lag ≥ 2")
         super().__post_init__()
 
-    def min_budget(self, prompt_len: int = 0) -> int:
+    @property
+    def min_budget(self) -> int:
         return max(1, self.sink)
 
     def score(self, p: Prompt) -> Tensor:

@@ -32,7 +32,8 @@ class Random(Scorer):
             )
         super().__post_init__()
 
-    def min_budget(self, prompt_len: int = 0) -> int:
+    @property
+    def min_budget(self) -> int:
         return self.window
 
     def score(self, p: Prompt) -> Tensor:

@@ -52,7 +52,8 @@ class RKV(Scorer):
     def scores(self) -> ScoreRequest:
         return ScoreRequest(last_queries=self.window, over_group="max")
 
-    def min_budget(self, prompt_len: int = 0) -> int:
+    @property
+    def min_budget(self) -> int:
         return self.window
 
     def score(self, p: Prompt) -> Tensor:

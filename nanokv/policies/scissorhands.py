@@ -49,7 +49,8 @@ class Scissorhands(Scorer):
     def scores(self) -> ScoreRequest:
         return ScoreRequest(last_queries=self.window, over_queries="count_low")
 
-    def min_budget(self, prompt_len: int = 0) -> int:
+    @property
+    def min_budget(self) -> int:
         return self.recent + self.every
 
     @property

@@ -107,17 +107,16 @@ class Scorer(Policy):
             raise ValueError(
                 f"every={self.every} is too often: a rescore needs {n} new queries; give at least {n}, or 0"
             )
-        check_budget(self.budget, self.min_budget(), self.min_budget_reason)
+        check_budget(self.budget, self.min_budget, self.min_budget_reason)
 
-    def min_budget(self, prompt_len: int = 0) -> int:
-        """The tokens that stay whatever their score, which is also the smallest budget; it may depend on the prompt's
-        length.
-        """
+    @property
+    def min_budget(self) -> int:
+        """The tokens that stay whatever their score, which is also the smallest budget."""
         return 1
 
     @property
     def min_budget_reason(self) -> str:
-        return f"a head always keeps {self.min_budget()}"
+        return f"a head always keeps {self.min_budget}"
 
     @property
     def default_store(self) -> str:
@@ -132,7 +131,7 @@ class Scorer(Policy):
         return self.every
 
     @property
-    def observation_queries(self) -> int:
+    def refit_queries(self) -> int:
         return REFIT_QUERIES if self.refit == "lsq" else 0
 
     @property
@@ -154,10 +153,7 @@ class Scorer(Policy):
                 f"a budget of {self.budget} cannot be held where nothing is evicted; give tokens or percent"
             )
         new_slots = self.every if self.every and self.new_slots is None else self.new_slots
-        least = self.min_budget(work.prompt_len)
-        budget = work.tokens(self.budget, least, new_slots)
-        check_budget(budget, least, f"a head always keeps {least} of a prompt of {work.prompt_len} tokens")
-        return replace(self, budget=budget)
+        return replace(self, budget=work.tokens(self.budget, self.min_budget, new_slots))
 
     def with_budget(self, budget: int | str) -> Scorer:
         return replace(self, budget=budget)
@@ -174,7 +170,7 @@ class Scorer(Policy):
         if self.layers != "squeeze":
             return super().keep_all(prompts)
         similarity, n = [p.similarity for p in prompts], prompts[0].n_visible
-        budgets = self.squeezed_budgets(similarity, self.min_budget(prompts[0].seen), max(n, self.budget))
+        budgets = self.squeezed_budgets(similarity, self.min_budget, max(n, self.budget))
         return [replace(self, layers="flat", budget=n).keep(p) for p, n in zip(prompts, budgets, strict=True)]
 
     def squeezed_budgets(self, similarity: Sequence[float], least: int, most: int) -> list[int]:
@@ -209,17 +205,17 @@ class Scorer(Policy):
         budgets = self._head_budgets(joined, self.budget).split([x.shape[1] for x in scores], 1)
         return [self._select(p, score, n) for p, score, n in zip(prompts, scores, budgets, strict=True)]
 
-    def best(self, p: Prompt, n: int, evict: bool = False, attention: Tensor | None = None) -> Kept:
+    def best(self, p: Prompt, n: int, capped: bool = False, attention: Tensor | None = None) -> Kept:
         """The best tokens, n per head (with heads=ada: n on average).
 
-        evict: while decoding, each head stays at its number, and a new token takes the slot of an old one. attention
+        capped: while decoding, each head stays at its number, and a new token takes the slot of an old one. attention
         (1,Hkv,N): scores that go with the tokens.
         """
         if len(p) <= n:
-            kept = Kept.all(p, n if evict else -1, attention=attention)
+            kept = Kept.all(p, n if capped else -1, attention=attention)
             return kept.demote_others(p) if self.demote else kept
         score = self._ranking(p)
-        return self._select(p, score, self._head_budgets(score, n) if self.heads == "ada" else n, evict, attention)
+        return self._select(p, score, self._head_budgets(score, n) if self.heads == "ada" else n, capped, attention)
 
     def _ranking(self, p: Prompt) -> Tensor:
         """(1,Hkv,N): rounded scores, under select=chunk each chunk's mean; −inf for padding."""
@@ -227,10 +223,10 @@ class Scorer(Policy):
         return self._chunk_means(score) if self.select == "chunk" else score
 
     def _select(
-        self, p: Prompt, score: Tensor, n: int | Tensor, evict: bool = False, attention: Tensor | None = None
+        self, p: Prompt, score: Tensor, n: int | Tensor, capped: bool = False, attention: Tensor | None = None
     ) -> Kept:
         """The n tokens (a number, or (1,Hkv)) of each head that rank highest."""
-        kept = Kept.top(p, self.refine(p, score, n), n, n if evict else -1, attention=attention)
+        kept = Kept.top(p, self.refine(p, score, n), n, n if capped else -1, attention=attention)
         if self.merge == "nearest":
             kept = merged(p, kept)
         if self.refit == "lsq":
@@ -249,7 +245,7 @@ class Scorer(Policy):
         """How many tokens a head of this layer keeps, on average over its heads."""
         if self.layers != "pyramid" or p.owners == 1:
             return self.budget
-        least = self.min_budget(p.seen)
+        least = self.min_budget
         extra, last = self.budget - least, p.owners - 1
         top = min(2 * extra - extra / self.beta, max(extra, p.n_visible - least))
         line = [top - rank * 2 * (top - extra) / last for rank in range(p.owners)]
@@ -301,7 +297,7 @@ class EvictingScorer(Scorer):
             )
 
     def keep(self, p: Prompt) -> Kept:
-        return self.best(p, self.layer_budget(p), evict=True, attention=self.initial_scores(p))
+        return self.best(p, self.layer_budget(p), capped=True, attention=self.initial_scores(p))
 
     def initial_scores(self, p: Prompt) -> Tensor:
         """(1,Hkv,N): the scores to which decode steps add."""

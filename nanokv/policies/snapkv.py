@@ -49,7 +49,8 @@ class SnapKV(Scorer):
     def scores(self) -> ScoreRequest:
         return ScoreRequest(last_queries=self.window, over_group=self.group)
 
-    def min_budget(self, prompt_len: int = 0) -> int:
+    @property
+    def min_budget(self) -> int:
         return self.window
 
     def score(self, p: Prompt) -> Tensor:

@@ -44,7 +44,8 @@ class TriAttention(Scorer):
     def scores(self) -> ScoreRequest:
         return ScoreRequest(query_moments=0)
 
-    def min_budget(self, prompt_len: int = 0) -> int:
+    @property
+    def min_budget(self) -> int:
         return max(1, self.recent)
 
     def score(self, p: Prompt) -> Tensor:

@@ -88,8 +88,8 @@ class SlotStore:
     """Tensors of K and V in slots.
 
     `pinned` holds copies of the first `n_pinned` slots, and reads take these instead of the codes. In a head with fewer
-    exact tokens, the copies of the others are rounded. Its one extra slot takes the writes for all other slots, so that
-    every write has a target.
+    exact tokens, the copies of the others are rounded. The last slot of `pinned` takes the writes for all other slots, so
+    that every write has a target.
     """
 
     needs_host_sync = refill_ends_capture = False
@@ -158,7 +158,7 @@ class SlotStore:
         if not s.uniform or self.exact_per_head is not None or self.policy.eviction == "score" or k.shape[2] > 1:
             self.append_by_index(k, v, pos)
             return
-        slot = s.ring_on_host()  # the host knows the slot: plain copies, no index arithmetic
+        slot = s.next_slot_on_host()  # the host knows the slot: plain copies, no index arithmetic
         for plane, code in zip((*self.planes[0], *self.planes[1]), self._encode(k, v, pos[:, None]), strict=True):
             plane[:, :, slot : slot + 1] = code
         for pinned, x in zip(self.pinned, (k, v), strict=False):
@@ -171,7 +171,7 @@ class SlotStore:
         if self.policy.eviction == "score":
             index, _ = s.take_lowest(self.policy.slot_scores(s, pos), pos, self.ctx.ops.take_lowest)
         elif k.shape[2] > 1 or self.pinned:
-            slot = s.ring(k.shape[2])
+            slot = s.next_slots(k.shape[2])
             self._write(slot, k, v, pos[:, None])
             index = s.flat_index(slot)
             s.record(index, pos)
@@ -209,7 +209,7 @@ class SlotStore:
         if self.exact_per_head is None:
             return x
         exact_per_head = self.exact_per_head if b is None else self.exact_per_head[b : b + 1]
-        rounded = codec.rotate_back(codec.decode(codes, pos, x.dtype)).to(x.dtype)
+        rounded = codec.restore(codec.decode(codes, pos, x.dtype)).to(x.dtype)
         return torch.where((slot < exact_per_head[..., None])[..., None], x, rounded)
 
     def append_masked(self, k: Tensor, v: Tensor, pos: Tensor, valid: Tensor) -> None:
@@ -281,14 +281,14 @@ class SlotStore:
                 codec.decode([x[:, :, a:b] for x in half], key_pos, self.ctx.dtype)
                 for codec, half in zip(self.codecs, planes, strict=True)
             )
-            q = codec_k.rotate(q)
+            q = codec_k.query_for_codes(q)
         given = q, k, v, length, key_pos, pos, s.sliding_window
         if wanted is None:
             out, lse, scores = self.ctx.ops.decode(*given)
         else:
             over_group = "each" if each_head else wanted.over_group
             out, lse, scores = self.ctx.ops.decode(*given, over_group, wanted.noise(0))
-        return (out if is_pinned else codec_v.rotate_back(out)), lse, scores
+        return (out if is_pinned else codec_v.restore(out)), lse, scores
 
     def maintain(self, written: int) -> None:
         """Nothing to do: slots are written in place."""
@@ -298,7 +298,7 @@ class SlotStore:
 
     def unpack(self) -> list[Kept]:
         k, v = (
-            codec.rotate_back(codec.decode(planes, self.slots.pos, self.ctx.dtype)).to(self.ctx.dtype)
+            codec.restore(codec.decode(planes, self.slots.pos, self.ctx.dtype)).to(self.ctx.dtype)
             for codec, planes in zip(self.codecs, self.planes, strict=True)
         )
         if self.pinned:
@@ -337,7 +337,7 @@ class SlotStore:
         held, pinned = int(s.length.sum()), int(s.length.clamp(max=self.n_pinned).sum())
         exact = pinned * self.ctx.config.head_dim * self.ctx.dtype.itemsize
         tables = [0 if codec.table is None else codec.table.nbytes for codec in self.codecs]
-        k, v = (int(held * codec.width) + exact + n for codec, n in zip(self.codecs, tables, strict=True))
+        k, v = (int(held * codec.token_bytes) + exact + n for codec, n in zip(self.codecs, tables, strict=True))
         per_slot = 4 if s.flat_attention is None else 8
         return k, v, sum(t.nbytes for t in s.tensors()) - (s.total - held) * per_slot
 

@@ -59,7 +59,7 @@ def test_perplexity_in_pieces_and_in_chunks_is_the_models(llm_of, monkeypatch):
     model = llm.models.prefill
     from nanokv.cache.prefill import PromptCache
 
-    cache = PromptCache(parse("full"), llm.config, torch.tensor(ids), llm.models.ops)
+    cache = PromptCache(parse("full"), torch.tensor(ids), llm.models.new_context())
     with torch.inference_mode():
         hidden = model.hidden(torch.tensor([ids]), torch.arange(300)[None], cache)[0]
     nll = torch.nn.functional.cross_entropy(model.logits(hidden)[:-1], torch.tensor(ids[1:]), reduction="none")
@@ -69,7 +69,7 @@ def test_perplexity_in_pieces_and_in_chunks_is_the_models(llm_of, monkeypatch):
     monkeypatch.setattr(long, "PIECE", 120)
     judged, part = [], None
     for a in range(0, 240, 60):  # token by token: what the piece whose first half lies before it says
-        part = PromptCache(parse("full"), llm.config, torch.tensor(ids[a : a + 120]), llm.models.ops)
+        part = PromptCache(parse("full"), torch.tensor(ids[a : a + 120]), llm.models.new_context())
         with torch.inference_mode():
             hidden = model.hidden(torch.tensor([ids[a : a + 120]]), torch.arange(120)[None], part)[0]
             odds = model.logits(hidden).log_softmax(-1)

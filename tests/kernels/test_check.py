@@ -192,7 +192,7 @@ def replace_check(llm, function):
     import copy
 
     llm = copy.copy(llm)
-    llm.check = function
+    llm.check_kernels = function
     return llm
 
 
@@ -215,4 +215,4 @@ def test_without_a_flag_a_graph_runs_where_one_is_possible(llm_of):
 def test_on_a_cpu_nothing_is_checked(tiny, monkeypatch):
     monkeypatch.setattr("nanokv.llm.verdicts", lambda *_: pytest.fail("checked"))
     llm = load(str(tiny("g3")[0]), dtype="float32")
-    assert llm.check is None and llm.models.ops.why == ""
+    assert llm.check_kernels is None and llm.models.ops.why == ""

@@ -163,11 +163,10 @@ class LiveBytes(TorchDispatchMode):
 
 def layers_alive(llm, plan: str, ids: list[int], chunk: int | None = None) -> list[int]:
     """Per layer, when the layer after it begins: how many bytes of earlier layers' keys and values are held by the prompt's cache."""
-    from nanokv.backends.torch_cpu import SDPA
     from nanokv.cache.prefill import PromptCache
 
     seen, plan = [], parse(plan).fit(llm.config, llm.models.new_context().dtype, len(ids), 8)
-    cache = PromptCache(plan, llm.config, torch.tensor(ids), SDPA)
+    cache = PromptCache(plan, torch.tensor(ids), llm.models.new_context())
 
     def held(block, x, pos, angle, layer):
         tensors: dict[int, int] = {}

@@ -7,11 +7,10 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from helpers import positions, shape
+from helpers import context_of, positions, shape
 from tiny import text
 
 from nanokv import parse
-from nanokv.backends.torch_ops import EAGER
 from nanokv.cache.prefill import PromptCache
 
 H, HKV, T, DIM = 6, 2, 60, 16
@@ -21,7 +20,7 @@ def compress(plan: str, dtype=torch.float32, chunk: int | None = None):
     """Random q, k, v of one layer → (what it keeps, q (H,T,D), k and v (Hkv,T,D))."""
     config, dice = shape(H, HKV, layers=1), torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, n, T, DIM, generator=dice).to(dtype) for n in (H, HKV, HKV))
-    cache = PromptCache(parse(plan).fit(config, dtype, T, 8), config, torch.arange(T), EAGER)
+    cache = PromptCache(parse(plan).fit(config, dtype, T, 8), torch.arange(T), context_of(config))
     for a in range(0, T, chunk or T):
         b = min(T, a + (chunk or T))
         cache.layers[0].attend(*(x[:, :, a:b] for x in (q, k, v)), torch.arange(a, b)[None])

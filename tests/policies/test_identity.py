@@ -100,7 +100,7 @@ def test_every_policy_has_examples_of_its_own():
 def test_tokens_that_must_stay_fit_the_smallest_budget(name, monkeypatch):
     """A score of infinity keeps a token in any case, so a policy's least budget must hold all of them."""
     part = parse(EXAMPLES[name].small[0])
-    policy = replace(part.policy, budget=max(1, part.policy.min_budget(60), part.policy.every + 1))
+    policy = replace(part.policy, budget=max(1, part.policy.min_budget, part.policy.every + 1))
     original, counts = type(policy).score, []
 
     def noted(self, p):

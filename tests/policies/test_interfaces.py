@@ -92,7 +92,7 @@ def queries_and_keys(llm, ids: list[int], layer: int):
     class Listens(PromptCache):
         pass
 
-    cache = Listens(Plan(), llm.config, torch.tensor(ids), llm.models.ops)
+    cache = Listens(Plan(), torch.tensor(ids), llm.models.new_context())
     inner = cache.layers[layer]
     attend = inner.attend
 
@@ -295,24 +295,6 @@ def test_a_policy_may_ask_for_the_output_projection_and_the_token_ids(llm_of):
     assert all(w is weights[layer] for layer, w, _, _ in SEEN)
     assert all(tokens == (PROMPT if n == 60 else [*PROMPT, 7, 8, 9, 10]) for _, _, tokens, n in SEEN)
     assert {n for *_, n in SEEN} == {60, 64}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Proportional(Scorer):
-    """Always keeps a tenth of the prompt."""
-
-    def min_budget(self, prompt_len: int = 0) -> int:
-        return max(1, prompt_len // 10)
-
-    def score(self, p):
-        return p.pos.float()
-
-
-def test_the_least_budget_may_depend_on_the_prompt(llm_of):
-    llm = llm_of("g3")
-    assert start(llm, Proportional(budget="1%")).plans[0].policy.budget == 6
-    with pytest.raises(ValueError, match="always keeps 6 of a prompt of 60 tokens"):
-        start(llm, Proportional(budget=3))
 
 
 # ---- state of stores ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from helpers import compress, positions, shape
+from helpers import compress, context_of, positions, shape
 
 from nanokv import parse
 from nanokv.backends.torch_ops import EAGER
@@ -42,7 +42,7 @@ def test_snapkv_keeps_a_needle_and_its_neighbours():
     dice = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, n, T, 16, generator=dice) for n in (6, 2, 2))
     k[0, :, 30] = 9 * torch.nn.functional.normalize(q[0, :, -4:].unflatten(0, (2, 3)).sum((1, 2)), dim=-1)
-    cache = PromptCache(plan, config, torch.arange(T), EAGER)
+    cache = PromptCache(plan, torch.arange(T), context_of(config))
     cache.layers[0].attend(q, k, v, torch.arange(T)[None])
     for h in range(2):
         assert {28, 29, 30, 31, 32, 76, 77, 78, 79} <= set(positions(cache.kept[0], h))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import oracle
 import pytest
 import torch
-from helpers import compress, first, mine, positions, shape, stepped
+from helpers import compress, context_of, first, mine, positions, shape, stepped
 
 from kernels.reference import _noisy
 from nanokv import parse
-from nanokv.backends.torch_ops import EAGER
-from nanokv.cache.context import Context
 from nanokv.cache.plan import Plan
 from nanokv.cache.prefill import PromptCache
 from nanokv.model.rope import inverse_frequencies, unrotated
@@ -153,7 +153,7 @@ def test_lagkv_keeps_the_highest_ranks_of_each_partition(T, budget, sink, lag):
     config = shape()
     plan = parse(f"lagkv:budget={budget},sink={sink},lag={lag}").fit(config, torch.float32, T, 8)
     q, k, v = (torch.randn(3, 1, n, T, 16, generator=torch.Generator().manual_seed(2)) for n in (6, 2, 2))
-    cache = PromptCache(plan, config, torch.arange(T), EAGER)
+    cache = PromptCache(plan, torch.arange(T), context_of(config))
     for i, layer in enumerate(cache.layers):
         layer.attend(q[i], k[i], v[i], torch.arange(T)[None])
         for h in range(2):
@@ -197,10 +197,10 @@ def test_fastgen_gives_each_head_the_first_set_that_recovers_enough(recovery, ch
     T, config, kinds = 40, shape(layers=3), torch.randint(0, 3, (40,), generator=torch.Generator().manual_seed(1))
     kinds = kinds.masked_fill(torch.arange(T) % 3 > 0, 0)
     plan = parse(f"fastgen:recovery={recovery},frequent=20%,local=6,sink=2").fit(config, torch.float32, T, 8)
-    ctx = Context(config, EAGER, torch.device("cpu"), torch.float32, torch.ones(8), token_kinds=lambda: kinds)
+    ctx = replace(context_of(config), token_kinds=lambda: kinds)
     dice = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(3, 1, n, T, 16, generator=dice) * 1.5 for n in (6, 2, 2))
-    cache = PromptCache(plan, config, torch.arange(T), EAGER, ctx)
+    cache = PromptCache(plan, torch.arange(T), ctx)
     for a in range(0, T, chunk or T):
         part = slice(a, min(a + (chunk or T), T))
         for i, layer in enumerate(cache.layers):
@@ -233,7 +233,7 @@ def test_keydiff_drops_a_copy_of_the_mean_key_first():
     plan = parse("keydiff:budget=59").fit(config, torch.float32, 60, 8)
     q, k, v = (torch.randn(1, n, 60, 16, generator=torch.Generator().manual_seed(1)) for n in (6, 2, 2))
     k[0, :, 33] = torch.nn.functional.normalize(k[0], dim=-1).mean(1)
-    cache = PromptCache(plan, config, torch.arange(60), EAGER)
+    cache = PromptCache(plan, torch.arange(60), context_of(config))
     cache.layers[0].attend(q, k, v, torch.arange(60)[None])
     assert all(33 not in positions(cache.kept[0], h) for h in range(2))
 
@@ -243,7 +243,7 @@ def test_expected_attention_is_the_closed_form(chunk):
     config, T = shape(), 60
     plan = parse("expected:budget=20,sink=3,future=50").fit(config, torch.float32, T, 8)
     q, k, v = (torch.randn(3, 1, n, T, 16, generator=torch.Generator().manual_seed(4)) for n in (6, 2, 2))
-    cache, inv = PromptCache(plan, config, torch.arange(T), EAGER), inverse_frequencies(config)
+    cache, inv = PromptCache(plan, torch.arange(T), context_of(config)), inverse_frequencies(config)
     for a in range(0, T, chunk or T):
         part = slice(a, min(T, a + (chunk or T)))
         for i, layer in enumerate(cache.layers):
@@ -416,7 +416,7 @@ def test_compactor_adds_leverage_and_the_attention_within_blocks(budget, sink, r
     text = f"compactor:budget={budget},sink={sink},recent={recent},block={block},blend={blend},sketch=12,seed=3"
     plan = parse(text).fit(config, torch.float32, T, 8)
     q, k, v = (torch.randn(3, 1, n, T, 16, generator=torch.Generator().manual_seed(2)) for n in (6, 2, 2))
-    cache = PromptCache(plan, config, torch.arange(T), EAGER)
+    cache = PromptCache(plan, torch.arange(T), context_of(config))
     for a in range(0, T, chunk or T):
         part = slice(a, min(a + (chunk or T), T))
         for i, layer in enumerate(cache.layers):

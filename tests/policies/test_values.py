@@ -7,11 +7,9 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from helpers import positions, shape
+from helpers import context_of, positions, shape
 
 from nanokv import parse
-from nanokv.backends.torch_ops import EAGER
-from nanokv.cache.context import Context
 from nanokv.cache.prefill import PromptCache
 
 LAYERS, H, HKV, T = 3, 6, 2, 60
@@ -25,8 +23,8 @@ def compress(plan: str, chunk: int | None = None, seed: int = 0):
     q, k, v = (torch.randn(LAYERS, 1, n, T, 16, generator=dice) * 1.5 for n in (H, HKV, HKV))
     v = v * (0.1 + torch.rand(LAYERS, 1, HKV, T, 1, generator=dice))
     w_o = [torch.randn(24, H * 16, generator=dice) for _ in range(LAYERS)]
-    ctx = Context(config, EAGER, torch.device("cpu"), torch.float32, torch.ones(8), output_weights=w_o)
-    cache = PromptCache(plan, config, torch.arange(T), EAGER, ctx)
+    ctx = replace(context_of(config), output_weights=w_o)
+    cache = PromptCache(plan, torch.arange(T), ctx)
     for a in range(0, T, chunk or T):
         part = slice(a, min(a + (chunk or T), T))
         for i, layer in enumerate(cache.layers):
@@ -115,7 +113,7 @@ def test_layers_of_different_lengths_spend_the_whole_budget():
     """A layer with a sliding window shows fewer tokens than its guaranteed share; the others get what that leaves."""
     config = replace(shape(layers=2, window=12), full_attention_layers=(1,))
     plan = parse("knorm:budget=20,heads=ada,layers=compete,floor=1").fit(config, torch.float32, T, 8)
-    cache = PromptCache(plan, config, torch.arange(T), EAGER)
+    cache = PromptCache(plan, torch.arange(T), context_of(config))
     dice = torch.Generator().manual_seed(1)
     for layer in cache.layers:
         layer.attend(*(torch.randn(1, n, T, 16, generator=dice) for n in (H, HKV, HKV)), torch.arange(T)[None])
@@ -127,7 +125,7 @@ def test_what_competes_may_also_be_demoted():
     for budget in (20, 80):
         config = shape()
         plan = parse(f"knorm:budget={budget},heads=ada,layers=compete,demote=true").fit(config, torch.float32, T, 8)
-        cache = PromptCache(plan, config, torch.arange(T), EAGER)
+        cache = PromptCache(plan, torch.arange(T), context_of(config))
         for layer in cache.layers:
             layer.attend(*(torch.randn(1, n, T, 16) for n in (H, HKV, HKV)), torch.arange(T)[None])
         for kept in cache.kept.values():

@@ -36,7 +36,7 @@ def places(x: torch.Tensor) -> torch.Tensor:
 def rounded(spec, x: torch.Tensor) -> torch.Tensor:
     """x as a per-token store gives it back."""
     codec = spec.codecs([kept(x, x)], context(x.shape[-1]))[0]
-    return codec.rotate_back(codec.decode(codec.encode(x, places(x)), places(x), torch.float32))
+    return codec.restore(codec.decode(codec.encode(x, places(x)), places(x), torch.float32))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -149,14 +149,14 @@ def test_turbo_takes_the_nearest_level_and_keeps_the_length(bits):
     x = gauss(128) * torch.logspace(-3, 3, 128)[:, None]
     codec = Turbo(k=bits, v=bits).codecs([kept(x, x)], context(64))[0]
     words, length = codec.encode(x, places(x))
-    y = codec.rotate(x)
+    y = codec.query_for_codes(x)
     unit = y / y.norm(dim=-1, keepdim=True)
     code = reference.unpack(words, bits).long()
     levels = torch.tensor(LEVELS[bits])
     levels = torch.cat((-levels.flip(0), levels)) / 8
     best = (unit[..., None] - levels).abs().amin(-1)
     torch.testing.assert_close((unit - levels[code]).abs(), best, atol=1e-6, rtol=0)
-    back = codec.rotate_back(codec.decode((words, length), places(x), torch.float32))
+    back = codec.restore(codec.decode((words, length), places(x), torch.float32))
     torch.testing.assert_close(back.norm(dim=-1), x.norm(dim=-1), atol=0, rtol=2e-3)
     assert rounded(Turbo(), torch.zeros(1, 2, 4, 64)).abs().max() == 0
     scaled = rounded(Turbo(k=bits, v=bits), x * 4) / 4

@@ -18,13 +18,13 @@ HALF_MAX = torch.finfo(torch.float16).max  # scales are fp16, and infinity times
 
 
 class Codec:
-    """Exact: one plane, the vector itself. A codec that rounds overrides all of it.
+    """Exact: one plane, the vector itself. A codec that rounds overrides `planes`, `encode` and `decode`.
 
     A plane is one of the tensors (B,Hkv,T,width) that together hold the vectors (B,Hkv,T,D).
     """
 
     rounds = False
-    unpacks = False  # `decode` makes new tensors
+    unpacks = False  # True if `decode` makes new tensors, so that a store reads in blocks
     scale: Tensor | None = None  # (B,Hkv,1,1), of a codec that measures each head once
     table: Tensor | None = None  # (B,Hkv,W), of a codec that fits W numbers to each head's prompt
 
@@ -40,15 +40,17 @@ class Codec:
         return (x,)
 
     def decode(self, planes: Sequence[Tensor], pos: Tensor, dtype: torch.dtype) -> Tensor:
-        """Planes → the vectors (B,Hkv,T,D) in `dtype`, still rotated; `rotate_back` undoes the rotation."""
+        """Planes → (B,Hkv,T,D) in `dtype`, which `restore` makes the model's vectors: a codec may leave rotations and scales
+        out here, and apply them once to the query and to the result of attention instead of to every key and value.
+        """
         return planes[0]
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotate x as the codec does before it rounds. Inner products stay, so the query is rotated, not every key."""
-        return x
+    def query_for_codes(self, q: Tensor) -> Tensor:
+        """The query whose products with what `decode` returned for keys are those of q (B,H,T,D) with the keys."""
+        return q
 
-    def rotate_back(self, x: Tensor) -> Tensor:
-        """The inverse of `rotate`."""
+    def restore(self, x: Tensor) -> Tensor:
+        """What `decode` returned, or a weighted sum of it, as the model's vectors."""
         return x
 
     def tensors(self) -> list[Tensor]:
@@ -60,8 +62,8 @@ class Codec:
         return None if self.table is None else self.table[b : b + 1]
 
     @property
-    def width(self) -> float:
-        """Bytes per token."""
+    def token_bytes(self) -> float:
+        """Bytes per token and KV head."""
         return sum(n * dtype.itemsize for n, dtype in self.planes)
 
 
@@ -73,10 +75,11 @@ class HadamardCodec(Codec):
     def __init__(self, h: Tensor, planes: list[tuple[int, torch.dtype]]):
         self.h, self.planes = h, planes
 
-    def rotate(self, x: Tensor) -> Tensor:
-        return hadamard_rotate(x, self.h)
+    def query_for_codes(self, q: Tensor) -> Tensor:
+        return hadamard_rotate(q, self.h)
 
-    rotate_back = rotate
+    def restore(self, x: Tensor) -> Tensor:
+        return hadamard_rotate(x, self.h)  # its own inverse
 
     def tensors(self) -> list[Tensor]:
         return [self.h]

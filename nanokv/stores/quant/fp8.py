@@ -93,16 +93,20 @@ class Fp8Codec(Codec):
             return planes[0].view(self.kind)
         return look_up(self.numbers.to(dtype), planes[0]) * self.scale.to(dtype)
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def query_for_codes(self, q: Tensor) -> Tensor:
+        return self._scaled(q)
+
+    def restore(self, x: Tensor) -> Tensor:
+        return self._scaled(x)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """x (B,H,T,D) times the scale that `decode` leaves out if `fused`."""
         if not self.fused:
             return x
         x = x if x.itemsize > 1 else x.float()  # torch multiplies no 8-bit numbers
         out, heads = torch.empty_like(x, memory_format=torch.contiguous_format), (self.scale.shape[1], -1)
         torch.mul(x.unflatten(1, heads), self.scale[:, :, None], out=out.unflatten(1, heads))
         return out
-
-    def rotate_back(self, x: Tensor) -> Tensor:
-        return self.rotate(x)
 
     def tensors(self) -> list[Tensor]:
         return [self.scale, self.numbers]

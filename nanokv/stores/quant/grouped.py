@@ -69,15 +69,10 @@ class GroupSlots(Slots):
     def slot_of(self, nth: Tensor, b: int | None = None) -> Tensor:
         """(B,Hkv,n): the slots of the tokens numbered nth (B,Hkv,n); b: of this row alone."""
         rows = slice(None) if b is None else slice(b, b + 1)
-        flushed, ring = self.in_groups[rows, :, None], self.ring_groups[rows, :, None].clamp(min=1)
-        behind = nth - self.pinned[rows, :, None]
-        in_group = (
-            self.n_exact + (behind.div(self.group, rounding_mode="floor") % ring) * self.group + behind % self.group
-        )
-        in_window = torch.where(behind < 0, nth, nth - flushed)
-        return torch.where((behind >= 0) & (behind < flushed), in_group, in_window)
+        numbers = (x[rows, :, None] for x in (self.pinned, self.in_groups, self.ring_groups.clamp(min=1)))
+        return _slot_of(nth, *numbers, self.n_exact, self.group)
 
-    def ring(self, n: int) -> Tensor:
+    def next_slots(self, n: int) -> Tensor:
         """(B,Hkv,n): the next free slots of the window."""
         nth = self.cursor[..., None] + torch.arange(n, dtype=torch.int32, device=self.cursor.device)
         return nth - self.in_groups[..., None]
@@ -90,9 +85,9 @@ class GroupSlots(Slots):
         self._count_on_host(1)
         return index
 
-    def record(self, row: Tensor, pos: Tensor) -> None:
+    def record(self, index: Tensor, pos: Tensor) -> None:
         self._evict(pos)
-        super().record(row, pos)
+        super().record(index, pos)
 
     def _evict(self, pos: Tensor) -> None:
         """Mark what the new tokens at pos (B,T) evict: in a full ring each of them evicts an old one."""
@@ -100,7 +95,8 @@ class GroupSlots(Slots):
             nth = self.cursor[..., None] + torch.arange(pos.shape[1], device=pos.device)
             full = nth >= self.limit[..., None]
             oldest = self.slot_of(nth - (self.limit - self.sink)[..., None])
-            evicted = torch.where(full, oldest, self.ring(pos.shape[1]))
+            # a head that is not full evicts nothing: its index is the slot that is written next, which is empty
+            evicted = torch.where(full, oldest, self.next_slots(pos.shape[1]))
             self.flat_pos.index_fill_(0, self.flat_index(evicted), -1)
 
     def tensors(self) -> list[Tensor]:
@@ -172,16 +168,13 @@ class GroupState(StoreState):
             most = sink + sliding_window
             limit = torch.where(limit < 0, most, torch.minimum(limit, most))
         ring = -(sink + spec.residual - limit).div(spec.group, rounding_mode="floor").clamp(max=-1)
-        ring = torch.where(limit < 0, torch.iinfo(torch.int32).max, ring)[..., None]
+        ring = torch.where(limit < 0, torch.iinfo(torch.int32).max, ring)
         i = torch.arange(row.pos.shape[2], device=row.pos.device)
         known = i < row.length[..., None]
         # a ring has evicted tokens behind its sinks, so the others have later numbers
         nth = torch.where(i < sink[..., None], i, (self.cursor - row.length)[..., None] + i)
-        behind = nth - self.pinned[..., None]
-        flushed = self.n_flushed[..., None] * spec.group
-        in_group = self.k.shape[2] + (behind.div(spec.group, rounding_mode="floor") % ring) * spec.group
-        slots = torch.where((behind >= 0) & (behind < flushed), in_group + behind % spec.group, nth)
-        slots = torch.where(behind >= flushed, nth - flushed, slots)
+        numbers = (x[..., None] for x in (self.pinned, self.n_flushed * spec.group, ring))
+        slots = _slot_of(nth, *numbers, self.k.shape[2], spec.group)
         return slots.masked_fill(~known, 0).long(), known
 
     def select(self, index: Tensor) -> GroupState:
@@ -205,6 +198,16 @@ class GroupState(StoreState):
         return cls(*fields, pinned, *planes)
 
 
+def _slot_of(nth: Tensor, pinned: Tensor, in_groups: Tensor, ring: Tensor, n_exact: int, group: int) -> Tensor:
+    """(B,Hkv,n): the slots of the tokens numbered nth (B,Hkv,n). pinned, in_groups (tokens that have left the window) and
+    ring (groups in memory) are (B,Hkv,1).
+    """
+    behind = nth - pinned  # its number among those that are not pinned
+    in_group = n_exact + behind.div(group, rounding_mode="floor") % ring * group + behind % group
+    in_window = torch.where(behind < 0, nth, nth - in_groups)
+    return torch.where((behind >= 0) & (behind < in_groups), in_group, in_window)
+
+
 def _runs(values: Sequence, most: int) -> Iterator[tuple[slice, Any]]:
     """Runs of at most so many neighbouring equal values: (where, the value)."""
     a = 0
@@ -226,7 +229,7 @@ class WindowCounts:
         self.pinned, self.n_flushed, self.ring_groups = (
             x.flatten().tolist() for x in (slots.pinned, slots.n_flushed, slots.ring_groups)
         )
-        # tokens in each window, less those of `written`
+        # window i holds before[i] + written tokens
         self.before = (slots.cursor - slots.pinned - slots.in_groups).flatten().tolist()
         self.written = 0
         self._note_largest()
@@ -347,7 +350,7 @@ class GroupedStore:
         if k.shape[2] == 1:
             index = s.take(pos, self.ctx.ops.take_slots)
         else:
-            index = s.flat_index(s.ring(k.shape[2]))
+            index = s.flat_index(s.next_slots(k.shape[2]))
             s.record(index, pos)
         # `self.k` and `self.v` have the exact slots only, so each head's begin earlier than in the list of all slots
         index = index.view(*s.cursor.shape, -1) - s.skipped

@@ -82,7 +82,7 @@ class TurboCodec(Codec):
         self.sign = constant("sign", lambda: torch.randint(0, 2, (dim,), generator=generator) * 2.0 - 1)
 
     def encode(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
-        y = self.rotate(x.float())
+        y = hadamard_rotate(x.float() * self.sign, self.h)
         length = y.norm(dim=-1, keepdim=True)
         code = torch.bucketize(y / length.clamp(min=1e-30), self.boundaries).to(torch.uint8)
         length_of_levels = look_up(self.levels, code).norm(dim=-1, keepdim=True)
@@ -91,10 +91,10 @@ class TurboCodec(Codec):
     def decode(self, planes: Sequence[Tensor], pos: Tensor, dtype: torch.dtype) -> Tensor:
         return look_up(self.levels.to(dtype), unpack(planes[0], self.bits)) * planes[1].to(dtype)
 
-    def rotate(self, x: Tensor) -> Tensor:
-        return hadamard_rotate(x * self.sign.to(x.dtype), self.h)
+    def query_for_codes(self, q: Tensor) -> Tensor:
+        return hadamard_rotate(q * self.sign.to(q.dtype), self.h)
 
-    def rotate_back(self, x: Tensor) -> Tensor:
+    def restore(self, x: Tensor) -> Tensor:
         return hadamard_rotate(x, self.h) * self.sign.to(x.dtype)
 
     def tensors(self) -> list[Tensor]:
