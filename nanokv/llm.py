@@ -217,10 +217,9 @@ class LLM:
         """The plan with its map of shared layers and its bits by layer: from the plan's file, from what was measured
         earlier, or measured and kept now.
         """
-        if self.check_kernels and (
-            failed := [f"{name} {why}" for name, why in self.check_kernels(plan.kernels).items() if why]
-        ):
-            raise ValueError(f"{plan} cannot run here: kernel {failed[0]}; use --backend sdpa")
+        for name, why in self.check_kernels(plan.kernels).items() if self.check_kernels else ():
+            if why:
+                raise ValueError(f"{plan} cannot run here: kernel {name} {why}; use --backend sdpa")
         if self.config.shared_layers and plan.sharer and not plan.share:
             raise ValueError(
                 f"{self.name} was trained with shared layers, so no others can be found: leave {plan.names[-1]} out"
@@ -232,6 +231,7 @@ class LLM:
             plan = replace(plan, store=store, ready=plan.sharer is None or bool(plan.share))
         if plan.ready:
             return replace(plan, share=plan.share or self.config.shared_layers)
+        plan.check_share(self.config.num_hidden_layers)
         want = plan.sharer
         file = Path(want.map) if want.map else search.map_file(settings().weights, self.fingerprint(), want)
         if want.map or file.is_file():
@@ -413,9 +413,8 @@ class LLM:
             prompt = (layers if all_dense else 1) * len(p) + (layers if session.chunk else 1) * again
             need += copies * layers * here + prompt * dense
         shared = session.shared_tokens(prompts, copies)
-        fewer = n - min(
-            len(prompts), 2
-        )  # rows without a prefix of their own; of several prompts, one has its own until it is prefilled
+        # rows without a prefix of their own: the first has it, and of several prompts one more while it is prefilled
+        fewer = n - min(len(prompts), 2)
         need -= fewer * layers * per_token * min(shared, fitted.policy.max_kept(shared))
         free = free_bytes(self.device)
         if need > free:

@@ -61,7 +61,7 @@ def check_budget(budget: int | str, least: int, reason: str) -> None:
         raise ValueError(f"budget={budget} is no budget; give tokens (512), percent (25%) or bytes (256MiB)") from None
     if not ok:
         raise ValueError(
-            f"budget={budget} is too small or out of range: {reason}; give at least {least} tokens, 1% … 100%, or a size"
+            f"budget={budget} is too small or out of range: {reason}; give at least {least} tokens, a percentage up to 100%, or a size"
         )
 
 

@@ -127,24 +127,41 @@ class Plan:
         """One layer's bytes on the device for one row after a prompt of n tokens, once fitted: at most these on average over
         layers. Slots that pad shorter heads to the longest (`adakv+dense`) are not counted, because the text decides them.
         """
-        kept, ahead = self.policy.max_kept(n), self.slots_ahead(room)
+        kept, ahead = self._slots(n, room)
         demoted = n - kept + room if self.policy.demotes else 0
         return self.store.device_bytes(config, dtype, self.cost(config, dtype), kept, ahead, demoted)
 
     def host_bytes(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> int:
         """The same for the host's memory."""
-        return self.store.host_bytes(config, dtype, self.policy.max_kept(n), self.slots_ahead(room))
+        return self.store.host_bytes(config, dtype, *self._slots(n, room))
+
+    def _slots(self, n: int, room: int) -> tuple[int, int]:
+        """How many tokens a KV head keeps of a prompt of n at most, and how many slots it gets for later ones."""
+        kept = self.policy.max_kept(n)
+        return kept, self.slots_ahead(room) if self.policy.eviction == "none" else self.policy.max_kept(n + room) - kept
+
+    def check_share(self, n_layers: int) -> None:
+        """ValueError if more layers shall share than a model of n layers has beside the first."""
+        if self.sharer and not self.sharer.map and self.sharer.layers >= n_layers:
+            raise ValueError(
+                f"{self.names[-1]}:layers={self.sharer.layers} is too many: this model has {n_layers} layers, and the first "
+                f"owns its cache; give at most {n_layers - 1}"
+            )
 
     def sketch(self, n_layers: int) -> Plan:
         """A plan for size estimates before the model is measured: as many layers share as asked, whichever they will be."""
         if self.sharer is None or self.ready:
             return replace(self, ready=True)
-        readers = min(self.sharer.layers, n_layers - 1)
+        self.check_share(n_layers)
+        readers = self.sharer.layers
         return replace(self, share=dict.fromkeys(range(n_layers - readers, n_layers), 0), ready=True)
 
     def with_budget(self, text: str) -> Plan:
         """This plan under a kept budget given as text: tokens, percent or bytes."""
-        return replace(self, policy=self.policy.with_budget(int(text) if text.lstrip("-").isdigit() else text))
+        try:
+            return replace(self, policy=self.policy.with_budget(int(text) if text.lstrip("-").isdigit() else text))
+        except ValueError as e:
+            raise ValueError(f"{self.names[0]}: {e}") from None
 
     def with_store(self, name: str | None, given: Mapping[str, str], flags: Mapping[str, str]) -> Plan:
         """This plan with the named store, or its own if None, and these keys of it set. flags: key → the user's flag,
@@ -158,6 +175,7 @@ class Plan:
                 raise ValueError(f"store {name} does not know {flags[key]}; use one of {', '.join(others)}")
         store = configure(name, STORES[name] if name != self.names[1] else self.store, given)
         check(self.names[0], self.policy, name, store)
+        check_merges(name, store, self.names[2:])
         ready = store.calibrated and (self.sharer is None or self.ready)
         return replace(self, store=store, names=(self.names[0], name, *self.names[2:]), ready=ready)
 
@@ -205,6 +223,7 @@ def parse(text: str) -> Plan:
         name, _, given = policy[1].default_store.partition(":")
         store = name, configure(name, STORES[name], _pairs(name, given))
     check(*policy, *store)
+    check_merges(*store, [share[0]] if share else [])
     parts = [part for part in (policy, store, share) if part]
     return Plan(
         policy[1],
@@ -219,9 +238,18 @@ def check(policy_name: str, policy: Policy, store_name: str, store: StoreSpec) -
     """ValueError if this store cannot hold what this policy keeps."""
     if reason := store.incompatible_policy(policy):
         others = [name for name, part in STORES.items() if name != store_name and not part.incompatible_policy(policy)]
-        some = ", ".join(others[:8]) + (" or another of --list-policies" if len(others) > 8 else "")
+        some = ", ".join(others[:8]) + (" or another (docs/plans.md has a table)" if len(others) > 8 else "")
         instead = f"; use one of {some}" if others else ""
         raise ValueError(f"{policy_name}+{store_name}: {policy_name} {reason}{instead}")
+
+
+def check_merges(store_name: str, store: StoreSpec, sharers: Sequence[str]) -> None:
+    """ValueError if the store merges layers that a sharer would let read another one's storage."""
+    if sharers and store.merges_layers:
+        raise ValueError(
+            f"{store_name}+{sharers[0]}: layers are merged in pairs by {store_name}, and {sharers[0]} lets layers read another "
+            "one's storage; leave one of the two out"
+        )
 
 
 def _pairs(name: str, text: str) -> dict[str, str]:

@@ -175,7 +175,8 @@ class DenseLayer:
 
     def __init__(self, length: int, wanted: Sequence[ScoreRequest], is_held: bool):
         """is_held: this layer waits for others, so it copies its keys and values: as views they would keep alive all that
-        the layer projected."""
+        the layer projected.
+        """
         self.length, self.filled, self.is_held = length, 0, is_held
         self.k: Tensor | None = (
             None  # (1,Hkv,length,D); a view if the prompt came in one piece and the layer is not held

@@ -109,7 +109,7 @@ class StoreSpec(ABC):
             none = "demotes nothing, so the low-precision tier would be empty: add demote=true if it ranks tokens"
             return "demotes tokens to a low-precision tier, which this store does not have" if policy.demotes else none
         if (n := self.eviction_granularity) > 1 and policy.evicts_out_of_order:
-            return f"evicts tokens in no order of time while decoding, and in this store {n} share a scale and leave together"
+            return f"evicts single tokens all over the text while decoding, and here {n} tokens share a scale and leave together"
         return ""
 
     def incompatible_model(self, config: Any) -> str:

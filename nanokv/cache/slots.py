@@ -148,8 +148,8 @@ class Slots:
         """(B,Hkv) bool: whether the head overwrites tokens when it is full."""
         return (self.asked_limit >= 0) | (self.sliding_window is not None)
 
-    # ---- which slot a new token takes. `next_slots`, `next_slot_on_host` and `take` are one rule: on tensors, in Python numbers, and as
-    # one operation that also notes what it gave; `take_lowest` is the rule of policies that evict by score
+    # ---- which slot a new token takes. `next_slots`, `next_slot_on_host` and `take` are one rule: on tensors, in Python
+    # numbers, and as one operation that also notes what it gave; `take_lowest` is the rule of policies that evict by score
 
     def next_slots(self, n: int) -> Tensor:
         """(B,Hkv,n): the slots of the next n tokens. They fill up to the limit, then the oldest behind the sinks is overwritten."""

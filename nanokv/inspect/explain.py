@@ -70,20 +70,26 @@ def sizes(model: str, plans: Mapping[str, Plan], room: int) -> str:
     n_layers = config.num_hidden_layers
     free = free_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     weights = config.parameters() * dtype.itemsize
-    n = max(1, config.max_position_embeddings - room)
+    n = config.max_position_embeddings - room
+    if n < 1:
+        raise ValueError(
+            f"-n {room} leaves no room for a prompt in this model's context of {config.max_position_embeddings}"
+        )
+    plans = {**plans, **{name: parse(name) for name in POLICIES if name not in plans}}
+    width = max(map(len, plans))
     dense = n_layers * (n + room) * config.num_key_value_heads * 2 * config.head_dim * dtype.itemsize
     lines = [f"{n} tokens of prompt and {room} new ones; weights {mib(weights)}, {mib(free)} free"]
-    for name, plan in {**plans, **{name: parse(name) for name in POLICIES}}.items():
+    for name, plan in plans.items():
         try:
             plan = plan.sketch(n_layers).fit(config, dtype, n, room)
         except ValueError as e:
-            lines.append(f"{name:12} {e}")
+            lines.append(f"{name:{width}} {e}")
             continue
         size = int(plan.n_owners(n_layers) * plan.device_bytes(config, dtype, n, room))
         kept = n if plan.policy.demotes else plan.policy.max_kept(n)
         fits = "fits" if size + weights <= free else "does not fit"
         lines.append(
-            f"{name:12} at most {kept:>7} tokens per head on average  {mib(size):>10}  {dense / size:5.1f}x  {fits}"
+            f"{name:{width}} at most {kept:>7} tokens per head on average  {mib(size):>10}  {dense / size:5.1f}x  {fits}"
         )
     return "\n".join(lines)
 

@@ -88,7 +88,7 @@ class Policy(ABC):
 
     def with_budget(self, budget: int | str) -> Policy:
         """This policy under a kept budget (`--kv-budget`). ValueError if it has none."""
-        raise ValueError("this policy takes no budget; use one with budget= (see --list-policies)")
+        raise ValueError("this policy takes no budget; give one that does, such as --policy snapkv, or auto")
 
     def max_kept(self, n: int) -> int:
         """For memory estimates, on a fitted policy: how many of n tokens a KV head keeps at most, on average over heads and

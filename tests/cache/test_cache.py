@@ -71,6 +71,16 @@ BUDGETED += [
 ]
 
 
+@pytest.mark.parametrize("plan", ["full", "snapkv:budget=20,window=4", "h2o:budget=20", "streaming:sink=2,recent=10"])
+@pytest.mark.parametrize("room", [4, 60])
+def test_the_estimate_is_what_the_cache_takes(plan, room, llm_of):
+    llm = llm_of("g3")
+    session = llm.session(room, plan=parse(plan))
+    session.start([text(60)])
+    estimate = session.plans[0].device_bytes(llm.config, torch.float32, 60, room) * llm.config.num_hidden_layers
+    assert estimate == pytest.approx(session.report().bytes, rel=0.1)
+
+
 @pytest.mark.parametrize("budget", ["64KiB", "200KiB"])
 @pytest.mark.parametrize("policy", BUDGETED)
 def test_a_budget_in_bytes_holds_for_the_whole_cache(policy, budget, llm_of):

@@ -150,6 +150,16 @@ def test_budgets_are_tokens_percent_of_the_prompt_or_bytes_of_the_whole_cache():
             parse(name).with_budget("512")
 
 
+def test_sharing_is_refused_before_anything_is_measured():
+    with pytest.raises(ValueError, match="this model has 8 layers, and the first owns its cache; give at most 7"):
+        parse("kvsharer:layers=8").sketch(8)
+    assert len(parse("kvsharer:layers=7").sketch(8).share) == 7
+    with pytest.raises(ValueError, match="layers are merged in pairs by minicache"):
+        parse("minicache+kvsharer:layers=2")
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        parse("kvsharer:layers=2").with_store("minicache", {}, {})
+
+
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     st.lists(

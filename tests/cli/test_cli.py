@@ -709,6 +709,12 @@ def test_a_plan_is_made_before_anything_is_loaded(capsys):
     assert status == 0 and "at most    2000 tokens" in lines["snapkv:budget=25%"] and "8000 tokens of prompt" in out
     assert set(lines) >= {"full", "random", "streaming", "snapkv", "simlayer"}
     assert "knows no threshold" in call(capsys, "--model", "tinyllama-1.1b", "--plan")[1]
+    status, out, _ = call(
+        capsys, "--model", "llama3-8b", "--plan", "--policy", "kvzip", "--kv-budget", "2000", "-n", "192"
+    )
+    assert status == 0 and [line.split()[3] for line in out.splitlines() if line.startswith("kvzip ")] == ["2000"]
+    status, _, err = call(capsys, "--model", "llama3-8b", "--plan", "-n", "9000")
+    assert status == 2 and "no room for a prompt in this model's context of 8192" in err
 
 
 def test_compare_says_how_far_the_answer_is_from_another_plans(model, capsys, tmp_path):
