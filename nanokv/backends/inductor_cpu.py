@@ -15,7 +15,7 @@ from torch import Tensor
 # smollm2-135m took 10.9, 10.4, 10.7 and 11.4 ms with 2, 4, 6 and 8
 N_PARALLEL_READS = 4
 LONGEST_SUM = 4096  # Inductor adds up more numbers with an object in memory, which takes far longer
-N_PIECES = 8  # a sum over tokens is made in so many pieces, which stay under LONGEST_SUM up to 32,768 tokens
+N_PIECES = 8  # a sum over tokens is made in so many pieces, in four times as many if they were longer than LONGEST_SUM
 N_LANES = 16  # fp32 numbers in a vector register of AVX-512
 N_REGISTERS = 16  # vector registers for sums: half of AVX-512's
 
@@ -60,10 +60,11 @@ def mix(weight: Tensor, y: Tensor) -> Tensor:
     weight, n_tokens = force_materialize(weight), y.shape[-2]
     if n_tokens < 2 * N_PIECES + 2:
         return _mix_piece(weight, y)
-    length = (n_tokens - 2) // N_PIECES  # so at least two tokens are left: one would make a graph of its own
-    end = length * N_PIECES
-    weights = weight[..., :end].unflatten(-1, (N_PIECES, length)).transpose(-2, -3)  # (…,N_PIECES,n,length)
-    pieces = y[..., :end, :].unflatten(-2, (N_PIECES, length))  # (…,N_PIECES,length,C)
+    n_pieces = N_PIECES if n_tokens <= N_PIECES * LONGEST_SUM else 4 * N_PIECES
+    length = (n_tokens - 2) // n_pieces  # so at least two tokens are left: one would make a graph of its own
+    end = length * n_pieces
+    weights = weight[..., :end].unflatten(-1, (n_pieces, length)).transpose(-2, -3)  # (…,n_pieces,n,length)
+    pieces = y[..., :end, :].unflatten(-2, (n_pieces, length))  # (…,n_pieces,length,C)
     return _mix_piece(weights, pieces).sum(-3) + _mix_piece(weight[..., end:], y[..., end:, :])
 
 

@@ -20,6 +20,14 @@ def test_attention_is_two_matrix_products(tokens, n, channels):
     assert near(inductor_cpu.mix(weight, y), weight, y)
 
 
+@pytest.mark.parametrize("tokens", [64, 65, 100])  # pieces of 7 tokens, and of one and three
+def test_a_long_text_is_summed_in_more_pieces(tokens, monkeypatch):
+    monkeypatch.setattr(inductor_cpu, "LONGEST_SUM", 8)
+    g = torch.Generator().manual_seed(tokens)
+    weight, y = torch.rand(1, 2, 3, tokens, generator=g), torch.randn(1, 2, tokens, 64, generator=g)
+    assert near(inductor_cpu.mix(weight, y), weight, y)
+
+
 @pytest.mark.parametrize("channels", [3, 64, 150])  # one sum, one, and three
 def test_a_row_times_weights(channels, monkeypatch):
     monkeypatch.setattr(inductor_cpu, "LONGEST_SUM", 64)
