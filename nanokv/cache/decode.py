@@ -230,9 +230,8 @@ class Owner:
         self.ops, self.dtype = ctx.ops, ctx.dtype
         self.owner = self
         self.sliding_window = ctx.config.window(index)
-        self.is_last_reader = (
-            plan.last_reader(index) == index
-        )  # the owner attends first, so only if no other layer reads it
+        # the owner attends first, so it is the last reader only if no other layer reads it
+        self.is_last_reader = plan.last_reader(index) == index
         self.defers = False  # whether new tokens wait for `store_deferred`
         # k and v (B,Hkv,n,D) that are not stored: a piece of a turn until its last reader has attended, or deferred tokens
         self.deferred: tuple[Tensor, Tensor] | None = None
