@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from nanokv.backends import inductor_cpu
+from nanokv.backends import bf16_cpu, inductor_cpu
 from nanokv.backends.base import merge
 from nanokv.backends.torch_ops import EAGER, compiles_for_cpu, linear
 
@@ -66,6 +66,8 @@ def sdpa_turn(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: int |
     """As `reference.prefill`. Where no sliding window hides a key, the keys before the queries need no mask."""
     if q.device.type != "cpu" or (sliding_window is not None and sliding_window < k.shape[2]):
         return reference.prefill(q, k, v, start, sliding_window)
+    if bf16_cpu.applies(q, k):
+        return bf16_cpu.attend(q, k, v, causal=True)
     own = causal_flash(q, k[:, :, start:], v[:, :, start:])
     return merge([flash(q, k[:, :, :start], v[:, :, :start]), own]) if start else own
 
@@ -86,6 +88,23 @@ def sdpa_prefill(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: in
             q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=visible, enable_gqa=True
         )
     return out
+
+
+def attention_scores(
+    q: Tensor,
+    k: Tensor,
+    start: int,
+    sliding_window: int | None,
+    over_group: str,
+    over_queries: str = "sum",
+    noise: tuple[int, float, int] | None = None,
+    near: int | None = None,
+) -> Tensor:
+    how = over_group, over_queries, noise, near
+    if not bf16_cpu.applies(q, k):
+        return reference.attention_scores(q, k, start, sliding_window, *how)
+    block = reference.SCORED_AT_ONCE
+    return reference.attention_scores_by(bf16_cpu.logits, q, k.float(), start, sliding_window, *how, block)
 
 
 def sdpa_decode(
@@ -112,8 +131,8 @@ def sdpa_decode(
     visible = reference.mask(length, key_pos, query_pos, sliding_window, k.shape[2])
     if visible is not None:
         bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
-    out, lse = flash(q, k, v, bias)
-    if visible is not None:  # torch's kernel gives NaN for a query that sees no key
+    out, lse = bf16_cpu.attend(q, k, v, False, bias) if bf16_cpu.applies(q, k) else flash(q, k, v, bias)
+    if visible is not None:  # both give NaN for a query that sees no key
         blind = ~visible.any(-1).expand(-1, -1, T).repeat_interleave(H // k.shape[1], 1)
         out, lse = out.masked_fill(blind[..., None], 0), lse.masked_fill(blind, -torch.inf)
     return out, lse, None
@@ -204,5 +223,6 @@ SDPA = replace(
     turn=sdpa_turn,
     decode=sdpa_decode,
     decode_quant=sdpa_decode_quant,
+    attention_scores=attention_scores,
     decode_ragged=reference.each_head(sdpa_decode),
 )

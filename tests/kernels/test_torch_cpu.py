@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import reference
-from nanokv.backends import torch_cpu
+from nanokv.backends import bf16_cpu, torch_cpu
 
 HKV, G, D = 2, 3, 16
 
@@ -29,3 +29,49 @@ def test_chunks_and_turns(T, start, rows, dtype, window):
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), right, atol=close, rtol=close)
     torch.testing.assert_close(lse.double(), right_lse.double(), atol=close, rtol=close)
+
+
+@pytest.mark.parametrize("start", [0, 20])
+def test_attention_as_products(start, monkeypatch):
+    """The last block of queries is shorter than the others. Queries and keys are as long as those of real models."""
+    monkeypatch.setattr(bf16_cpu, "ROWS", G * 4)
+    q = normal(2, 11, HKV * G, D, seed=0, dtype=torch.bfloat16).transpose(1, 2) * 8
+    k, v = (normal(2, HKV, start + 14, D, seed=i, dtype=torch.bfloat16)[:, :, : start + 11] for i in (1, 2))
+    right, right_lse = reference.prefill(q.double(), k.double(), v.double(), start, None)
+    out, lse = bf16_cpu.attend(q, k, v, causal=True)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    torch.testing.assert_close(out.double(), right, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse.double(), right_lse.double(), atol=1e-5, rtol=1e-5)  # logits are not rounded to bf16
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_turn_over_stored_tokens_as_products(masked, monkeypatch):
+    """One head sees all slots, one sees 9 of 20, and one row's head sees none."""
+    monkeypatch.setattr(bf16_cpu, "applies", lambda q, k: True)
+    q = normal(2, HKV * G, 5, D, seed=0, dtype=torch.bfloat16) * 8
+    k, v = (normal(2, HKV, 20, D, seed=i, dtype=torch.bfloat16) for i in (1, 2))
+    length = torch.tensor([[20, 9], [0, 20]]) if masked else None
+    pos = torch.arange(20).expand(2, HKV, 20), torch.arange(20, 25).expand(2, 5)
+    right, right_lse, _ = reference.decode(q.double(), k.double(), v.double(), length, *pos, None)
+    out, lse, _ = torch_cpu.sdpa_decode(q, k, v, length, *pos, None)
+    torch.testing.assert_close(out.double(), right, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse.double(), right_lse.double(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("over_queries", ["sum", "max", "count_low"])
+def test_attention_scores_as_products(over_queries, window, monkeypatch):
+    monkeypatch.setattr(bf16_cpu, "applies", lambda q, k: True)
+    q, k = (normal(2, n, T, 48, seed=n, dtype=torch.bfloat16) * 4 for n, T in ((HKV * G, 21), (HKV, 30)))
+    right = reference.attention_scores(q.double(), k.double(), 9, window, "mean", over_queries)
+    found = torch_cpu.attention_scores(q, k, 9, window, "mean", over_queries)
+    torch.testing.assert_close(found.double(), right.double(), atol=1e-4, rtol=1e-4)
+
+
+def test_the_setting_of_onednn_is_put_back():
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    with pytest.raises(ZeroDivisionError), bf16_cpu.fp32_as_bf16():
+        assert matmul.fp32_precision == "bf16"
+        _ = 1 / 0
+    assert matmul.fp32_precision == before
