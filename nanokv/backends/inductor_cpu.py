@@ -22,14 +22,12 @@ N_REGISTERS = 16  # vector registers for sums: half of AVX-512's
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """One row x (…,C) times weight (N,C), plus bias (N,) → (…,N) in the weight's type; products and sums are fp32."""
-    row = force_materialize(x.to(weight.dtype).float().flatten())
-    n_sums = -(-len(row) // LONGEST_SUM)
-
-    def times_row(part: Tensor) -> Tensor:
-        pairs = zip(row.chunk(n_sums), part.chunk(n_sums, -1), strict=True)
-        return reduce(torch.add, [(a * b.float()).sum(-1) for a, b in pairs])
-
-    out = torch.cat([times_row(part) for part in weight.chunk(N_PARALLEL_READS)])
+    columns = weight.shape[1]
+    # a sum of equal parts, so that one loop still reads a row of the weight from its first column to its last
+    n_sums = next(n for n in range(1, columns + 1) if columns % n == 0 and columns // n <= LONGEST_SUM)
+    row = force_materialize(x.to(weight.dtype).float().view(n_sums, -1))
+    parts = [part.float().unflatten(1, (n_sums, -1)) for part in weight.chunk(N_PARALLEL_READS)]
+    out = torch.cat([(row * part).sum(-1).sum(-1) for part in parts])
     out = out if bias is None else out + bias.float()
     return out.to(weight.dtype).view(*x.shape[:-1], -1)
 
