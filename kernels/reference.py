@@ -345,7 +345,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     wide = _wide(x)
     swapped = wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return torch.addcmul(wide * cos, swapped, sin.to(wide.dtype)).to(x.dtype)
+    return (wide * cos).addcmul_(swapped, sin.to(wide.dtype)).to(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -27,8 +27,10 @@ def applies(q: Tensor, k: Tensor) -> bool:
     return many and bf16 and not torch.cpu._is_amx_tile_supported() and not torch.compiler.is_compiling()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """q (B,H,T,D), k and v (B,Hkv,S,D), all bf16 → out (B,H,T,D) bf16, lse (B,H,T) fp32.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None, with_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """q (B,H,T,D), k and v (B,Hkv,S,D), all bf16 → out (B,H,T,D) bf16, and lse (B,H,T) fp32 if asked for.
 
     causal: the queries are the last T of the S tokens, and each sees the tokens up to its own; else each sees all. bias
     (B,Hkv,1,S) is added to the logits. A query that sees no key gets NaN. Logits and softmax are fp32.
@@ -36,7 +38,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = 
     (B, H, T, D), (heads, S) = q.shape, k.shape[1:3]
     G, start = H // heads, S - T
     n = min(T, max(1, ROWS // G))
-    out, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
+    out, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32) if with_lse else None
     # memory for one block, used again and again: new memory would cost more than what is computed in it
     logits, weights = q.new_empty(G * n * S, dtype=torch.float32), q.new_empty(G * n * S)
     later = torch.ones(n, n, dtype=torch.bool).triu(1)
@@ -54,10 +56,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = 
                 x.view(G, m, end)[..., start + i :].masked_fill_(later[:m, :m], -torch.inf)
             if bias is not None:
                 x += bias[b, h]
-            largest = x.amax(-1)
+            largest = x.amax(-1) if with_lse else None
             torch.softmax(x, -1, out=x)
-            # the largest weight is exp(largest logit − lse)
-            lse[b, group, rows] = (largest - x.amax(-1).log()).view(G, m)
+            if with_lse:  # the largest weight is exp(largest logit − lse)
+                lse[b, group, rows] = (largest - x.amax(-1).log()).view(G, m)
             out[b, group, rows] = (weight.copy_(x) @ values[:end]).view(G, m, D)
     return out, lse
 

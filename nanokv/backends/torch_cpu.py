@@ -78,6 +78,8 @@ def sdpa_prefill(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: in
     """
     T = q.shape[2]
     sees_all = sliding_window is None or sliding_window >= k.shape[2]
+    if sees_all and bf16_cpu.applies(q, k):
+        return bf16_cpu.attend(q, k, v, causal=True, with_lse=False)[0]
     if sees_all and q.device.type == "cpu":
         return sdpa_turn(q, k, v, start, None)[0]
     if sees_all and not start:

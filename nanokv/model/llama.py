@@ -23,6 +23,8 @@ from nanokv.cache.protocol import Cache, Layer
 from nanokv.model.config import ModelConfig
 from nanokv.model.rope import angles
 
+TOKENS_AT_ONCE = 1024  # in an MLP, whose hidden numbers are many times those of x
+
 
 class Llama(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops):
@@ -126,6 +128,8 @@ class MLP(nn.Module):
         self.linear, self.swiglu = ops.linear, ops.swiglu
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] * x.shape[1] > TOKENS_AT_ONCE:
+            return torch.cat([self(part[None]) for part in x.flatten(0, 1).split(TOKENS_AT_ONCE)], 1).view(x.shape)
         up, down = self.gate_up_proj, self.down_proj
         return self.linear(self.swiglu(self.linear(x, up.weight, up.bias)), down.weight, down.bias)
 
