@@ -7,6 +7,7 @@ It knows no model and no policy, and it does not import torch.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -230,6 +231,8 @@ def check_files(args: argparse.Namespace) -> None:
     inputs = {f"--model's {f.name}": f for f in own}
     check_outputs(outputs, {"--prompt-file": args.prompt_file, **inputs})
     check_outputs({**outputs, "--save-cache": None}, {"--load-cache": args.load_cache})  # it may be written back
+    if args.load_cache and not os.path.exists(args.load_cache):
+        raise ValueError(f"--load-cache {args.load_cache} is not there; give a file that --save-cache has written")
 
 
 def read_lines(first: str | None = None) -> Iterator[str]:

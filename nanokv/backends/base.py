@@ -21,7 +21,9 @@ class Ops:
 
     name: str
     prefill: Callable[..., Tensor]  # attention of a prompt or a part of it; returns no lse
-    turn: Callable[..., tuple[Tensor, Tensor]]  # the tokens of a turn among themselves: `reference.prefill`, with lse
+    turn: Callable[
+        ..., tuple[Tensor, Tensor]
+    ]  # causal attention, also of tokens among themselves: `reference.prefill`, with lse
     decode: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     decode_quant: Callable[..., tuple[Tensor, Tensor]]
     decode_ragged: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
@@ -41,7 +43,7 @@ class Ops:
     swiglu: Callable[[Tensor], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     device_gather: bool = False  # chunks are fetched and rebuilt on the device, without asking the host which ones
-    has_kernels: bool = False  # its own, which are checked before they are used
+    has_kernels: bool = False  # of its own; `--backend auto` checks them before it uses them
     unpack_block: int | None = None  # so many tokens of a store that rounds exist as K and V at a time; None: all
     why: str = ""  # why this backend was chosen, where that is not plain
     decodes_fp8: Callable[[torch.dtype], bool] = lambda kind: False  # whether `decode` takes K and V of this 8-bit type

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 ROWS = 512  # queries of one block times the query heads of a group. Their logits with 4,096 keys take 8 MiB
+SCORED_ROWS = 128  # as ROWS, where attention scores are taken: several tensors of that size must fit the CPU's cache
 MIN_LOGITS = 200_000  # of one KV head. With fewer the calls cost more than the flash kernel
 
 
@@ -46,11 +47,11 @@ def attend(
         group = slice(h * G, (h + 1) * G)
         keys, values = k[b, h].float().t(), v[b, h].contiguous()
         for i in range(0, T, n):
-            rows, m = slice(i, i + n), min(n, T - i)
+            block, m = slice(i, i + n), min(n, T - i)
             end = start + i + m if causal else S  # keys that any of these queries sees
             x, weight = logits[: G * m * end].view(G * m, end), weights[: G * m * end].view(G * m, end)
             with fp32_as_bf16():
-                queries = q[b, group, rows].float().reshape(G * m, D)
+                queries = q[b, group, block].float().reshape(G * m, D)
                 torch.addmm(x, queries, keys[:, :end], beta=0, alpha=D**-0.5, out=x)
             if causal:
                 x.view(G, m, end)[..., start + i :].masked_fill_(later[:m, :m], -torch.inf)
@@ -59,8 +60,8 @@ def attend(
             largest = x.amax(-1) if with_lse else None
             torch.softmax(x, -1, out=x)
             if with_lse:  # the largest weight is exp(largest logit − lse)
-                lse[b, group, rows] = (largest - x.amax(-1).log()).view(G, m)
-            out[b, group, rows] = (weight.copy_(x) @ values[:end]).view(G, m, D)
+                lse[b, group, block] = (largest - x.amax(-1).log()).view(G, m)
+            out[b, group, block] = (weight.copy_(x) @ values[:end]).view(G, m, D)
     return out, lse
 
 

@@ -73,8 +73,8 @@ def sdpa_turn(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: int |
 
 
 def sdpa_prefill(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: int | None) -> Tensor:
-    """As `reference.prefill` without lse. A whole prompt is one causal call. Under a sliding window queries go in
-    blocks.
+    """As `reference.prefill` without lse. On a CPU only a sliding window that hides keys needs a mask, elsewhere all but a
+    whole prompt does. Masked queries go in blocks.
     """
     T = q.shape[2]
     sees_all = sliding_window is None or sliding_window >= k.shape[2]
@@ -105,7 +105,7 @@ def attention_scores(
     how = over_group, over_queries, noise, near
     if not bf16_cpu.applies(q, k):
         return reference.attention_scores(q, k, start, sliding_window, *how)
-    block = reference.SCORED_AT_ONCE
+    block = max(1, bf16_cpu.SCORED_ROWS * k.shape[1] // q.shape[1])
     return reference.attention_scores_by(bf16_cpu.logits, q, k.float(), start, sliding_window, *how, block)
 
 
@@ -120,17 +120,16 @@ def sdpa_decode(
     over_group: str | None = None,
     noise: tuple[int, float, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `reference.decode`. On a CPU torch's flash kernel computes it, which returns lse but no attention scores."""
+    """As `reference.decode`. Without scores, on a CPU: a loop for Inductor while it compiles, products for many bf16 queries,
+    else torch's flash kernel.
+    """
     H, T = q.shape[1:3]
     masks_differ = sliding_window is not None and T > 1  # each query has its own mask, and this call takes one for all
     if over_group is not None or q.device.type != "cpu" or masks_differ:
         return reference.decode(q, k, v, length, key_pos, query_pos, sliding_window, over_group, noise)
+    visible, bias = reference.mask(length, key_pos, query_pos, sliding_window, k.shape[2]), None
     if compiles_for_cpu(q) and T == 1:
-        return *inductor_cpu.decode(
-            q, k, v, reference.mask(length, key_pos, query_pos, sliding_window, k.shape[2])
-        ), None
-    bias = None
-    visible = reference.mask(length, key_pos, query_pos, sliding_window, k.shape[2])
+        return *inductor_cpu.decode(q, k, v, visible), None
     if visible is not None:
         bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
     out, lse = bf16_cpu.attend(q, k, v, False, bias) if bf16_cpu.applies(q, k) else flash(q, k, v, bias)

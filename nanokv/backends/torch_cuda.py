@@ -41,7 +41,7 @@ def efficient(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Ten
     return out, lse[:, :, : q.shape[2]]  # torch pads lse to multiples of 32
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def causal_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Causal attention of q (B,H,T,D), the last T of the S tokens of k and v (B,Hkv,S,D) → out, lse."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False)[:2]
 
@@ -59,7 +59,7 @@ def turn(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: int | None
     (B, H, T, D), heads = q.shape, k.shape[1]
     is_whole = sliding_window is None or sliding_window >= k.shape[2]
     if is_whole and q.itemsize == 2 and D % 8 == 0 and D <= 256 and has_flash(q.device):
-        return flash(q, k, v)
+        return causal_flash(q, k, v)
     if D * q.itemsize % 16:  # the kernel reads 16 bytes at a time
         return reference.prefill(q, k, v, start, sliding_window)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)

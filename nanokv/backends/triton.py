@@ -17,10 +17,10 @@ from nanokv.backends.torch_ops import linear, refetch_all_when_compiling
 
 
 def triton_ops(device: torch.device) -> Ops:
-    """Torch, with the kernels of `kernels/` for decode steps in 16 bits and for the attention scores of a prompt's
-    last queries.
+    """Torch, with the kernels of `kernels/` where they fit: attention of a single token in 16 bits, attention scores, and for
+    any number of tokens norms, rotation, SwiGLU, slots and copies.
 
-    Torch computes everything else: several tokens at once, noise, fp32, and codes in groups or runs that fit no tile.
+    Torch computes the rest: attention of several tokens or in fp32, noise, and codes in groups or runs that fit no tile.
     """
     import kernels
 

@@ -52,7 +52,7 @@ class Calls:
             device = next((str(x.device) for x in args if isinstance(x, Tensor)), "?")
             entry = self.found.setdefault((name, device), Call(where))
             entry.n += 1
-            with Names(entry.inside):
+            with CountOperations(entry.inside):
                 return function(*args)
 
         return call
@@ -71,7 +71,7 @@ class Calls:
 RUNNERS = {"compile": "blocks compiled by torch.compile", "graph": "one captured CUDA graph"}
 
 
-class Names(TorchDispatchMode):
+class CountOperations(TorchDispatchMode):
     """Counts the named torch operations that run while it is on."""
 
     def __init__(self, counter: Counter):

@@ -164,7 +164,7 @@ class KVCache:
                 layer.queries.reorder(rows)
 
     def defer(self) -> None:
-        """Store no new token from now on. They attend to what is stored and causally to each other."""
+        """From now on new tokens attend to what is stored and causally to each other, and are not stored."""
         for layer in self._owners:
             layer.defers = True
 
@@ -176,7 +176,7 @@ class KVCache:
     def release(self) -> None:
         """Forget the tokens that are still deferred, and store new ones again."""
         for layer in self._owners:
-            layer.defers, layer.deferred = False, None
+            layer.defers, layer.unstored = False, None
 
     @property
     def _owners(self) -> list[Owner]:
@@ -233,18 +233,18 @@ class Owner:
         # the owner attends first, so it is the last reader only if no other layer reads it
         self.is_last_reader = plan.last_reader(index) == index
         self.defers = False  # whether new tokens wait for `store_deferred`
-        # k and v (B,Hkv,n,D) that are not stored: a piece of a turn until its last reader has attended, or deferred tokens
-        self.deferred: tuple[Tensor, Tensor] | None = None
-        self.step_scores: list[Tensor] = []  # the readers' scores so far in this step
+        # k and v (B,Hkv,n,D) that wait: a piece of a turn until its last reader has attended, or what `defer` holds back
+        self.unstored: tuple[Tensor, Tensor] | None = None
+        self.score_planes: list[Tensor] = []  # in this step, one per reader that has attended
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
         k, v = k.to(self.dtype), v.to(self.dtype)
         if q.shape[2] == 1 and not self.defers:
             self.store.append(k, v, pos)
-        elif self.deferred is None:
-            self.deferred = k, v
+        elif self.unstored is None:
+            self.unstored = k, v
         else:
-            self.deferred = torch.cat((self.deferred[0], k), 2), torch.cat((self.deferred[1], v), 2)
+            self.unstored = torch.cat((self.unstored[0], k), 2), torch.cat((self.unstored[1], v), 2)
         return self.read(q, pos, self.is_last_reader, self.queries)
 
     def read(self, q: Tensor, pos: Tensor, is_last_reader: bool, queries: QueryBuffer | None) -> Tensor:
@@ -257,42 +257,42 @@ class Owner:
             out, lse, scores = *self._read_by_chunk(own_q, pos), None
         else:
             out, lse, scores = self.store.read(own_q, pos, self._sink_queries(own_q, pos) if in_cache else None)
-        if self.deferred is not None:
-            before = self.deferred[0].shape[2] - q.shape[2]
-            out, _ = merge([(out, lse), self.ops.turn(own_q, *self.deferred, before, self.sliding_window)])
+        if self.unstored is not None:
+            before = self.unstored[0].shape[2] - q.shape[2]
+            out, _ = merge([(out, lse), self.ops.turn(own_q, *self.unstored, before, self.sliding_window)])
             if is_last_reader and not self.defers:
                 self.store_deferred(q.shape[2], pos)
         elif scores is not None:
-            self.step_scores.append(scores)
+            self.score_planes.append(scores)
             if is_last_reader:
-                scores = torch.stack(self.step_scores) if len(self.step_scores) > 1 else self.step_scores[0][None]
+                scores = torch.stack(self.score_planes) if len(self.score_planes) > 1 else self.score_planes[0][None]
                 self.store.slots.set_attention(self.policy.update_scores(self.store.slots, scores, pos))
-                self.step_scores = []
+                self.score_planes = []
         return out.to(q.dtype)
 
     def store_deferred(self, n: int, pos: Tensor) -> None:
         """Store the first n of the tokens that are not stored yet, at pos (B,n)."""
-        k, v = (x[:, :, :n] for x in self.deferred)
+        k, v = (x[:, :, :n] for x in self.unstored)
         (self.store.append if n == 1 else self.store.extend)(k, v, pos)
-        rest = tuple(x[:, :, n:] for x in self.deferred)
-        self.deferred = rest if rest[0].shape[2] else None
+        rest = tuple(x[:, :, n:] for x in self.unstored)
+        self.unstored = rest if rest[0].shape[2] else None
 
     def _read_by_chunk(self, q: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """Attention of q (B,H,T,D), which is rotated anew for each chunk of stored keys → out, lse."""
         policy = self.policy
 
-        def turned(first: int) -> Tensor:
+        def rotated(first: int) -> Tensor:
             return rotate_more(q, policy.shift(pos, first), self.ctx.inv_freq)
 
-        return self.store.read_by_chunk(turned, policy.chunk_size, pos)
+        return self.store.read_by_chunk(rotated, policy.chunk_size, pos)
 
     def _sink_queries(self, q: Tensor, pos: Tensor) -> Tensor:
         """The queries rotated back to their place in the cache, as if no evicted token lay between the sinks and the
         others.
         """
         s, T = self.store.slots, q.shape[2]
-        # tokens before these: a single token is stored already, others are not
-        before = s.length[:, :1] + (0 if self.deferred is None else self.deferred[0].shape[2]) - T
+        # how many tokens stand before these: `length` counts these too if they are stored
+        before = s.length[:, :1] + (0 if self.unstored is None else self.unstored[0].shape[2]) - T
         gap = before + torch.arange(T, device=pos.device) - pos
         gap = torch.where(
             s.sink[:, :1] < s.n_sink, 0, gap

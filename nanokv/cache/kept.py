@@ -49,8 +49,8 @@ def seen_later(sliding_window: int) -> int:
 
 @dataclass
 class Prompt:
-    """One layer of one prompt after its attention, or what a cache still holds of it at a rescore. A policy never
-    sees a batch.
+    """One layer of one row as a policy sees it: the prompt after its attention or, at a rescore, all that the cache holds of
+    the text so far. A policy never sees a batch.
     """
 
     layer: int
@@ -61,7 +61,9 @@ class Prompt:
     k: Tensor  # (1,Hkv,N,D), rotated
     v: Tensor  # (1,Hkv,N,D)
     pos: Tensor  # (1,Hkv,N) int32 absolute positions, ascending; −1 pads a head that holds fewer tokens
-    attention: Tensor | None  # (readers,Hkv,N) fp32: attention scores, one plane per layer that reads these keys
+    attention: (
+        Tensor | None
+    )  # (readers,Hkv,N) fp32: a plane per layer that reads these keys; one at a rescore under `decode_scores`
     n_queries: int  # how many queries scored the keys
     ops: Any  # the backend; `Kept.top` moves tokens with it
     q_mean: Tensor | None = None  # (readers,H,D) fp32, of queries before rotation; only if asked for

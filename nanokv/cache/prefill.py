@@ -44,7 +44,7 @@ class PromptCache:
         self.length = len(ids) + plan.policy.decide_after  # tokens after the prompt may belong to it
         self.wanted = wanted_by([plan.policy])
         self.wants_similarity = plan.policy.similarity
-        self.n_held_queries = plan.policy.refit_queries
+        self.n_refit_queries = plan.policy.refit_queries
         self.kept: dict[int, Kept] = {}
         self.dense: dict[int, DenseLayer] = {}  # layers whose keys and values are still whole
         self.n_given = 0  # tokens that need not be fed
@@ -129,8 +129,8 @@ class PromptLayer:
             out = cache.ops.prefill(q, keys, values, start, cache.config.window(self.index))
         for statistics in dense.statistics.values():
             statistics.add(self.index, q, pos, keys, dense, cache)
-        if cache.n_held_queries and dense.pass_length is None:
-            dense.hold_queries(self.index, q, cache.n_held_queries)
+        if cache.n_refit_queries and dense.pass_length is None:
+            dense.add_refit_queries(self.index, q, cache.n_refit_queries)
         if self.residual is not None and dense.pass_length is None:
             self._compare(out)
         if self.is_last_reader and dense.complete:
@@ -162,9 +162,9 @@ def attend_by_chunk(q: Tensor, k: Tensor, v: Tensor, start: int, cache: PromptCa
         queries, pos = q[:, :, a - start : b - start], torch.arange(a, b, device=q.device)[None]
         parts = [ops.turn(queries, k[:, :, own:b], v[:, :, own:b], a - own, None)]
         for first in range(0, own, size):
-            turned = rotate_more(queries, policy.shift(pos, first), cache.ctx.inv_freq)
+            rotated = rotate_more(queries, policy.shift(pos, first), cache.ctx.inv_freq)
             chunk = (x[:, :, first : first + size] for x in (k, v))
-            parts.append(ops.decode(turned, *chunk, None, key_pos, pos, None)[:2])
+            parts.append(ops.decode(rotated, *chunk, None, key_pos, pos, None)[:2])
         found.append(merge(parts)[0])
         a = b
     return torch.cat(found, 2)
@@ -183,7 +183,9 @@ class DenseLayer:
         )
         self.v: Tensor | None = None
         self.statistics = {request: Statistics(request) for request in wanted}
-        self.queries: dict[int, Tensor] = {}  # reader → its last queries so far (1,H,w,D), for policies that see them
+        self.refit_queries: dict[
+            int, Tensor
+        ] = {}  # reader → its last queries so far (1,H,w,D), for policies that see them
         self.pass_length: int | None = None  # tokens of the scoring pass in progress
         self.pass_kv: tuple[Tensor, Tensor] | None = None  # its keys and values so far
         self.scored: Tensor | None = None  # positions of the keys that it scores; None: all
@@ -194,9 +196,9 @@ class DenseLayer:
     def end_pass(self) -> None:
         self.pass_length, self.pass_kv, self.scored = None, None, None
 
-    def hold_queries(self, reader: int, q: Tensor, n: int) -> None:
-        before = self.queries.get(reader)
-        self.queries[reader] = (q if before is None else _cat(before, q))[:, :, -n:].clone()
+    def add_refit_queries(self, reader: int, q: Tensor, n: int) -> None:
+        before = self.refit_queries.get(reader)
+        self.refit_queries[reader] = (q if before is None else _cat(before, q))[:, :, -n:].clone()
 
     def extend(self, k: Tensor, v: Tensor) -> None:
         n = k.shape[2]
@@ -261,7 +263,7 @@ class DenseLayer:
             tokens=cache.ids,
             token_kinds=kinds,
             second_attention=second,
-            queries=torch.cat([q[:, :, -policy.refit_queries :] for q in self.queries.values()])
+            queries=torch.cat([q[:, :, -policy.refit_queries :] for q in self.refit_queries.values()])
             if policy.refit_queries
             else None,
         )
@@ -279,7 +281,7 @@ class Statistics:
     def __init__(self, wanted: ScoreRequest):
         self.wanted = wanted
         self.scores: dict[int, Tensor] = {}  # reader → scores (1,Hkv,N); (1,H,N) if `keeps_query_heads`
-        self.held_queries: dict[int, Tensor] = {}  # reader → its last queries so far (1,H,w,D)
+        self.waiting_queries: dict[int, Tensor] = {}  # reader → queries (1,H,w,D) that score later
         self.sums: dict[int, QuerySums] = {}  # reader → sums over its queries
         self.pass_queries = 0  # queries of scoring passes, per reader
 
@@ -302,13 +304,13 @@ class Statistics:
 
     def _add_window(self, reader: int, q: Tensor, keys: Tensor, dense: DenseLayer, cache: PromptCache) -> None:
         """Score the keys by the observation window once the prompt is complete. Until then, hold its queries."""
-        before, n = self.held_queries.get(reader), self.wanted.last_queries
+        before, n = self.waiting_queries.get(reader), self.wanted.last_queries
         last = q[:, :, -n:] if before is None else _cat(before, q)[:, :, -n:]
         if dense.complete:
             window = cache.config.window(reader)
             self.scores[reader] = self._score(reader, last, keys, dense.length - last.shape[2], cache, window)
         else:
-            self.held_queries[reader] = last.clone()  # a view would keep the whole chunk's queries alive
+            self.waiting_queries[reader] = last.clone()  # a view would keep the whole chunk's queries alive
 
     def _add_all(self, reader: int, q: Tensor, keys: Tensor, cache: PromptCache) -> None:
         """Score the keys by all queries, as they come."""
@@ -360,8 +362,8 @@ class Statistics:
         size, (first, last) = self.wanted.block, self.wanted.block_edges
         if reader not in self.scores:
             self.scores[reader] = torch.zeros(1, keys.shape[1], length, device=q.device)
-        elif reader in self.held_queries:
-            q = _cat(self.held_queries.pop(reader), q)
+        elif reader in self.waiting_queries:
+            q = _cat(self.waiting_queries.pop(reader), q)
         now, end = keys.shape[2], length - last
         held_from = now - q.shape[2]
         a = max(first, held_from)
@@ -371,7 +373,7 @@ class Statistics:
             self.scores[reader][:, :, a:b] = block_scores(mine, keys[:, :, a:b])
             a = b
         if a < min(now, end):
-            self.held_queries[reader] = q[:, :, a - held_from :].clone()
+            self.waiting_queries[reader] = q[:, :, a - held_from :].clone()
 
     def _add_moments(self, reader: int, q: Tensor, pos: Tensor, start: int, length: int, inv_freq: Tensor) -> None:
         """Add to the moments of the queries before rotation. If the text is too short to skip any, all count."""

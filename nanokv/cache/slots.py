@@ -29,7 +29,7 @@ class Slots:
         length, asked_limit, sink, limit = self._measure(rows, room)
         self.cursor = length  # tokens counted so far: those it was filled with and all later ones
         self.asked_limit, self.sink, self.limit = asked_limit, sink, limit
-        size = limit if ragged else torch.full_like(limit, self._slots_per_head())
+        size = limit if ragged else torch.full_like(limit, self._lay_out())
         ends = size.flatten().cumsum(0).view_as(size)
         self.first_index = ends[..., None] - size[..., None]  # (B,Hkv,1) int64: where each head's slots begin
         self.total = int(size.sum())
@@ -41,8 +41,8 @@ class Slots:
             self.flat_attention = self.flat_pos.new_zeros(self.total + spare, dtype=torch.float32)
         self._fill(rows)
 
-    def _slots_per_head(self) -> int:
-        """How many slots each head gets where all get the same number."""
+    def _lay_out(self) -> int:
+        """How many slots each head gets where all get the same number. A subclass sets here what each slot is for."""
         return int(self.limit.max())
 
     def _slots_of(self, b: int, n: int) -> Tensor:

@@ -26,7 +26,7 @@ class Policy(ABC):
     attributes, or properties where it depends on an option; they are not annotated here, as that would make them
     fields. No option may have the name of a declaration (a test checks this).
 
-    scores                the statistics of the prompt's attention that `keep` wants.
+    scores                a request: which statistics of the prompt's attention `keep` wants.
     second_scores         a second request, whose scores come as `Prompt.second_attention`; None: there is none.
     rescore_scores        replaces `scores` when the policy is asked again while decoding; by default `scores` itself.
     decode_scores         how each decode step's attention is reduced for `update_scores` (`last_queries` has no meaning
@@ -132,6 +132,10 @@ class Policy(ABC):
         that must stay. Only asked if `eviction` is "score"; by default what `update_scores` has returned.
         """
         return s.attention
+
+    def step_request(self, n_tokens: int) -> ScoreRequest | None:
+        """`decode_scores` for a single new token. None for several, because a turn is not scored."""
+        return self.decode_scores if n_tokens == 1 else None
 
     def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
         """attention (readers,B,Hkv,n): scores of the first n slots by the queries at pos (B,1) → the new

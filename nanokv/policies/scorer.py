@@ -167,10 +167,8 @@ class Scorer(Policy):
     def keep_all(self, prompts: list[Prompt]) -> list[Kept]:
         if self.layers == "compete":
             return self._compete(prompts)
-        if self.layers != "squeeze":
-            return super().keep_all(prompts)
-        similarity, n = [p.similarity for p in prompts], prompts[0].n_visible
-        budgets = self.squeezed_budgets(similarity, self.min_budget, max(n, self.budget))
+        most = max(prompts[0].n_visible, self.budget)
+        budgets = self.squeezed_budgets([p.similarity for p in prompts], self.min_budget, most)
         return [replace(self, layers="flat", budget=n).keep(p) for p, n in zip(prompts, budgets, strict=True)]
 
     def squeezed_budgets(self, similarity: Sequence[float], least: int, most: int) -> list[int]:

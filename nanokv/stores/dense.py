@@ -225,7 +225,7 @@ class SlotStore:
             self.append(k[:, :, a : a + step], v[:, :, a : a + step], pos[:, a : a + step])
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        wanted = self.policy.decode_scores if q.shape[2] == 1 else None
+        wanted = self.policy.step_request(q.shape[2])
         parts = self.read_parts(q, pos, q_sink)
         if len(parts) == 1 and not self.n_pinned:
             return parts[0]
@@ -251,13 +251,13 @@ class SlotStore:
         planes, each_head = self._planes_to_read(q), each_head or len(spans) > 1 or self.n_pinned > 0
         return [self._read_span(planes, x, pos, a, b, each_head) for x, a, b in spans]
 
-    def read_by_chunk(self, turned: Callable[[int], Tensor], size: int, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention where the slots a … a+size−1 are read by the queries turned(a) (B,H,T,D), for a = 0, size, 2·size …
+    def read_by_chunk(self, rotated: Callable[[int], Tensor], size: int, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention where the slots a … a+size−1 are read by the queries rotated(a) (B,H,T,D), for a = 0, size, 2·size …
         → out, lse.
         """
         n, planes = self.slots.max_used, self.planes
         spans = [(a, min(a + size, n)) for a in range(0, n, size)]
-        return merge([self._read_span(planes, turned(a), pos, a, b, False)[:2] for a, b in spans])
+        return merge([self._read_span(planes, rotated(a), pos, a, b, False)[:2] for a, b in spans])
 
     def _planes_to_read(self, q: Tensor) -> list[list[Tensor]]:
         """The planes of K and of V on the device: a store that keeps some on the host overrides this."""
@@ -267,7 +267,7 @@ class SlotStore:
         self, planes: list[list[Tensor]], q: Tensor, pos: Tensor, a: int, b: int, each_head: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attend to the slots a … b−1; either all of them are pinned or none is."""
-        wanted = self.policy.decode_scores if q.shape[2] == 1 else None
+        wanted = self.policy.step_request(q.shape[2])
         s, (codec_k, codec_v) = self.slots, self.codecs
         key_pos = s.pos[:, :, a:b]
         length = None if s.uniform else s.length

@@ -63,19 +63,19 @@ class RaggedStore(SlotStore):
             self.lengths = [min(n + new, limit) for n, (_, limit) in zip(self.lengths, self.spans, strict=True)]
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        s, wanted = self.slots, self.policy.decode_scores if q.shape[2] == 1 else None
+        s, wanted = self.slots, self.policy.step_request(q.shape[2])
         spans = self.spans if s.frozen else [(a, n) for (a, _), n in zip(self.spans, self.lengths, strict=True)]
         length = s.length if s.frozen or q.is_cuda else None  # on a GPU a copy of the host's lengths would wait
         if q_sink is None:
-            return self._decode(q, pos, spans, s.first_index, length, wanted)
+            return self._attend(q, pos, spans, s.first_index, length, wanted)
         m = s.n_sink
         sinks = [(a, min(n, m)) for a, n in spans]
         others = [(a + min(n, m), max(0, n - m)) for a, n in spans]
-        at_sinks = self._decode(q_sink, pos, sinks, s.first_index, None if length is None else length.clamp(max=m))
-        behind = self._decode(q, pos, others, s.first_index + m, None if length is None else (length - m).clamp(min=0))
+        at_sinks = self._attend(q_sink, pos, sinks, s.first_index, None if length is None else length.clamp(max=m))
+        behind = self._attend(q, pos, others, s.first_index + m, None if length is None else (length - m).clamp(min=0))
         return *merge([at_sinks[:2], behind[:2]]), None
 
-    def _decode(
+    def _attend(
         self,
         q: Tensor,
         pos: Tensor,

@@ -683,6 +683,13 @@ def test_a_saved_cache_that_does_not_fit_is_refused(model, tiny, capsys):
     assert "nothing to save yet" in call(capsys, "--model", model, "--quiet", *wait)[2] and not (model / "d").exists()
 
 
+def test_a_saved_cache_that_is_not_there_is_told_before_the_model_is_loaded(model, capsys, monkeypatch):
+    monkeypatch.setattr("nanokv.load", lambda *args, **given: pytest.fail("the model is loaded"))
+    for name in ("nothing", "x" * 300):
+        status, _, err = call(capsys, "--model", model, "--load-cache", model / name, "-p", "x")
+        assert status == 2 and "is not there; give a file that --save-cache has written" in err
+
+
 def test_the_xray_darkens_what_is_remembered(model, capsys):
     file = model / "x.html"
     call(

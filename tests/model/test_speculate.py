@@ -98,6 +98,17 @@ def test_tried_tokens_have_the_logits_of_single_steps(plan, llm_of):
     torch.testing.assert_close(again, right, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("store", ["dense", "int4:group=4,residual=6", "rot8", "ragged"])
+def test_a_single_tried_token_sees_what_is_stored_and_itself(store, llm_of):
+    """A writer of drafts tries its tokens one by one. Nothing is stored, so no slot is read that holds no token."""
+    llm, prompt = llm_of("g3"), text(50, 3)
+    steps, tries = (llm.session(20, plan=llm.ready(parse(f"full+{store}"))) for _ in range(2))
+    for session in (steps, tries):
+        session.start([prompt])
+    right, found = steps.feed(torch.tensor([[7]])), tries.try_tokens(torch.tensor([[7]]))[0]
+    torch.testing.assert_close(found, right, atol=2e-4, rtol=1e-4)
+
+
 def test_an_error_within_a_draft_leaves_a_session_that_says_so(llm_of, monkeypatch):
     llm, draft = llm_of("g3"), llm_of("g3").speculation("streaming:sink=2,recent=10")
     session = llm.session(40)

@@ -44,8 +44,8 @@ class GroupSlots(Slots):
         torch.mul(self.n_flushed, self.group, out=self.in_groups)
         torch.sub(self.first_index, self.in_groups[..., None], out=self.window_first)
 
-    def _slots_per_head(self) -> int:
-        """Divide the slots, set the numbers that describe the division, and return the slots per head."""
+    def _lay_out(self) -> int:
+        """Set the numbers that say what each slot is for → slots per head."""
         wraps = (self.limit < self.cursor + self.room) | (self.limit == self.asked_limit)
         if self.sliding_window is not None:
             wraps |= self.limit == self.sink + self.sliding_window
@@ -146,15 +146,15 @@ class GroupState(StoreState):
         ):
             raise ValueError("its groups have other shapes or types, or hold values that are no numbers")
         spec.check_codes(self.k_groups, self.v_groups)
-        in_window = self.cursor - self.pinned - self.n_flushed * group
+        n_in_window = self.cursor - self.pinned - self.n_flushed * group
         slots, known = self._slots(row, spec, ctx.sliding_window)
         length = (self.pos >= 0).sum(-1)
         if not (
             (self.pinned >= 0).all()
             and (self.pinned <= max(spec.pin, int(row.sink.max()))).all()
             and ((self.n_flushed >= 0) & (self.n_flushed <= self.cursor)).all()
-            and (in_window < spec.residual + group).all()
-            and ((in_window >= spec.residual) | (self.n_flushed == 0)).all()
+            and (n_in_window < spec.residual + group).all()
+            and ((n_in_window >= spec.residual) | (self.n_flushed == 0)).all()
             and (length == row.length).all()
             and ((slots >= 0) & (slots < self.pos.shape[2])).all()
             and torch.where(known, self.pos.gather(2, slots) == row.pos, True).all()
@@ -203,9 +203,9 @@ def _slot_of(nth: Tensor, pinned: Tensor, in_groups: Tensor, ring: Tensor, n_exa
     ring (groups in memory) are (B,Hkv,1).
     """
     behind = nth - pinned  # its number among those that are not pinned
-    in_group = n_exact + behind.div(group, rounding_mode="floor") % ring * group + behind % group
-    in_window = torch.where(behind < 0, nth, nth - in_groups)
-    return torch.where((behind >= 0) & (behind < in_groups), in_group, in_window)
+    group_slot = n_exact + behind.div(group, rounding_mode="floor") % ring * group + behind % group
+    exact_slot = torch.where(behind < 0, nth, nth - in_groups)
+    return torch.where((behind >= 0) & (behind < in_groups), group_slot, exact_slot)
 
 
 def _runs(values: Sequence, most: int) -> Iterator[tuple[slice, Any]]:
@@ -296,6 +296,7 @@ class GroupedStore:
             self._resume(rows)
         self.counts = WindowCounts(s)
         self.precounted = 0  # tokens that `extend` has counted; the next `maintain` must not count them again
+        self.uncounted = 0  # tokens that `append` has written since `counts` was brought up to date; 0 once frozen
 
     def _fill(self, rows: list[Kept]) -> None:
         s, group = self.slots, self.spec.group
@@ -342,6 +343,8 @@ class GroupedStore:
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         s = self.slots
+        if not s.frozen:
+            self.uncounted += k.shape[2]
         if s.uniform and not s.wraps and k.shape[2] == 1:  # the host knows the slot
             n = self.counts.reach
             self.k[:, :, n : n + 1], self.v[:, :, n : n + 1] = k, v
@@ -378,6 +381,7 @@ class GroupedStore:
         """Count `written` tokens. In each window that is full, encode the first group and move it behind the window."""
         s, group = self.slots, self.spec.group
         self.counts.written += written
+        self.uncounted = 0
         if self.counts.free > 0:
             return
         due, into, first = self.counts.take_full()
@@ -398,20 +402,19 @@ class GroupedStore:
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         s = self.slots
-        stored = 1 if q.shape[2] == 1 else 0  # a single token is stored, and not counted yet
-        n = s.n_exact if s.frozen else self.counts.reach + stored
+        n = s.n_exact if s.frozen else self.counts.reach + self.uncounted
         groups = self.n_groups if s.frozen else min(self.n_groups, max(self.counts.n_flushed))
         end = s.n_exact + groups * self.spec.group
-        in_window, in_groups = self._held(n, end)
+        exact_held, groups_held = self._held(n, end)
         m = 0 if q_sink is None else min(s.n_sink, n)
-        parts = [self._decode(q_sink, pos, *self._exact(0, m, part_of(in_window, 0, m)))] if m else []
-        exact = self._exact(m, n, part_of(in_window, m, n) if m else in_window)
+        parts = [self._attend(q_sink, pos, *self._exact(0, m, part_of(exact_held, 0, m)))] if m else []
+        exact = self._exact(m, n, part_of(exact_held, m, n) if m else exact_held)
         if groups:
             k, v = ([x[:, :, :groups] for x in planes] for planes in self.groups)
             key_pos, beside = s.pos[:, :, s.n_exact : end], exact if m < n else None
-            parts.append(self.spec.attend(self.ctx.ops, q, k, v, in_groups, key_pos, pos, s.sliding_window, beside))
+            parts.append(self.spec.attend(self.ctx.ops, q, k, v, groups_held, key_pos, pos, s.sliding_window, beside))
         elif m < n:
-            parts.append(self._decode(q, pos, *exact))
+            parts.append(self._attend(q, pos, *exact))
         return *(merge(parts) if len(parts) > 1 else parts[0]), None
 
     def _held(self, n: int, end: int) -> tuple[Tensor | None, Tensor | None]:
@@ -429,7 +432,7 @@ class GroupedStore:
         span = slice(a, b)
         return self.k[:, :, span], self.v[:, :, span], held, self.slots.pos[:, :, span]
 
-    def _decode(
+    def _attend(
         self, q: Tensor, pos: Tensor, k: Tensor, v: Tensor, length: Tensor | None, key_pos: Tensor
     ) -> tuple[Tensor, Tensor]:
         return self.ctx.ops.decode(q, k, v, length, key_pos, pos, self.slots.sliding_window)[:2]

@@ -145,7 +145,7 @@ class MixedStore:
         )  # a policy that demotes while decoding scores every step, so its tokens come one by one
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        wanted = self.policy.decode_scores if q.shape[2] == 1 else None
+        wanted = self.policy.step_request(q.shape[2])
         parts = [part for store in self.tiers for part in store.read_parts(q, pos, each_head=True)]
         return join(parts, wanted.over_group if wanted else None, self.slots.cursor.shape[1])
 
