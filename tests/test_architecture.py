@@ -268,7 +268,7 @@ STEP = {
         "_read_span",
         "join",
     ],
-    "nanokv/stores/ragged.py": ["append", "read", "_decode"],
+    "nanokv/stores/ragged.py": ["append", "read", "_attend"],
     "nanokv/stores/shared.py": ["append", "read"],
     "nanokv/stores/quant/grouped.py": [
         "append",
@@ -279,7 +279,7 @@ STEP = {
         "read",
         "_held",
         "_exact",
-        "_decode",
+        "_attend",
     ],
     "nanokv/stores/quant/mixed.py": ["append", "read"],
     "nanokv/stores/quant/gear.py": ["attend", "decode"],

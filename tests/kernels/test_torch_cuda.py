@@ -15,7 +15,7 @@ B, HKV, G, D = 2, 2, 3, 16
 def stand_ins(monkeypatch):
     """Also small ranges and blocks, so that several are joined."""
     monkeypatch.setattr(torch_cuda, "efficient", efficient)
-    monkeypatch.setattr(torch_cuda, "flash", flash)
+    monkeypatch.setattr(torch_cuda, "causal_flash", flash)
     monkeypatch.setattr(torch_cuda, "product", lambda a, b: (a.double() @ b.double()).float())
     monkeypatch.setattr(torch_cuda, "n_processors", lambda device: 7)
     monkeypatch.setattr(torch_cuda, "MIN_RANGE", 8)

@@ -98,7 +98,7 @@ def test_tried_tokens_have_the_logits_of_single_steps(plan, llm_of):
     torch.testing.assert_close(again, right, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("store", ["dense", "int4:group=4,residual=6", "rot8", "ragged"])
+@pytest.mark.parametrize("store", ["dense", "int4:group=4,residual=6", "ragged"])
 def test_a_single_tried_token_sees_what_is_stored_and_itself(store, llm_of):
     """A writer of drafts tries its tokens one by one. Nothing is stored, so no slot is read that holds no token."""
     llm, prompt = llm_of("g3"), text(50, 3)
