@@ -233,18 +233,18 @@ def decode_without_amx() -> str:
 
 
 def decode_compiled() -> str:
-    """The same machine, since compiled steps are recorded and sum in registers."""
-    return _decode(_read("peers-registers.json", "epyc")["peers_speed"])
+    """Two cores of a Zen 5, since prompts and compiled steps have products of their own."""
+    return _decode(_read("peers-512-4096.json", "epyc-zen5")["peers_speed"])
 
 
 def decode_qwen() -> str:
     """The same machine, and a model that reads four times as many bytes of weights."""
-    return _decode(_read("peers-qwen-4096.json", "epyc")["peers_speed"])
+    return _decode(_read("peers-qwen-4096.json", "epyc-zen5")["peers_speed"])
 
 
 def decode_qwen_16384() -> str:
     """The same model at 16,384 tokens, with the full cache and with 1,024 tokens of it."""
-    return _decode(_read("peers-qwen-16384.json", "epyc")["peers_speed"])
+    return _decode(_read("peers-products-16384.json", "epyc-zen5")["peers_speed"])
 
 
 def decode_16384() -> str:
