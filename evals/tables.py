@@ -248,7 +248,7 @@ def decode_qwen_16384() -> str:
 
 
 def decode_16384() -> str:
-    """The same machine at 16,384 tokens, with the full cache and with 1,024 tokens of it."""
+    """smollm2-135m at 16,384 tokens on the Zen 4, with the full cache and with 1,024 tokens of it."""
     return _decode(_read("peers-16384.json", "epyc")["peers_speed"])
 
 

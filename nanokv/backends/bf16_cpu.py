@@ -1,11 +1,13 @@
 """Attention of several queries on a CPU with bf16 arithmetic, as products of matrices.
 
 torch's flash kernel for CPUs multiplies bf16 as slowly as fp32, unless the CPU has AMX. oneDNN's products of bf16 matrices
-are some four times as fast, so the logits of a block of queries are written to memory, where a CPU's cache holds them.
+are some four times as fast, so the logits of a block of queries are written to memory. Up to some 8,192 keys a CPU's cache
+holds them.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -13,9 +15,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
-ROWS = 512  # queries of one block times the query heads of a group. Their logits with 4,096 keys take 8 MiB
-SCORED_ROWS = 128  # as ROWS, where attention scores are taken: several tensors of that size must fit the CPU's cache
+ROWS = 512  # queries of one block times the query heads of a group. With 4,096 keys logits and weights take 12 MiB
+SCORED_ROWS = 384  # queries of one block times all query heads, where attention scores are taken
 MIN_LOGITS = 200_000  # of one KV head. With fewer the calls cost more than the flash kernel
+SETTING = threading.Lock()  # for `fp32_as_bf16`, whose setting all threads share
 
 
 def applies(q: Tensor, k: Tensor) -> bool:
@@ -76,11 +79,14 @@ def logits(q: Tensor, k: Tensor) -> Tensor:
 @contextmanager
 def fp32_as_bf16() -> Iterator[None]:
     """Within this, oneDNN multiplies fp32 matrices as bf16, which changes no number that bf16 can hold, and adds up in
-    fp32. torch has no product on a CPU that takes bf16 and returns fp32. The setting is the whole process's.
+    fp32. torch has no product on a CPU that takes bf16 and returns fp32. The setting is the whole process's: fp32 products
+    of other threads are rounded meanwhile, too.
     """
     matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    with SETTING:
+        before = matmul.fp32_precision
+        try:
+            matmul.fp32_precision = "bf16"
+            yield
+        finally:
+            matmul.fp32_precision = before

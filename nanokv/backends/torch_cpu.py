@@ -105,7 +105,7 @@ def attention_scores(
     how = over_group, over_queries, noise, near
     if not bf16_cpu.applies(q, k):
         return reference.attention_scores(q, k, start, sliding_window, *how)
-    block = max(1, bf16_cpu.SCORED_ROWS * k.shape[1] // q.shape[1])
+    block = max(reference.SCORED_AT_ONCE, bf16_cpu.SCORED_ROWS // q.shape[1])
     return reference.attention_scores_by(bf16_cpu.logits, q, k.float(), start, sliding_window, *how, block)
 
 

@@ -22,7 +22,9 @@ from nanokv.cache.protocol import Cache, Layer
 from nanokv.model.config import ModelConfig
 from nanokv.model.rope import angles
 
-TOKENS_AT_ONCE = 1024  # that an MLP takes: its intermediate tensors are several times as large as its input
+TOKENS_AT_ONCE = (
+    1024  # that an MLP takes on a CPU: what lies between its products is several times as large as its input
+)
 
 
 class Llama(nn.Module):
@@ -127,8 +129,12 @@ class MLP(nn.Module):
         self.linear, self.swiglu = ops.linear, ops.swiglu
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[0] * x.shape[1] > TOKENS_AT_ONCE:
-            return torch.cat([self(part[None]) for part in x.flatten(0, 1).split(TOKENS_AT_ONCE)], 1).view(x.shape)
+        if x.device.type != "cpu" or x.shape[0] * x.shape[1] <= TOKENS_AT_ONCE:
+            return self._products(x)
+        parts = x.flatten(0, 1).split(TOKENS_AT_ONCE)
+        return torch.cat([self._products(part) for part in parts]).view(x.shape)
+
+    def _products(self, x: Tensor) -> Tensor:
         up, down = self.gate_up_proj, self.down_proj
         return self.linear(self.swiglu(self.linear(x, up.weight, up.bias)), down.weight, down.bias)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -44,6 +46,34 @@ def test_attention_as_products(start, monkeypatch):
     torch.testing.assert_close(lse.double(), right_lse.double(), atol=1e-5, rtol=1e-5)  # logits are not rounded to bf16
 
 
+def test_prompts_and_turns_take_products_where_these_apply(monkeypatch):
+    q = normal(1, HKV * G, 9, D, seed=0, dtype=torch.bfloat16)
+    k, v = (normal(1, HKV, 15, D, seed=i, dtype=torch.bfloat16) for i in (1, 2))
+    right, right_lse = reference.prefill(q.double(), k.double(), v.double(), 6, None)
+    calls, real = [], bf16_cpu.attend
+    monkeypatch.setattr(bf16_cpu, "applies", lambda q, k: True)
+    monkeypatch.setattr(bf16_cpu, "attend", lambda *args, **given: calls.append(given) or real(*args, **given))
+    out, lse = torch_cpu.sdpa_turn(q, k, v, 6, None)
+    for found in (out, torch_cpu.sdpa_prefill(q, k, v, 6, None)):
+        torch.testing.assert_close(found.double(), right, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse.double(), right_lse.double(), atol=1e-5, rtol=1e-5)
+    torch_cpu.sdpa_turn(q, k, v, 6, 4), torch_cpu.sdpa_prefill(q, k, v, 6, 4)  # a sliding window hides keys
+    assert calls == [{"causal": True}, {"causal": True, "with_lse": False}]
+
+
+def test_products_apply_to_many_bf16_queries_on_a_cpu_that_multiplies_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    q, k = torch.zeros(1, 4, 100, 8, dtype=torch.bfloat16), torch.zeros(1, 2, 2000, 8, dtype=torch.bfloat16)
+    assert bf16_cpu.applies(q, k)
+    assert not bf16_cpu.applies(q[:, :, :1], k) and not bf16_cpu.applies(q, k[:, :, :999])
+    for q_type, k_type in ((torch.half, torch.half), (torch.float, torch.float), (torch.half, torch.bfloat16)):
+        assert not bf16_cpu.applies(q.to(q_type), k.to(k_type))
+    assert not bf16_cpu.applies(q.to("meta"), k.to("meta"))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not bf16_cpu.applies(q, k)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_turn_over_stored_tokens_as_products(masked, monkeypatch):
     """One head sees all slots, one sees 9 of 20, and one row's head sees none."""
@@ -66,6 +96,25 @@ def test_attention_scores_as_products(over_queries, window, monkeypatch):
     right = reference.attention_scores(q.double(), k.double(), 9, window, "mean", over_queries)
     found = torch_cpu.attention_scores(q, k, 9, window, "mean", over_queries)
     torch.testing.assert_close(found.double(), right.double(), atol=1e-4, rtol=1e-4)
+
+
+def test_two_threads_leave_the_setting_of_onednn_as_it_was():
+    matmul, entered = torch.backends.mkldnn.matmul, threading.Event()
+    before = matmul.fp32_precision
+
+    def other() -> None:
+        entered.set()
+        with bf16_cpu.fp32_as_bf16():
+            pass
+
+    with bf16_cpu.fp32_as_bf16():
+        thread = threading.Thread(target=other)
+        thread.start()
+        entered.wait()
+        thread.join(0.2)  # without a lock it would be through, or hold the wrong value
+        assert thread.is_alive() and matmul.fp32_precision == "bf16"
+    thread.join()
+    assert matmul.fp32_precision == before
 
 
 def test_the_setting_of_onednn_is_put_back():

@@ -165,6 +165,17 @@ def test_smollm2_writes_the_same_tokens_as_transformers(prompt, chat, n, smollm)
     assert turn.ids[0] == theirs[0, len(ids) :].tolist()
 
 
+def test_an_mlp_in_parts_computes_what_it_computes_at_once(llm_of, monkeypatch):
+    mlp = llm_of("g3").models.prefill.layers[0].mlp
+    x = torch.randn(3, 5, mlp.down_proj.out_features, generator=torch.Generator().manual_seed(0))
+    right = mlp(x)
+    parts, products = [], mlp._products
+    monkeypatch.setattr("nanokv.model.llama.TOKENS_AT_ONCE", 4)
+    monkeypatch.setattr(mlp, "_products", lambda part: parts.append(len(part)) or products(part))
+    torch.testing.assert_close(mlp(x), right)
+    assert parts == [4, 4, 4, 3]
+
+
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_a_head_that_holds_nothing_adds_nothing(backend):
     from nanokv.backends import BACKENDS
