@@ -102,6 +102,7 @@ def attention_scores(
     noise: tuple[int, float, int] | None = None,
     near: int | None = None,
 ) -> Tensor:
+    """As `reference.attention_scores`."""
     how = over_group, over_queries, noise, near
     if not bf16_cpu.applies(q, k):
         return reference.attention_scores(q, k, start, sliding_window, *how)
