@@ -21,9 +21,8 @@ class Ops:
 
     name: str
     prefill: Callable[..., Tensor]  # attention of a prompt or a part of it; returns no lse
-    turn: Callable[
-        ..., tuple[Tensor, Tensor]
-    ]  # causal attention, also of tokens among themselves: `reference.prefill`, with lse
+    # causal attention, also of tokens among themselves: `reference.prefill`, with lse
+    turn: Callable[..., tuple[Tensor, Tensor]]
     decode: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     decode_quant: Callable[..., tuple[Tensor, Tensor]]
     decode_ragged: Callable[..., tuple[Tensor, Tensor, Tensor | None]]

@@ -61,9 +61,8 @@ class Prompt:
     k: Tensor  # (1,Hkv,N,D), rotated
     v: Tensor  # (1,Hkv,N,D)
     pos: Tensor  # (1,Hkv,N) int32 absolute positions, ascending; −1 pads a head that holds fewer tokens
-    attention: (
-        Tensor | None
-    )  # (readers,Hkv,N) fp32: a plane per layer that reads these keys; one at a rescore under `decode_scores`
+    # (readers,Hkv,N) fp32: a plane per layer that reads these keys; one at a rescore under `decode_scores`
+    attention: Tensor | None
     n_queries: int  # how many queries scored the keys
     ops: Any  # the backend; `Kept.top` moves tokens with it
     q_mean: Tensor | None = None  # (readers,H,D) fp32, of queries before rotation; only if asked for

@@ -183,9 +183,8 @@ class DenseLayer:
         )
         self.v: Tensor | None = None
         self.statistics = {request: Statistics(request) for request in wanted}
-        self.refit_queries: dict[
-            int, Tensor
-        ] = {}  # reader → its last queries so far (1,H,w,D), for policies that see them
+        # reader → its last queries so far (1,H,w,D), for policies that see them
+        self.refit_queries: dict[int, Tensor] = {}
         self.pass_length: int | None = None  # tokens of the scoring pass in progress
         self.pass_kv: tuple[Tensor, Tensor] | None = None  # its keys and values so far
         self.scored: Tensor | None = None  # positions of the keys that it scores; None: all

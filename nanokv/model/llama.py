@@ -22,9 +22,8 @@ from nanokv.cache.protocol import Cache, Layer
 from nanokv.model.config import ModelConfig
 from nanokv.model.rope import angles
 
-TOKENS_AT_ONCE = (
-    1024  # that an MLP takes on a CPU: what lies between its products is several times as large as its input
-)
+# that an MLP takes on a CPU: what lies between its products is several times as large as its input
+TOKENS_AT_ONCE = 1024
 
 
 class Llama(nn.Module):
