@@ -5,8 +5,6 @@ They are called only while compiling. Run as plain torch they would be slow and 
 
 from __future__ import annotations
 
-from functools import reduce
-
 import torch
 from torch import Tensor
 
@@ -16,8 +14,11 @@ from torch import Tensor
 N_PARALLEL_READS = 4
 LONGEST_SUM = 4096  # Inductor adds up more numbers with an object in memory, which takes far longer
 N_PIECES = 8  # a sum over tokens is made in so many pieces, in four times as many if they were longer than LONGEST_SUM
-N_LANES = 16  # fp32 numbers in a vector register of AVX-512
-N_REGISTERS = 16  # vector registers for sums: half of AVX-512's
+# In 16 bits these channels are a cache line. On 2 cores of a Zen 5 loops over half a line read keys and values from
+# memory at 10 to 17 GB/s where loops over whole lines read them at 24 to 48, with 64 or 128 channels a head. In longer
+# parts the sums of a loop over tokens do not stay in registers (18 to 26 GB/s)
+TILE = 32
+MOST_SUMS = 32  # of one loop over tokens; with more a loop is as slow as one without tiles
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -25,9 +26,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     columns = weight.shape[1]
     # a sum of equal parts, so that one loop still reads a row of the weight from its first column to its last
     n_sums = next(n for n in range(1, columns + 1) if columns % n == 0 and columns // n <= LONGEST_SUM)
-    row = force_materialize(x.to(weight.dtype).float().view(n_sums, -1))
-    parts = [part.float().unflatten(1, (n_sums, -1)) for part in weight.chunk(N_PARALLEL_READS)]
-    out = torch.cat([(row * part).sum(-1).sum(-1) for part in parts])
+    row = force_materialize(x.to(weight.dtype).float().view(-1))
+    parts = [part.float() for part in weight.chunk(N_PARALLEL_READS)]
+    if n_sums == 1:
+        out = torch.cat([(row * part).sum(-1) for part in parts])
+    else:
+        row = row.view(n_sums, -1)
+        out = torch.cat([(row * part.unflatten(1, (n_sums, -1))).sum(-1).sum(-1) for part in parts])
     out = out if bias is None else out + bias.float()
     return out.to(weight.dtype).view(*x.shape[:-1], -1)
 
@@ -48,9 +53,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> tuple[Ten
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
     """x (…,n,C) times y (…,S,C) transposed → (…,n,S). One loop over y serves all n rows of x."""
-    tiles = list(zip(_tiles(force_materialize(x)), _tiles(y), strict=True))
-    rows = [reduce(torch.add, [a[..., i, None, :] * b for a, b in tiles]).sum(-1) for i in range(x.shape[-2])]
-    return torch.stack(rows, -2)
+    x = force_materialize(x)
+    return torch.stack([(x[..., i, None, :] * y).sum(-1) for i in range(x.shape[-2])], -2)
 
 
 def mix(weight: Tensor, y: Tensor) -> Tensor:
@@ -63,21 +67,16 @@ def mix(weight: Tensor, y: Tensor) -> Tensor:
     end = length * n_pieces
     weights = weight[..., :end].unflatten(-1, (n_pieces, length)).transpose(-2, -3)  # (…,n_pieces,n,length)
     pieces = y[..., :end, :].unflatten(-2, (n_pieces, length))  # (…,n_pieces,length,C)
-    return _mix_piece(weights, pieces).sum(-3) + _mix_piece(weight[..., end:], y[..., end:, :])
+    return _mix_piece(weights, pieces).sum(-3) + (weight[..., end:, None] * y[..., None, end:, :]).sum(-2)
 
 
 def _mix_piece(weight: Tensor, y: Tensor) -> Tensor:
-    """As `mix`, by one loop over y if its sums fit the registers."""
-    n, tiles = weight.shape[-2], _tiles(y)
-    if n * len(tiles) > N_REGISTERS:
-        tiles = (y,)
+    """As `mix`, by one loop over y."""
+    n, tiles = weight.shape[-2], (y,)
+    if y.shape[-1] % TILE == 0 and n * y.shape[-1] // TILE <= MOST_SUMS:
+        tiles = y.split(TILE, -1)
     sums = [(weight[..., i, :, None] * tile).sum(-2) for i in range(n) for tile in tiles]
     return torch.stack(sums, -2).unflatten(-2, (n, -1)).flatten(-2)
-
-
-def _tiles(x: Tensor) -> tuple[Tensor, ...]:
-    """The last dimension in parts of one vector register each. Inductor adds up longer parts in memory."""
-    return x.split(N_LANES, -1) if x.shape[-1] % N_LANES == 0 else (x,)
 
 
 def force_materialize(x: Tensor) -> Tensor:
