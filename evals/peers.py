@@ -29,6 +29,7 @@ from nanokv.inspect.dense import begin
 from nanokv.llm import LLM
 from nanokv.policies import POLICIES
 from nanokv.runner import Eager
+from nanokv.text.sampler import likeliest
 from weights.fetch import locate
 
 INSTALL = "pip install -r requirements-peers.txt"
@@ -151,7 +152,7 @@ class Net:
 
     @torch.inference_mode()
     def step(self) -> None:
-        self.logits = self._forward(self.call, self.logits.argmax(-1).tolist())
+        self.logits = self._forward(self.call, likeliest(self.logits).tolist())
 
     @torch.inference_mode()
     def feed(self, ids: Sequence[int]) -> torch.Tensor:

@@ -19,6 +19,7 @@ from nanokv.cache.report import Report
 from nanokv.device import peak_bytes
 from nanokv.engine import Session
 from nanokv.llm import LLM
+from nanokv.text.sampler import likeliest
 
 ROOT = Path(__file__).parent.parent
 # every round takes STEPS steps of each runner; the first WARM of them warm up its caches and are not counted
@@ -87,7 +88,7 @@ def stepper(session: Session, logits: torch.Tensor) -> Callable[[], None]:
     state = [logits]
 
     def step() -> None:
-        state[0] = session.feed(state[0].argmax(-1, keepdim=True))
+        state[0] = session.feed(likeliest(state[0])[:, None])
 
     return step
 

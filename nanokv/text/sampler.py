@@ -37,7 +37,7 @@ class Sampling:
 def probabilities(logits: Tensor, s: Sampling) -> Tensor:
     """Logits (B,vocab) → fp32 probabilities (B,vocab) after the filters; greedy: 1 for the likeliest token."""
     if s.temperature == 0:
-        return torch.zeros_like(logits, dtype=torch.float32).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+        return torch.zeros_like(logits, dtype=torch.float32).scatter(-1, likeliest(logits)[..., None], 1.0)
     p = ((logits.float() - logits.float().amax(-1, keepdim=True)) / s.temperature).softmax(-1)
     if s.top_k:
         kth = p.topk(min(s.top_k, p.shape[-1]), -1).values[:, -1:]
@@ -74,7 +74,14 @@ def finite(logits: Tensor) -> Tensor:
 
 def sample(logits: Tensor, s: Sampling, generator: torch.Generator | None) -> Tensor:
     """Logits (B,vocab) → token ids (B,)."""
-    return logits.argmax(-1) if s.temperature == 0 else draw(probabilities(logits, s), generator)
+    return likeliest(logits) if s.temperature == 0 else draw(probabilities(logits, s), generator)
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Logits (…,vocab) → the token of the largest one (…); of equal ones the first. On a CPU argmax of 16 bits takes six to
+    eight times as long.
+    """
+    return logits.max(-1).indices
 
 
 def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
