@@ -233,8 +233,9 @@ def decode_without_amx() -> str:
 
 
 def decode_compiled() -> str:
-    """Two cores of a Zen 5, since prompts and compiled steps have products of their own."""
-    return _decode(_read("peers-512-4096.json", "epyc-zen5")["peers_speed"])
+    """Two cores of a Zen 5, since prompts and compiled steps have products of their own: a process for each length."""
+    files = ("peers-lines-512.json", "peers-lines-4096.json")
+    return _decode([r for file in files for r in _read(file, "epyc-zen5")["peers_speed"]])
 
 
 def decode_qwen() -> str:
@@ -244,7 +245,7 @@ def decode_qwen() -> str:
 
 def decode_qwen_16384() -> str:
     """The same model at 16,384 tokens, with the full cache and with 1,024 tokens of it."""
-    return _decode(_read("peers-products-16384.json", "epyc-zen5")["peers_speed"])
+    return _decode(_read("peers-lines-16384.json", "epyc-zen5")["peers_speed"])
 
 
 def decode_16384() -> str:

@@ -14,27 +14,27 @@ from torch import Tensor
 N_PARALLEL_READS = 4
 LONGEST_SUM = 4096  # Inductor adds up more numbers with an object in memory, which takes far longer
 N_PIECES = 8  # a sum over tokens is made in so many pieces, in four times as many if they were longer than LONGEST_SUM
-# In 16 bits these channels are a cache line. On 2 cores of a Zen 5 loops over half a line read keys and values from
-# memory at 10 to 17 GB/s where loops over whole lines read them at 24 to 48, with 64 or 128 channels a head. In longer
-# parts the sums of a loop over tokens do not stay in registers (18 to 26 GB/s)
+# Channels of the values that `mix` adds up side by side: in 16 bits a cache line. On 2 cores of a Zen 5 the values of 64
+# or 128 channels a head were read from memory at 13 to 19 GB/s by tiles of half a line, at 20 to 48 by tiles of a line,
+# and at 12 to 26 in one tile, whose sums are not kept in registers
 TILE = 32
-MOST_SUMS = 32  # of one loop over tokens; with more a loop is as slow as one without tiles
+MOST_SUMS = 32  # of one loop over tokens; with more, tiles gained nothing
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """One row x (…,C) times weight (N,C), plus bias (N,) → (…,N) in the weight's type; products and sums are fp32."""
-    columns = weight.shape[1]
-    # a sum of equal parts, so that one loop still reads a row of the weight from its first column to its last
-    n_sums = next(n for n in range(1, columns + 1) if columns % n == 0 and columns // n <= LONGEST_SUM)
-    row = force_materialize(x.to(weight.dtype).float().view(-1))
-    parts = [part.float() for part in weight.chunk(N_PARALLEL_READS)]
-    if n_sums == 1:
-        out = torch.cat([(row * part).sum(-1) for part in parts])
-    else:
-        row = row.view(n_sums, -1)
-        out = torch.cat([(row * part.unflatten(1, (n_sums, -1))).sum(-1).sum(-1) for part in parts])
+    lead, columns = x.shape[:-1], weight.shape[1]
+    x, blocks = x.to(weight.dtype).float().view(-1), [rows.float() for rows in weight.chunk(N_PARALLEL_READS)]
+    # a long row is a sum of equal stretches, so that one loop still reads it from its first column to its last
+    n = next(n for n in range(1, columns + 1) if columns % n == 0 and columns // n <= LONGEST_SUM)
+    if n > 1:
+        x, blocks = x.view(n, -1), [rows.unflatten(1, (n, -1)) for rows in blocks]
+    x = force_materialize(x)
+    # the same loop reads all blocks of rows, and writes sums of one stretch where they belong, without a copy
+    sums = [(x * rows).sum(-1) for rows in blocks]
+    out = torch.cat(sums if n == 1 else [of_row.sum(-1) for of_row in sums])
     out = out if bias is None else out + bias.float()
-    return out.to(weight.dtype).view(*x.shape[:-1], -1)
+    return out.to(weight.dtype).view(*lead, -1)
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,8 @@ def mix(weight: Tensor, y: Tensor) -> Tensor:
     end = length * n_pieces
     weights = weight[..., :end].unflatten(-1, (n_pieces, length)).transpose(-2, -3)  # (…,n_pieces,n,length)
     pieces = y[..., :end, :].unflatten(-2, (n_pieces, length))  # (…,n_pieces,length,C)
-    return _mix_piece(weights, pieces).sum(-3) + (weight[..., end:, None] * y[..., None, end:, :]).sum(-2)
+    few = (weight[..., end:, None] * y[..., None, end:, :]).sum(-2)  # without tiles: each costs a call for its memory
+    return _mix_piece(weights, pieces).sum(-3) + few
 
 
 def _mix_piece(weight: Tensor, y: Tensor) -> Tensor:
