@@ -390,15 +390,15 @@ def rebuild_keys(
     line = (torch.arange(B, device=chunk.device)[:, None] * C + chunk.flatten(1)).flatten()
     rows = a.view(B * C, -1).index_select(0, line).view(B, heads, K * c, -1)
     pos = first[:, None, None, None] + chunk[..., None] * c + torch.arange(c, device=chunk.device)
-    keys = _rotate((_wide(rows) @ _wide(b)).unflatten(2, (K, c)), pos, inv_freq).flatten(3).to(out.dtype)
+    keys = _rotate_to((_wide(rows) @ _wide(b)).unflatten(2, (K, c)), pos, inv_freq).flatten(3).to(out.dtype)
     out.copy_(keys if is_new is None else torch.where(is_new[..., None], keys, out))
 
 
-def _rotate(x: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:
+def _rotate_to(x: Tensor, pos: Tensor, inv_freq: Tensor) -> Tensor:
     """Rotate x (…,D) to the positions pos (…) with RoPE."""
     angle = pos[..., None].float() * inv_freq
-    cos, sin, (low, high) = angle.cos(), angle.sin(), x.chunk(2, -1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+    cos, sin = angle.cos(), angle.sin()
+    return rotate(x, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
 
 
 def fetch_chunks(chunks: Tensor, chunk_ids: Tensor, is_new: Tensor | None, out: Tensor) -> None:
@@ -537,9 +537,8 @@ def quantize(x: Tensor, bits: int, tokens: int, channels: int) -> tuple[Tensor, 
     blocks = x.float().unflatten(-2, (-1, tokens)).unflatten(-1, (-1, channels))
     lowest, highest = blocks.amin((-3, -1)), blocks.amax((-3, -1))
     zero = lowest.clamp(-HALF, HALF).half()
-    lifted = (zero.float() - lowest).clamp(
-        min=0
-    )  # rounding may lift the zero point above the lowest number; scale/2 must cover that
+    # rounding may lift the zero point above the lowest number; scale/2 must cover that
+    lifted = (zero.float() - lowest).clamp(min=0)
     scale = _half_up(torch.maximum((highest - zero.float()) / (2**bits - 1), 2 * lifted))
     scale = scale.masked_fill(scale == 0, 1)
     code = (blocks - spread(zero.float())) / spread(scale.float())

@@ -82,10 +82,10 @@ class CompileOptions:
 class Compiled:
     """Compiles one block, and the head behind the last block, with torch.compile.
 
-    A plan gets at most two graphs per kind of block, whatever the lengths (on a CPU heads of fewer than 18 slots or of
-    more than 32,768 may need one more). Layers are of one kind if they agree in what decides a step's operations: whether they store, and
-    which parts their store has. Before each call torch checks its guards. The weights and the program never change
-    while this object lives, so only guards on the cache's layer and the inputs are kept.
+    A plan gets at most two graphs per kind of block, whatever the lengths (`ragged`, and on a CPU KV heads of fewer than
+    18 slots or of more than 32,768, may need one more). Layers are of one kind if they agree in what decides a step's
+    operations: whether they store, and which parts their store has. Before each call torch checks its guards. The weights
+    and the program never change while this object lives, so only guards on the cache's layer and the inputs are kept.
 
     On a CPU the second step over the same memory is recorded and later ones are replayed, see `Recording`.
     """

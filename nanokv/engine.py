@@ -102,8 +102,8 @@ class Session:
     """Token sequences in progress, one per row, on one compressed cache that later turns continue."""
 
     def __init__(self, models: Models, plan: Plan, room: int, chunk: int | None = None):
-        """room: tokens that will follow the prompt. chunk: prompt tokens per forward pass; None: the whole prompt at
-        once.
+        """room: tokens that will follow the prompt. chunk: tokens of a prompt or turn per forward pass; None: a
+        prompt whole, a turn by TURN_CHUNK.
         """
         self.models, self.plan, self.room, self.chunk = models, plan, room, chunk
         self.context = models.new_context()
@@ -114,9 +114,8 @@ class Session:
         self.plans: list[Plan] = []  # the plan as fitted to each row's prompt
         self.passes: list[ScoringPasses] = []  # the cost of the scoring passes, for each prompt that had any
         # only policies that rescore need the token ids of the text
-        self.tokens: (
-            list[Tensor] | None
-        ) = []  # each row's ids up to the last rescore; None if a loaded cache lacks them
+        # each row's ids up to the last rescore; None if a loaded cache lacks them
+        self.tokens: list[Tensor] | None = []
         self.fed: list[Tensor] = []  # (B,T) each: the ids fed since then
         self.n_tried = 0  # how many tokens of `try_tokens` wait for `accept`
         self.is_searched = False  # True once a beam search has left the rows with texts that are not the answer
@@ -176,7 +175,7 @@ class Session:
         may lose one of them, or rounds them together with later ones.
         """
         policy, config = self.plan.policy, self.models.prefill.config
-        grows = policy.eviction == "none" and not (policy.rescore_every or policy.decode_scores or policy.decide_after)
+        grows = policy.eviction == "none" and not (policy.rescore_every or policy.decode_request or policy.decide_after)
         if len(prompts) * copies == 1 or not grows or config.has_windows or policy.positions_by_chunk:
             return 0
         n = len(prompts[0])
@@ -210,8 +209,7 @@ class Session:
         self.intact = False
         if self.plan.policy.rescore_every:
             self.fed.append(tokens)
-        parts = self._feed_undecided(tokens) if self.undecided else []
-        tokens = tokens[:, len(parts) :]
+        parts, tokens = self._feed_undecided(tokens) if self.undecided else ([], tokens)
         if parts and tokens.shape[1]:
             self.cache.check_room(tokens.shape[1])
         while tokens.shape[1]:
@@ -232,9 +230,9 @@ class Session:
         return torch.cat(parts, 1) if every_logit else parts[-1][:, -1]
 
     def feed_turn(self, tokens: Tensor) -> Tensor:
-        """`feed` in pieces that bound the memory; each is stored before the next one attends."""
-        for piece in tokens.split(self.chunk or TURN_CHUNK, 1):
-            logits = self.feed(piece)
+        """`feed` in chunks that bound the memory; each is stored before the next one attends."""
+        for chunk in tokens.split(self.chunk or TURN_CHUNK, 1):
+            logits = self.feed(chunk)
         return logits
 
     @torch.inference_mode()
@@ -284,8 +282,10 @@ class Session:
         self.tokens = [torch.cat((ids, *(x[b] for x in new))) for b, ids in enumerate(self.tokens)]
         return [ids[:n] for ids, n in zip(self.tokens, self.seen, strict=True)]
 
-    def _feed_undecided(self, tokens: Tensor) -> list[Tensor]:
-        """Feed the first tokens, which the policy counts as prompt. Return the logits (B,1,vocab) after each."""
+    def _feed_undecided(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Feed the first tokens, which the policy counts as prompt. Return the logits (B,1,vocab) after each, and the other
+        tokens.
+        """
         parts, n = [], min(self.plans[0].policy.decide_after, tokens.shape[1])
         for i in range(n):
             pos, column = self.pos.clone(), tokens[:, i : i + 1]
@@ -299,7 +299,7 @@ class Session:
             caches, self.undecided = self.undecided, []
             self._pack(caches)
             self.cache.room -= n
-        return parts
+        return parts, tokens[:, n:]
 
     def _advance(self, n: int) -> None:
         self.pos += n

@@ -404,13 +404,12 @@ class LLM:
         layers, need, n = plan.n_owners(config.num_hidden_layers), 0.0, len(prompts) * copies
         for p in prompts:
             fitted = plan.fit(config, dtype, len(p), room, n)
-            policy = fitted.policy
-            all_dense = session.chunk or policy.decide_after or policy.cross_layer or policy.passes(len(p))
             here, on_host = (f(config, dtype, len(p), room) for f in (fitted.device_bytes, fitted.host_bytes))
             # on a CPU the host's memory is the same one; elsewhere two layers of it are in the staging buffer
             here += on_host * (1 if on_cpu else min(1, 2 / layers))
             again = max(session.pass_lengths(p, n), default=0)  # a scoring pass has keys and values of its own
-            prompt = (layers if all_dense else 1) * len(p) + (layers if session.chunk else 1) * again
+            waiting = fitted.prompt_layers(len(p), config.num_hidden_layers, bool(session.chunk))
+            prompt = waiting * len(p) + (layers if session.chunk else 1) * again
             need += copies * layers * here + prompt * dense
         shared = session.shared_tokens(prompts, copies)
         # rows without a prefix of their own: the first has it, and of several prompts one more while it is prefilled

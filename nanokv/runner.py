@@ -85,17 +85,18 @@ def make(name: str, model: Llama, how: CompileOptions | None = None) -> Runner:
     """auto: plain calls, which start at once; on a CUDA device one graph of the step where that is possible. compile: on
     a CUDA device the compiled blocks are captured in one graph. ValueError if the device or the compiler is missing.
     """
-    on_cuda = model.embed_tokens.weight.device.type == "cuda"
-    if name == "auto" and how in (None, CompileOptions()) and on_cuda:
+    device, how = model.embed_tokens.weight.device.type, how or CompileOptions()
+    on_cuda = device == "cuda"
+    if name == "auto" and how == CompileOptions() and on_cuda:
         return Graphed(Eager(model), if_possible=True)
     name = "eager" if name == "auto" else name
-    if how not in (None, CompileOptions()) and name != "compile":
+    if how != CompileOptions() and name != "compile":
         raise ValueError(f"compile options are for --runner compile, and the runner is {name}; give one of them")
     if name == "graph" and not on_cuda:
         raise ValueError(
             "runner graph captures CUDA graphs and the device is no CUDA device; use --runner compile or eager"
         )
-    makes_cpp = (how or CompileOptions()).backend == "inductor" and model.embed_tokens.weight.device.type == "cpu"
+    makes_cpp = how.backend == "inductor" and device == "cpu"
     if name == "compile" and makes_cpp and (reason := no_cpp_compiling()):
         raise ValueError(f"runner compile {reason}; use --runner eager")
     if name == "graph":
@@ -103,5 +104,5 @@ def make(name: str, model: Llama, how: CompileOptions | None = None) -> Runner:
     if name == "eager":
         return Eager(model)
     # these modes capture graphs of their own, one per block
-    captures_itself = (how or CompileOptions()).mode in ("reduce-overhead", "max-autotune")
+    captures_itself = how.mode in ("reduce-overhead", "max-autotune")
     return Graphed(Compiled(model, how)) if on_cuda and not captures_itself else Compiled(model, how)

@@ -129,7 +129,7 @@ def _check(kept: Kept, seen: int, plan: Plan, owner: int, llm: LLM) -> None:
         raise ValueError(f"layer {owner} holds {len(parts)} sets of tokens")
     if plan.policy.eviction == "none" and not (kept.limit == -1).all():
         raise ValueError(f"layer {owner} has heads with a limit, and its policy sets none")
-    if plan.policy.decode_scores and kept.attention is None:
+    if plan.policy.decode_request and kept.attention is None:
         raise ValueError(f"layer {owner} has no attention scores")
     if not any(part.pos.numel() for part in parts):
         raise ValueError(f"layer {owner} holds no token")

@@ -138,7 +138,7 @@ def why_not(plan: Plan, checks: bool = True) -> str:
     Empty if it can.
     """
     policy = plan.policy
-    if policy.decode_scores:
+    if policy.decode_request:
         return "scores its tokens at every step"
     if policy.rescore_every:
         return "scores its tokens again, by queries that may turn out wrong"

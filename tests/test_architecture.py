@@ -229,7 +229,7 @@ def test_eviction_says_what_heads_do():
     for name, policy in POLICIES.items():
         ranks = type(policy).slot_scores.__qualname__ != Policy.slot_scores.__qualname__
         by_score = policy.eviction == "score"
-        assert by_score if ranks else not by_score or policy.decode_scores, name
+        assert by_score if ranks else not by_score or policy.decode_request, name
 
 
 # ---- a decode step ----------------------------------------------------------------------------------------------------

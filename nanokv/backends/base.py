@@ -21,7 +21,7 @@ class Ops:
 
     name: str
     prefill: Callable[..., Tensor]  # attention of a prompt or a part of it; returns no lse
-    # causal attention, also of tokens among themselves: `reference.prefill`, with lse
+    # `reference.prefill` as it is, with lse, for parts that `merge` joins
     turn: Callable[..., tuple[Tensor, Tensor]]
     decode: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     decode_quant: Callable[..., tuple[Tensor, Tensor]]

@@ -17,14 +17,14 @@ def eager_prefill(q: Tensor, k: Tensor, v: Tensor, start: int, sliding_window: i
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As `reference.linear`. While compiling for a CPU, one row is written as a loop that Inductor makes fast."""
+    """As `reference.linear`. While compiling for a CPU, one row times a 16-bit weight is a loop that Inductor makes fast."""
     if compiles_for_cpu(x) and weight.itemsize == 2 and x.numel() == x.shape[-1]:
         return inductor_cpu.linear(x, weight, bias)
     return reference.linear(x, weight, bias)
 
 
 def compiles_for_cpu(x: Tensor) -> bool:
-    """Whether Inductor is about to make C++ loops of what follows."""
+    """Whether torch.compile traces what follows, for a CPU."""
     return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 

@@ -47,8 +47,8 @@ class KVCache:
         rows = next(iter(stores.values())).slots.cursor.shape[0]
         for i in range(ctx.config.num_hidden_layers):
             owner, queries = plan.owner(i), None
-            if policy.rescore_every and not policy.decode_scores:
-                queries = QueryBuffer(policy.rescore_scores.buffered_queries, rows, ctx)
+            if policy.rescore_every and not policy.decode_request:
+                queries = QueryBuffer(policy.rescore_request.buffered_queries, rows, ctx)
             if owner == i:
                 self.layers.append(Owner(stores[i], plan, i, ctx, queries))
             else:
@@ -78,7 +78,7 @@ class KVCache:
         first. seen: tokens of each row's text so far.
         """
         policy = self.plan.policy
-        if n == 1 or policy.decode_scores or policy.eviction == "score":
+        if n == 1 or policy.decode_request or policy.eviction == "score":
             return 1
         if policy.positions_by_chunk:
             n = min(n, *(policy.chunk_size - s % policy.chunk_size for s in seen))
@@ -171,7 +171,7 @@ class KVCache:
     def store_deferred(self, n: int, pos: Tensor) -> None:
         """Store the first n of the deferred tokens, at pos (B,n). Call `maintain` before the next ones."""
         for layer in self._owners:
-            layer.store_deferred(n, pos)
+            layer.store_unstored(n, pos)
 
     def release(self) -> None:
         """Forget the tokens that are still deferred, and store new ones again."""
@@ -232,7 +232,7 @@ class Owner:
         self.sliding_window = ctx.config.window(index)
         # the owner attends first, so it is the last reader only if no other layer reads it
         self.is_last_reader = plan.last_reader(index) == index
-        self.defers = False  # whether new tokens wait for `store_deferred`
+        self.defers = False  # whether new tokens wait for `KVCache.store_deferred`
         # k and v (B,Hkv,n,D) that wait: a piece of a turn until its last reader has attended, or what `defer` holds back
         self.unstored: tuple[Tensor, Tensor] | None = None
         self.score_planes: list[Tensor] = []  # in this step, one per reader that has attended
@@ -261,7 +261,7 @@ class Owner:
             before = self.unstored[0].shape[2] - q.shape[2]
             out, _ = merge([(out, lse), self.ops.turn(own_q, *self.unstored, before, self.sliding_window)])
             if is_last_reader and not self.defers:
-                self.store_deferred(q.shape[2], pos)
+                self.store_unstored(q.shape[2], pos)
         elif scores is not None:
             self.score_planes.append(scores)
             if is_last_reader:
@@ -270,7 +270,7 @@ class Owner:
                 self.score_planes = []
         return out.to(q.dtype)
 
-    def store_deferred(self, n: int, pos: Tensor) -> None:
+    def store_unstored(self, n: int, pos: Tensor) -> None:
         """Store the first n of the tokens that are not stored yet, at pos (B,n)."""
         k, v = (x[:, :, :n] for x in self.unstored)
         (self.store.append if n == 1 else self.store.extend)(k, v, pos)
@@ -294,9 +294,8 @@ class Owner:
         # how many tokens stand before these: `length` counts these too if they are stored
         before = s.length[:, :1] + (0 if self.unstored is None else self.unstored[0].shape[2]) - T
         gap = before + torch.arange(T, device=pos.device) - pos
-        gap = torch.where(
-            s.sink[:, :1] < s.n_sink, 0, gap
-        )  # heads whose sinks have left the model's sliding window rotate nothing back
+        # heads whose sinks have left the model's sliding window rotate nothing back
+        gap = torch.where(s.sink[:, :1] < s.n_sink, 0, gap)
         return rotate_more(q, gap, self.ctx.inv_freq)
 
 

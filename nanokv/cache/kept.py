@@ -50,7 +50,7 @@ def seen_later(sliding_window: int) -> int:
 @dataclass
 class Prompt:
     """One layer of one row as a policy sees it: the prompt after its attention or, at a rescore, all that the cache holds of
-    the text so far. A policy never sees a batch.
+    the text so far. `keep` never sees a batch.
     """
 
     layer: int
@@ -61,7 +61,7 @@ class Prompt:
     k: Tensor  # (1,Hkv,N,D), rotated
     v: Tensor  # (1,Hkv,N,D)
     pos: Tensor  # (1,Hkv,N) int32 absolute positions, ascending; −1 pads a head that holds fewer tokens
-    # (readers,Hkv,N) fp32: a plane per layer that reads these keys; one at a rescore under `decode_scores`
+    # (readers,Hkv,N) fp32: a plane per layer that reads these keys; one at a rescore under `decode_request`
     attention: Tensor | None
     n_queries: int  # how many queries scored the keys
     ops: Any  # the backend; `Kept.top` moves tokens with it
@@ -75,7 +75,7 @@ class Prompt:
     similarity: float | None = None
     tokens: Tensor | None = None  # (seen,) int64 token ids of the text; None where a cache was loaded from a file
     token_kinds: Tensor | None = None  # (seen,) uint8: 1 for a special token, 2 for punctuation; only if asked for
-    second_attention: Tensor | None = None  # as `attention`, of the policy's `second_scores`
+    second_attention: Tensor | None = None  # as `attention`, of the policy's `second_request`
     queries: Tensor | None = None  # (readers,H,w,D) the prompt's last queries, rotated; only if asked for
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class Prompt:
 
     def output_norms(self, order: int = 1) -> Tensor:
         """(1,Hkv,N) fp32: |W_o v|₁, or another norm: how much a value changes the layer's output if it gets all attention;
-        the mean over the query heads that read it. For policies whose `scores` ask for the output projection.
+        the mean over the query heads that read it. For policies whose `request` asks for the output projection.
         """
         heads, n, dim = self.v.shape[1:]
         weights = self.w_o.unflatten(1, (heads, -1, dim))  # (C,Hkv,G,D)

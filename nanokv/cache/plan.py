@@ -104,10 +104,10 @@ class Plan:
         fixed = sum(fixed for _, fixed in costs) // len(owners) + math.ceil(
             self.store.constant_bytes(config) / len(owners)
         )
-        if policy.decode_scores:  # one score per slot, and the spare entry of ragged slots
+        if policy.decode_request:  # one score per slot, and the spare entry of ragged slots
             return token_bytes + 4 * config.num_key_value_heads, fixed + 4
         if policy.rescore_every:  # the last queries of every layer
-            queries = policy.rescore_scores.buffered_queries * config.num_attention_heads * config.head_dim
+            queries = policy.rescore_request.buffered_queries * config.num_attention_heads * config.head_dim
             fixed += math.ceil(queries * dtype.itemsize * n / len(owners))
         return token_bytes, fixed
 
@@ -119,7 +119,7 @@ class Plan:
 
     def _scores_by_kernel(self) -> bool:
         """Whether a kernel computes the scores of the prompt."""
-        wanted = self.policy.scores
+        wanted = self.policy.request
         asks = wanted.last_queries != 0 or self.policy.passes(FAR) > 0
         return asks and scored_by_kernel(wanted.over_group, wanted.over_queries, wanted.gumbel_seed, wanted.near)
 
@@ -134,6 +134,12 @@ class Plan:
     def host_bytes(self, config: ModelConfig, dtype: torch.dtype, n: int, room: int) -> int:
         """The same for the host's memory."""
         return self.store.host_bytes(config, dtype, *self._slots(n, room))
+
+    def prompt_layers(self, n: int, n_layers: int, chunked: bool = False) -> int:
+        """Of how many layers a prompt of n tokens is in memory uncompressed at once, once fitted."""
+        p = self.policy
+        waits = chunked or p.decide_after or p.cross_layer or p.passes(n)
+        return self.n_owners(n_layers) if waits else 1
 
     def _slots(self, n: int, room: int) -> tuple[int, int]:
         """How many tokens a KV head keeps of a prompt of n at most, and how many slots it gets for later ones."""

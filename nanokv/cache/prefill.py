@@ -2,7 +2,8 @@
 reads its keys and values has attended.
 
 The cache knows the prompt's length from the start, so it sees when the prompt is complete. The same code takes a prompt
-whole or in chunks. Of a policy it uses `keep`, `keep_all` and the declarations in `policies/base.py`. After `keep`, the
+whole or in chunks. Of a policy it uses `keep`, `keep_all`, `passes`, `shift` and the declarations in
+`policies/base.py`. After `keep`, the
 dense keys and values of a layer are freed and only its entry in `kept` remains.
 """
 
@@ -178,9 +179,8 @@ class DenseLayer:
         the layer projected.
         """
         self.length, self.filled, self.is_held = length, 0, is_held
-        self.k: Tensor | None = (
-            None  # (1,Hkv,length,D); a view if the prompt came in one piece and the layer is not held
-        )
+        # (1,Hkv,length,D); a view if the prompt came in one piece and the layer is not held
+        self.k: Tensor | None = None
         self.v: Tensor | None = None
         self.statistics = {request: Statistics(request) for request in wanted}
         # reader → its last queries so far (1,H,w,D), for policies that see them
@@ -227,9 +227,9 @@ class DenseLayer:
 
     def as_prompt(self, layer: int, cache: PromptCache, policy: Policy) -> Prompt:
         """This layer as the policy sees it, without the tokens that the model's sliding window will never show again."""
-        wanted = policy.scores
-        window, plan, found = cache.config.window(layer), cache.plan, self.statistics[wanted]
-        first = 0 if window is None else max(0, self.length - seen_later(window))
+        wanted = policy.request
+        sliding_window, plan, found = cache.config.window(layer), cache.plan, self.statistics[wanted]
+        first = 0 if sliding_window is None else max(0, self.length - seen_later(sliding_window))
         pos = torch.arange(first, self.length, dtype=torch.int32, device=self.k.device).expand(1, self.k.shape[1], -1)
         scores = [x[:, :, first:] for x in found.scores.values()]  # in the order of the layers
         if found.keeps_query_heads(cache):
@@ -239,8 +239,8 @@ class DenseLayer:
         mine, kinds, second = cache.layers[layer], None, None
         if policy.token_kinds and cache.ctx.token_kinds:
             kinds = cache.ctx.token_kinds()[cache.ids]
-        if policy.second_scores:
-            second = torch.cat([x[:, :, first:] for x in self.statistics[policy.second_scores].scores.values()])
+        if policy.second_request:
+            second = torch.cat([x[:, :, first:] for x in self.statistics[policy.second_request].scores.values()])
         return Prompt(
             layer=layer,
             rank=plan.rank(layer),
@@ -270,7 +270,7 @@ class DenseLayer:
 
 def wanted_by(policies: Sequence[Policy]) -> list[ScoreRequest]:
     """The statistics that these policies want, each once."""
-    both = [request for policy in policies for request in (policy.scores, policy.second_scores) if request]
+    both = [request for policy in policies for request in (policy.request, policy.second_request) if request]
     return list(dict.fromkeys(both))
 
 
@@ -306,8 +306,8 @@ class Statistics:
         before, n = self.waiting_queries.get(reader), self.wanted.last_queries
         last = q[:, :, -n:] if before is None else _cat(before, q)[:, :, -n:]
         if dense.complete:
-            window = cache.config.window(reader)
-            self.scores[reader] = self._score(reader, last, keys, dense.length - last.shape[2], cache, window)
+            start, sliding_window = dense.length - last.shape[2], cache.config.window(reader)
+            self.scores[reader] = self._score(reader, last, keys, start, cache, sliding_window)
         else:
             self.waiting_queries[reader] = last.clone()  # a view would keep the whole chunk's queries alive
 
@@ -333,14 +333,16 @@ class Statistics:
         found = self._score(reader, q, keys, start - n + len(dense.scored), cache, None)[:, :, : len(dense.scored)]
         return found.new_zeros(*found.shape[:2], n).index_copy_(2, dense.scored, found)
 
-    def _score(self, reader: int, q: Tensor, k: Tensor, start: int, cache: PromptCache, window: int | None) -> Tensor:
+    def _score(
+        self, reader: int, q: Tensor, k: Tensor, start: int, cache: PromptCache, sliding_window: int | None
+    ) -> Tensor:
         """(1,Hkv,N): each query's softmax over the keys that it sees, summed over the queries and reduced over the G query
         heads of each KV head. kernels/reference.py, `attention_scores`, has the formula.
         """
         wanted = self.wanted
         over_group = "each" if self.keeps_query_heads(cache) else wanted.over_group
         how = over_group, wanted.over_queries, wanted.noise(0), wanted.near
-        return cache.ops.attention_scores(q, k, start, window, *how)
+        return cache.ops.attention_scores(q, k, start, sliding_window, *how)
 
     def keeps_query_heads(self, cache: PromptCache) -> bool:
         """Whether the scores of each query head are kept until the prompt is complete: a maximum over heads of sums over

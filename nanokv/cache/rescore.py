@@ -48,7 +48,7 @@ def stored_as_prompt(
     tokens: Tensor | None,
 ) -> Prompt:
     """What one row holds in one layer, as the policy sees it. buffers: of all layers that read this one."""
-    config, wanted, n = ctx.config, plan.policy.rescore_scores, seen[row]
+    config, wanted, n = ctx.config, plan.policy.rescore_request, seen[row]
     window = config.window(layer)
     kept = kept.in_window(n, window)
     found = Prompt(

@@ -1,4 +1,4 @@
-"""Which attention statistics a policy asks for, as data. What one method alone needs is in that method's file."""
+"""Which attention statistics a policy asks for, as data."""
 
 from __future__ import annotations
 

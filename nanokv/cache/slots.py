@@ -50,8 +50,8 @@ class Slots:
         return torch.arange(n, device=self.first_index.device).expand(self.first_index.shape[1], -1)
 
     def _measure(self, rows: Sequence[Kept], room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B,Hkv) each: length, the limit that the policy asked for (−1: grows), sinks, and the slots that a head
-        really gets.
+        """(B,Hkv) each: length, the limit that the policy asked for (−1: grows), sinks, and how many tokens a
+        head holds here at most.
         """
         length, asked, sink = (torch.cat([getattr(r, f) for r in rows]) for f in ("length", "limit", "sink"))
         limit = torch.where(asked < 0, length + room, asked)
@@ -64,7 +64,7 @@ class Slots:
     def _fill(self, rows: Sequence[Kept]) -> None:
         # the numbers of all rows' heads, fetched at once, because each fetch waits for the device
         cursor, limit, sink = torch.stack((self.cursor, self.limit, self.sink)).flatten(1).tolist()
-        self.largest_head = max(limit)  # slots
+        self.largest_head = max(limit)  # tokens
         self.capacity = self.largest_head if self.ragged else self.total // len(cursor)
         for b, r in enumerate(rows):
             heads, n = r.pos.shape[1:]

@@ -63,8 +63,8 @@ def sizes(model: str, plans: Mapping[str, Plan], room: int) -> str:
     """A table of what these plans and all policies keep of the longest prompt that leaves `room` new tokens in the
     context.
 
-    It shows tokens per KV head, bytes of the cache, the ratio to a dense cache, and whether model and cache fit the
-    free memory. It needs the model's shape only, so nothing is fetched or loaded.
+    It shows tokens per KV head, bytes of the cache, the ratio to a dense cache, and whether model, cache and the part of
+    the prompt that waits uncompressed fit the free memory. It needs the model's shape only, so nothing is fetched or loaded.
     """
     config, dtype = _shape(model), torch.bfloat16
     n_layers = config.num_hidden_layers
@@ -77,7 +77,8 @@ def sizes(model: str, plans: Mapping[str, Plan], room: int) -> str:
         )
     plans = {**plans, **{name: parse(name) for name in POLICIES if name not in plans}}
     width = max(map(len, plans))
-    dense = n_layers * (n + room) * config.num_key_value_heads * 2 * config.head_dim * dtype.itemsize
+    per_token = config.num_key_value_heads * 2 * config.head_dim * dtype.itemsize
+    dense = n_layers * (n + room) * per_token
     lines = [f"{n} tokens of prompt and {room} new ones; weights {mib(weights)}, {mib(free)} free"]
     for name, plan in plans.items():
         try:
@@ -87,7 +88,10 @@ def sizes(model: str, plans: Mapping[str, Plan], room: int) -> str:
             continue
         size = int(plan.n_owners(n_layers) * plan.device_bytes(config, dtype, n, room))
         kept = n if plan.policy.demotes else plan.policy.max_kept(n)
-        fits = "fits" if size + weights <= free else "does not fit"
+        waiting = plan.prompt_layers(n, n_layers) * n * per_token
+        fits = "fits" if size + waiting + weights <= free else "does not fit"
+        if plan.policy.passes(n):
+            fits = "its scoring passes need a shorter prompt"
         lines.append(
             f"{name:{width}} at most {kept:>7} tokens per head on average  {mib(size):>10}  {dense / size:5.1f}x  {fits}"
         )

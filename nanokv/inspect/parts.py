@@ -23,7 +23,7 @@ def list_parts() -> str:
     lines = []
     for axis, (sentence, parts) in zip(AXIS_NAMES, AXES.items(), strict=True):
         lines += ["", f"{axis}: parts that {sentence}"]
-        lines += [f"  {name:12} {_paper(part):17} {_summary(part)}" for name, part in parts.items()]
+        lines += [f"  {n:12} {_paper(part):17} {_stands_for(n, part) or _summary(part)}" for n, part in parts.items()]
     return "\n".join([*lines[1:], "", "--list-policies NAME explains one of them with its options."])
 
 
@@ -41,7 +41,8 @@ def explain_part(name: str) -> str:
     meanings = option_meanings(type(part))
     text = _without_options(inspect.getdoc(type(part)), meanings)
     file = sys.modules[type(part).__module__].__name__.replace(".", "/") + ".py"
-    lines = [f"{name} ({axis}, {file})", "", text]
+    same_as = f", the same as {same}" if (same := _stands_for(name, part)) else ""
+    lines = [f"{name} ({axis}, {file}{same_as})", "", text]
     if found := fields(part):
         given = {f.name: f"{f.name}={_shown(getattr(part, f.name))}" for f in found}
         width = max(map(len, given.values())) + 2
@@ -100,11 +101,16 @@ def _changed(part: Any) -> list[str]:
     return [f.name for f in fields(part) if getattr(part, f.name) != getattr(default, f.name)]
 
 
+def _stands_for(name: str, part: Any) -> str:
+    """What a short name stands for, as in snapkv:layers=pyramid; empty for the first name of a class."""
+    default = type(part)()
+    original = next(n for parts in AXES.values() for n, p in parts.items() if p == default)
+    options = ",".join(f"{key}={_shown(getattr(part, key))}" for key in _changed(part))
+    return "" if name == original else f"{original}:{options}" if options else original
+
+
 def _summary(part: Any) -> str:
-    """The first sentence of the part's module. Of a short name: the options that it sets."""
-    if changed := _changed(part):
-        original = next(n for parts in AXES.values() for n, p in parts.items() if p == type(part)())
-        return f"{original}:" + ",".join(f"{key}={_shown(getattr(part, key))}" for key in changed)
+    """The first sentence of the part's module."""
     doc = " ".join(sys.modules[type(part).__module__].__doc__.split("\n\n")[0].split())
     return re.split(r"(?<=\.) (?=[A-Z])", doc)[0]
 

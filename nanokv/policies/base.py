@@ -26,10 +26,10 @@ class Policy(ABC):
     attributes, or properties where it depends on an option; they are not annotated here, as that would make them
     fields. No option may have the name of a declaration (a test checks this).
 
-    scores                a request: which statistics of the prompt's attention `keep` wants.
-    second_scores         a second request, whose scores come as `Prompt.second_attention`; None: there is none.
-    rescore_scores        replaces `scores` when the policy is asked again while decoding; by default `scores` itself.
-    decode_scores         how each decode step's attention is reduced for `update_scores` (`last_queries` has no meaning
+    request               which statistics of the prompt's attention `keep` wants.
+    second_request        a second one, whose scores come as `Prompt.second_attention`; None: there is none.
+    rescore_request       replaces `request` when the policy is asked again while decoding; by default `request` itself.
+    decode_request        how each decode step's attention is reduced for `update_scores` (`last_queries` has no meaning
                           here); None: decode steps are not scored.
     eviction              what makes room for a new token. none: nothing does, and heads grow. ring: a head with a
                           limit overwrites its oldest token behind the sinks. score: a new token takes the slot of the
@@ -53,9 +53,9 @@ class Policy(ABC):
     default_store         the store of a plan that names none.
     """
 
-    scores = ScoreRequest()
-    second_scores = None
-    decode_scores = None
+    request = ScoreRequest()
+    second_request = None
+    decode_request = None
     eviction = "none"
     rescore_every = 0
     decide_after = 0
@@ -74,13 +74,13 @@ class Policy(ABC):
     default_store = "dense"
 
     @property
-    def rescore_scores(self) -> ScoreRequest:
-        return self.scores
+    def rescore_request(self) -> ScoreRequest:
+        return self.request
 
     @property
     def evicts_out_of_order(self) -> bool:
         """Whether tokens other than a ring's oldest leave while decoding."""
-        return bool(self.rescore_every or self.decode_scores) or self.eviction == "score"
+        return bool(self.rescore_every or self.decode_request) or self.eviction == "score"
 
     def fit(self, work: Workload) -> Policy:
         """Turn percentages, bytes and per-family thresholds into numbers. ValueError if that is impossible."""
@@ -134,14 +134,14 @@ class Policy(ABC):
         return s.attention
 
     def step_request(self, n_tokens: int) -> ScoreRequest | None:
-        """`decode_scores` for a single new token. None for several, because a turn is not scored."""
-        return self.decode_scores if n_tokens == 1 else None
+        """`decode_request` for a single new token. None for several, because a turn is not scored."""
+        return self.decode_request if n_tokens == 1 else None
 
     def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
         """attention (readers,B,Hkv,n): scores of the first n slots by the queries at pos (B,1) → the new
         `s.attention` of these slots.
 
-        In each decode step every owning layer calls this when its last reader has attended, if `decode_scores` is
+        In each decode step every owning layer calls this when its last reader has attended, if `decode_request` is
         given.
         """
         return attention.sum(0)

@@ -35,8 +35,8 @@ class CascadingKV(Policy):
     budget: int | str = 1024
     sink: int = 4
     rings: int = 4
-    scores = ScoreRequest(last_queries=None)
-    decode_scores = ScoreRequest()
+    request = ScoreRequest(last_queries=None)
+    decode_request = ScoreRequest()
     eviction = "score"
 
     def __post_init__(self):

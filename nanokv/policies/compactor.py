@@ -56,7 +56,7 @@ class Compactor(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> ScoreRequest:
+    def request(self) -> ScoreRequest:
         return ScoreRequest(block=self.block, block_edges=(self.sink, self.recent))
 
     @property

@@ -30,7 +30,7 @@ class CORM(Policy):
     window: int = 256
     recent: int = 256
     every: int = 64
-    decode_scores = ScoreRequest(over_group="max")
+    decode_request = ScoreRequest(over_group="max")
     default_store = "ragged"
 
     def __post_init__(self):
@@ -40,7 +40,7 @@ class CORM(Policy):
             )
 
     @property
-    def scores(self) -> ScoreRequest:
+    def request(self) -> ScoreRequest:
         return ScoreRequest(last_queries=self.window, over_queries="last_hit", over_group="max")
 
     @property

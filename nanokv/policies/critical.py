@@ -40,8 +40,8 @@ class CriticalKV(SnapKV):
         super().__post_init__()
 
     @property
-    def scores(self) -> ScoreRequest:
-        return replace(super().scores, output_weights=True)
+    def request(self) -> ScoreRequest:
+        return replace(super().request, output_weights=True)
 
     def refine(self, p: Prompt, score: Tensor, n: int | Tensor) -> Tensor:
         n = torch.as_tensor(n, device=score.device).expand(score.shape[:2])

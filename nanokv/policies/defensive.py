@@ -55,11 +55,11 @@ class DefensiveKV(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> ScoreRequest:
+    def request(self) -> ScoreRequest:
         return ScoreRequest(last_queries=self.window, over_group="max", over_queries="max", output_weights=True)
 
     @property
-    def second_scores(self) -> ScoreRequest:
+    def second_request(self) -> ScoreRequest:
         return ScoreRequest(last_queries=self.window)
 
     @property

@@ -47,7 +47,7 @@ class DuoAttention(Policy):
             )
 
     @property
-    def scores(self) -> ScoreRequest:
+    def request(self) -> ScoreRequest:
         return ScoreRequest(last_queries=0 if self.gates else self.window)
 
     @property

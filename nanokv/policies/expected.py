@@ -42,7 +42,7 @@ class ExpectedAttention(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> ScoreRequest:
+    def request(self) -> ScoreRequest:
         return ScoreRequest(query_moments=self.sink)
 
     @property

@@ -35,7 +35,7 @@ class FastGen(Policy):
     frequent: int | str = "30%"
     local: int | str = "30%"
     sink: int = 4
-    scores = ScoreRequest(last_queries=None)
+    request = ScoreRequest(last_queries=None)
     default_store = "ragged"
     token_kinds = True
 
@@ -48,7 +48,7 @@ class FastGen(Policy):
         check_budget(self.local, 1, "the last token is local to itself")
 
     @property
-    def second_scores(self) -> ScoreRequest:
+    def second_request(self) -> ScoreRequest:
         return ScoreRequest(last_queries=None, near=self.local if isinstance(self.local, int) else 1)
 
     def fit(self, work: Workload) -> FastGen:

@@ -28,8 +28,8 @@ class H2O(EvictingScorer):
 
     budget: int | str = "20%"
     recent: float = 0.5  # of the budget
-    scores = ScoreRequest(last_queries=None)
-    decode_scores = ScoreRequest()
+    request = ScoreRequest(last_queries=None)
+    decode_request = ScoreRequest()
 
     def __post_init__(self):
         if not 0 <= self.recent <= 1:

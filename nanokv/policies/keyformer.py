@@ -36,9 +36,9 @@ class Keyformer(H2O):
         super().__post_init__()
 
     @property
-    def scores(self) -> ScoreRequest:
+    def request(self) -> ScoreRequest:
         return ScoreRequest(last_queries=None, gumbel_seed=self.seed, temperature=self.tau)
 
     @property
-    def decode_scores(self) -> ScoreRequest:
+    def decode_request(self) -> ScoreRequest:
         return ScoreRequest(gumbel_seed=self.seed, temperature=self.tau)

@@ -26,8 +26,8 @@ class KVzip(Scorer):
 
     The heads of all layers compete for the budget, as in the released code. The passes feed about as many tokens as the
     prompt has, and the whole prompt's cache is in memory until they end. They stand behind the prompt, so they need room
-    in the model's context. Sessions without a tokenizer repeat without a request. Deviations from the authors' code: the
-    request stands behind the prompt as it is, without the end of a chat template's turn; each head keeps at least one
+    in the model's context. Sessions without a tokenizer repeat without instruction. Deviations from the authors' code: the
+    instruction stands behind the prompt as it is, without the end of a chat template's turn; each head keeps at least one
     token; scores are fp32, as if the model had no sliding window.
 
     normed=true weighs a token's score with |W_o v|₂, how far its value can move the layer's output (KVzip+, of kvpress
@@ -54,7 +54,7 @@ class KVzip(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> ScoreRequest:
+    def request(self) -> ScoreRequest:
         return ScoreRequest(over_group="max", over_queries="max", output_weights=self.normed)
 
     @property
@@ -68,10 +68,10 @@ class KVzip(Scorer):
 
     def replay(self, tokens: Tensor, i: int, encode: Callable[[str], Tensor]) -> Tensor:
         first = i * self.piece
-        request = encode(FIRST)
+        instruction = encode(FIRST)
         if i:
-            request = torch.cat((encode(LATER), tokens[max(0, first - OVERLAP) : first], encode("\n")))
-        return torch.cat((request, tokens[first : first + self.piece]))
+            instruction = torch.cat((encode(LATER), tokens[max(0, first - OVERLAP) : first], encode("\n")))
+        return torch.cat((instruction, tokens[first : first + self.piece]))
 
     def scored(self, prompt_len: int, i: int) -> Sequence[int]:
         first = i * self.piece

@@ -51,7 +51,7 @@ class PyramidInfer(Policy):
             check_budget(self.budget, 1, "the last token always stays")
 
     @property
-    def scores(self) -> ScoreRequest:
+    def request(self) -> ScoreRequest:
         return ScoreRequest(last_queries=self.recent if isinstance(self.recent, int) else None, over_queries="rising")
 
     def with_budget(self, budget: int | str) -> PyramidInfer:

@@ -46,7 +46,7 @@ class QAQ(Policy):
             )
 
     @property
-    def scores(self) -> ScoreRequest:
+    def request(self) -> ScoreRequest:
         return ScoreRequest(last_queries=self.window, over_group="max", over_queries="max", query_moments=0)
 
     @property

@@ -1,4 +1,4 @@
-"""The baseline: a policy is worth what it does better than chance."""
+"""Random tokens stay: the baseline that a policy must beat."""
 
 from __future__ import annotations
 

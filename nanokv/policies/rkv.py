@@ -49,7 +49,7 @@ class RKV(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> ScoreRequest:
+    def request(self) -> ScoreRequest:
         return ScoreRequest(last_queries=self.window, over_group="max")
 
     @property

@@ -31,7 +31,7 @@ class Scissorhands(Scorer):
     every: int = 128
     window: int = 400
     recent: int = 10
-    decode_scores = ScoreRequest()
+    decode_request = ScoreRequest()
     new_slots = 0
 
     def __post_init__(self):
@@ -46,7 +46,7 @@ class Scissorhands(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> ScoreRequest:
+    def request(self) -> ScoreRequest:
         return ScoreRequest(last_queries=self.window, over_queries="count_low")
 
     @property

@@ -102,8 +102,8 @@ class Scorer(Policy):
                 )
         if self.every < 0:
             raise ValueError(f"every={self.every}; give a number of tokens, or 0 for never")
-        if self.every and not self.decode_scores and self.every < self.scores.buffered_queries:
-            n = self.scores.buffered_queries
+        if self.every and not self.decode_request and self.every < self.request.buffered_queries:
+            n = self.request.buffered_queries
             raise ValueError(
                 f"every={self.every} is too often: a rescore needs {n} new queries; give at least {n}, or 0"
             )

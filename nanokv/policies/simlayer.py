@@ -61,7 +61,7 @@ class SimLayerKV(Policy):
             raise ValueError(f"simlayer:threshold={self.threshold}; it is a share of attention, from 0 to 1")
 
     @property
-    def scores(self) -> ScoreRequest:
+    def request(self) -> ScoreRequest:
         return ScoreRequest(last_queries=self.window)
 
     @property

@@ -46,7 +46,7 @@ class SnapKV(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> ScoreRequest:
+    def request(self) -> ScoreRequest:
         return ScoreRequest(last_queries=self.window, over_group=self.group)
 
     @property

@@ -21,8 +21,8 @@ class TOVA(EvictingScorer):
     Deviation from the authors' code: the slot is freed before the new token attends, so the budget holds at all times.
     """
 
-    scores = ScoreRequest(last_queries=1)
-    decode_scores = ScoreRequest()
+    request = ScoreRequest(last_queries=1)
+    decode_request = ScoreRequest()
 
     def __post_init__(self):
         if self.heads != "flat":

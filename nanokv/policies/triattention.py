@@ -41,7 +41,7 @@ class TriAttention(Scorer):
         super().__post_init__()
 
     @property
-    def scores(self) -> ScoreRequest:
+    def request(self) -> ScoreRequest:
         return ScoreRequest(query_moments=0)
 
     @property

@@ -25,8 +25,8 @@ class ZipCache(Policy):
 
     salient: float = 0.6
     every: int = 100
-    scores = ScoreRequest(last_queries=None)
-    rescore_scores = ScoreRequest(last_queries=1)
+    request = ScoreRequest(last_queries=None)
+    rescore_request = ScoreRequest(last_queries=1)
     default_store = "mixed:high=4"
     demotes = True
     scores_once = True

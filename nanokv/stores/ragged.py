@@ -48,9 +48,8 @@ class RaggedStore(SlotStore):
     def _fill(self, rows: list[Kept]) -> None:
         self.k.zero_(), self.v.zero_()  # a masked slot must still hold a number: 0 · NaN is NaN
         first, limit = self.slots.first_index.flatten().tolist(), self.slots.limit.flatten().tolist()
-        self.spans = list(
-            zip(first, limit, strict=True)
-        )  # the host's copy, per (row, head): first slot, number of slots
+        # the host's copy, per (row, head): first slot, number of slots
+        self.spans = list(zip(first, limit, strict=True))
         self.lengths = self.slots.length.flatten().tolist()
         heads = [(r, h) for r in rows for h in range(r.k.shape[1])]
         for (r, h), (a, _), n in zip(heads, self.spans, self.lengths, strict=True):

@@ -239,8 +239,8 @@ class ToyHeavy(Policy):
 
     budget: int = 12
     recent: int = 4
-    scores = ScoreRequest(last_queries=None)
-    decode_scores = ScoreRequest(over_group="mean")
+    request = ScoreRequest(last_queries=None)
+    decode_request = ScoreRequest(over_group="mean")
     eviction = "score"
 
     def keep(self, p: Prompt) -> Kept:

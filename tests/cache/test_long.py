@@ -171,11 +171,11 @@ def test_ragged_heads_take_their_own_bytes_and_no_more(plan, room, llm_of):
     session.start([text(60, seed=5)])
     evicts = plan.startswith("h2o")
     ahead = 0 if evicts else min(room, part.policy.rescore_every) if part.policy.rescore_every else room
-    slot = 2 * llm.config.head_dim * 4 + 4 + (4 if part.policy.decode_scores else 0)
+    slot = 2 * llm.config.head_dim * 4 + 4 + (4 if part.policy.decode_request else 0)
     for line in session.report().layers:
         slots = sum(n + ahead for n in line.kept[0])
         bookkeeping = 2 * (4 * 4 + 8)  # cursor, limit, wanted, sink int32 and first int64, of two heads
-        spare = 4 if part.policy.decode_scores else 0  # a place for votes that belong to no slot
+        spare = 4 if part.policy.decode_request else 0  # a place for votes that belong to no slot
         assert line.bytes == slots * slot + bookkeeping + spare
     if plan.startswith(("adakv", "h2o")):
         assert sum(sum(x.kept[0]) for x in session.report().layers) == 3 * 2 * 24

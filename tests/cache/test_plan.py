@@ -32,7 +32,7 @@ def test_defaults_are_filled_in():
         released.window,
         released.roll,
         released.decide_after,
-        released.scores.last_queries,
+        released.request.last_queries,
     ) == (
         0.9,
         1,

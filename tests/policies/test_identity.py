@@ -69,7 +69,7 @@ def test_a_budget_as_large_as_the_prompt_changes_nothing(name, llm_of):
     llm, prompt, more = llm_of("g3"), text(60, seed=5), text(STEPS, seed=6)
     full, _ = run(llm, "full", [prompt], [more])
     same, _ = run(llm, EXAMPLES[name].whole, [prompt], [more])
-    apart = POLICIES[name].decode_scores or POLICIES[name].default_store != "dense"  # another order of sums
+    apart = POLICIES[name].decode_request or POLICIES[name].default_store != "dense"  # another order of sums
     torch.testing.assert_close(full, same, atol=2e-5 if apart else 0, rtol=0)
 
 
@@ -142,7 +142,7 @@ def test_every_scorer_takes_every_split_of_its_budget(name, split, llm_of):
     example = EXAMPLES[name].small[0]
     part = parse(example).policy
     # an evicting policy never rescores, and others not before the queries of a whole window have come
-    never = isinstance(part, EvictingScorer) or (not part.decode_scores and part.scores.buffered_queries > 9)
+    never = isinstance(part, EvictingScorer) or (not part.decode_request and part.request.buffered_queries > 9)
     if "every" in split:  # an option may be given once
         example = re.sub(r",every=\d+", "", example)
     refuses = {

@@ -44,7 +44,7 @@ def start(llm, policy: Policy, prompt=PROMPT, chunk: int | None = None, **more) 
 class Replay(Policy):
     """KVzip's idea in small: the prompt is fed again behind itself, and the attention of that second reading counts."""
 
-    scores = ScoreRequest(last_queries=None, over_group="max")
+    request = ScoreRequest(last_queries=None, over_group="max")
 
     def keep(self, p):
         SEEN.append(p)
@@ -276,7 +276,7 @@ def test_a_store_may_have_other_bits_in_other_layers(llm_of, tmp_path):
 class ValueAware(Scorer):
     """Scores a token by |W_o v|, and notes the token ids."""
 
-    scores = ScoreRequest(output_weights=True)
+    request = ScoreRequest(output_weights=True)
 
     def score(self, p):
         SEEN.append((p.layer, p.w_o, p.tokens.tolist(), p.seen))

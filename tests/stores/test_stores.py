@@ -74,7 +74,7 @@ def values(store, row: int = 0) -> list[tuple]:
 
 
 # whose choice while decoding hangs on values that a store may have rounded
-LATE = [n for n, part in POLICIES.items() if part.decode_scores or part.rescore_every or part.scores_once]
+LATE = [n for n, part in POLICIES.items() if part.decode_request or part.rescore_every or part.scores_once]
 
 
 @pytest.fixture(scope="module")
@@ -354,7 +354,7 @@ def test_under_a_sliding_window_only_rounding_differs(plan, model, llm_of):
 
 
 @pytest.mark.parametrize(
-    "plan", every(2, [p for p in RUNS if not (parse(p).policy.rescore_every or parse(p).policy.decode_scores)])
+    "plan", every(2, [p for p in RUNS if not (parse(p).policy.rescore_every or parse(p).policy.decode_request)])
 )
 def test_a_turn_sees_what_was_stored_and_itself(plan, llm_of):
     llm, prompt, more = llm_of("g3"), text(60, seed=5), text(25, seed=6)
@@ -507,7 +507,7 @@ def test_qaq_gives_few_bits_where_the_error_stays_within_its_bound(epsilon):
     pos = torch.arange(n, dtype=torch.int32).expand(1, 2, n)
     p = Prompt(0, 0, 1, n, n, k, v, pos, attention, 5, EAGER, mean, cov)
     policy = parse(f"qaq:epsilon={epsilon},low=3,window=5+mixed:high=4,low=3").policy
-    assert policy.scores.over_queries == "max" and policy.scores.over_group == "max"
+    assert policy.request.over_queries == "max" and policy.request.over_group == "max"
     found, few = policy.keep(p), 0
     for h in range(2):
         q2 = max(sum(float(mean[0, i, c]) ** 2 + float(cov[0, i, c, c]) for c in range(D)) for i in (2 * h, 2 * h + 1))

@@ -46,7 +46,7 @@ class KCache(Hosted):
             )
 
     def incompatible_policy(self, policy: Policy) -> str:
-        if policy.decode_scores and policy.decode_scores.gumbel_seed is not None:
+        if policy.decode_request and policy.decode_request.gumbel_seed is not None:
             return "scores with noise, which needs other weights than those that choose the values"
         if policy.positions_in_cache:
             return "reads the sinks with queries of their own, which one choice of values cannot serve: use positions=absolute"
@@ -77,7 +77,7 @@ class KCacheStore(HostStore):
         fetched = weights.gather(3, best[:, :, None].expand(-1, -1, weights.shape[2], -1))
         total = fetched.sum(-1, keepdim=True)
         out = (fetched @ values.float()) / (total.clamp(min=torch.finfo(torch.float32).tiny) if spec.norm else 1)
-        wanted, scores = self.policy.decode_scores, None
+        wanted, scores = self.policy.decode_request, None
         if wanted is not None:
             scores = mean if wanted.over_group == "mean" else weights.amax(2)
         return out.flatten(1, 2)[:, :, None].to(q.dtype), lse + total.log().flatten(1, 2), scores

@@ -21,7 +21,7 @@ Planes = tuple[Tensor, ...]  # (…,groups,·,·) each: words, scale and zero po
 
 
 class GroupSlots(Slots):
-    """Each head's slots in this order: its `pinned` exact tokens, the exact window, then whole groups from slot `n_exact`.
+    """Each head's slots in this order: its `pinned` exact tokens, the residual window, then whole groups from slot `n_exact`.
 
     A head's tokens are numbered from 0 as they are written. The first `pinned` stay where they are. The others
     enter the window. Whenever the window holds residual + group tokens, its first `group` tokens move behind it and
@@ -54,8 +54,7 @@ class GroupSlots(Slots):
         if not self.wraps:  # a text that never fills the window needs no more than its own length
             self.n_exact = min(self.n_exact, int(self.limit.max()))
         grows = self._groups(self.limit - self.pinned - self.residual)
-        ring = -(self.sink + self.residual - self.limit).div(self.group, rounding_mode="floor")
-        self.ring_groups = torch.where(wraps, ring.clamp(min=1), grows)
+        self.ring_groups = torch.where(wraps, _ring_groups(self.limit, self.sink, self.residual, self.group), grows)
         self.n_flushed = self._groups(self.cursor - self.pinned - self.residual)
         self.in_groups = self.n_flushed * self.group  # (B,Hkv) int32: tokens that have left the window
         return self.n_exact + int(self.ring_groups.max()) * self.group
@@ -167,7 +166,7 @@ class GroupState(StoreState):
         if sliding_window is not None:
             most = sink + sliding_window
             limit = torch.where(limit < 0, most, torch.minimum(limit, most))
-        ring = -(sink + spec.residual - limit).div(spec.group, rounding_mode="floor").clamp(max=-1)
+        ring = _ring_groups(limit, sink, spec.residual, spec.group)
         ring = torch.where(limit < 0, torch.iinfo(torch.int32).max, ring)
         i = torch.arange(row.pos.shape[2], device=row.pos.device)
         known = i < row.length[..., None]
@@ -196,6 +195,11 @@ class GroupState(StoreState):
         fields = (tensors[name] for name in ("k", "v", "pos", "cursor", "moved"))
         pinned = tensors["pin"].to(torch.int32).expand_as(tensors["cursor"])  # one number for all heads in older files
         return cls(*fields, pinned, *planes)
+
+
+def _ring_groups(limit: Tensor, sink: Tensor, residual: int, group: int) -> Tensor:
+    """How many groups hold what a ring of `limit` tokens (B,Hkv) has behind its sinks and the residual window; at least one."""
+    return (-((sink + residual - limit) // group)).clamp(min=1)  # rounded up
 
 
 def _slot_of(nth: Tensor, pinned: Tensor, in_groups: Tensor, ring: Tensor, n_exact: int, group: int) -> Tensor:

@@ -53,7 +53,7 @@ class Mixed(StoreSpec):
             return f"demotes single tokens at any time, so they would be rounded twice: use high=16, not {self.high}"
         if policy.low_bits not in (0, self.low):
             return f"bounds the error of {policy.low_bits} bits: give low={policy.low_bits} here too, not {self.low}"
-        if policy.decode_scores and policy.decode_scores.gumbel_seed is not None:
+        if policy.decode_request and policy.decode_request.gumbel_seed is not None:
             return "scores with noise, which cannot be joined from two tiers: leave demote out"
         if self.high < 16 and policy.rescore_every and not policy.scores_once:
             return f"scores again what it kept, which would be rounded twice: with every= use high=16, not {self.high}"
@@ -140,9 +140,8 @@ class MixedStore:
         self.recent.write_at(row, k, v, pos[:, None])
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        self.recent.extend(
-            k, v, pos
-        )  # a policy that demotes while decoding scores every step, so its tokens come one by one
+        # a policy that demotes while decoding scores every step, so its tokens come one by one
+        self.recent.extend(k, v, pos)
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         wanted = self.policy.step_request(q.shape[2])

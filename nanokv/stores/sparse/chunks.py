@@ -380,9 +380,8 @@ class ChunkStore(ABC):
         if not data:
             return ChunkState(r, data)
         c, old, (heads, n) = self.spec.chunk, int(data["n_chunks"]), r.pos.shape[1:]
-        start = int(
-            (r.pos[0, 0] < data["first_pos"] + old * c).sum()
-        )  # this many first exact tokens are the prompt's outliers
+        # this many first exact tokens are the prompt's outliers
+        start = int((r.pos[0, 0] < data["first_pos"] + old * c).sum())
         new = max(0, (n - start) // c - self.spec.local)
         later = replace(r, k=r.k[:, :, start:], v=r.v[:, :, start:], pos=r.pos[:, :, start:])
         ids = torch.arange(new, device=r.pos.device).expand(heads, -1)
