@@ -75,7 +75,7 @@ def parser() -> cli.Parser:
     a("--explain-backends", action="store_true", help="show which functions and kernels ran, where and how often")
     a("--xray", metavar="FILE.html", help="write the text as a page; a token is darker the more heads still hold it")
     a("--compare", metavar="PLAN", help="measure the difference from another plan, such as full, on what that writes")
-    a("--quiet", action="store_true", help="print nothing but errors on stderr")
+    a("--quiet", action="store_true", help="print nothing on stderr but errors and what --explain shows")
 
     a = p.add_argument_group("speed", "as in --device cuda --runner compile").add_argument
     backends, runners = ("auto", "eager", "sdpa", "triton"), ("auto", "eager", "compile", "graph")
@@ -117,8 +117,9 @@ def run(args: argparse.Namespace, stdout_is_open: bool = True) -> int:
     if args.plan:
         from nanokv.inspect.explain import sizes
 
-        plan = make_plan(args, args.policy, args.kv_budget)
-        print(sizes(args.model, {args.policy: plan}, args.max_new_tokens))
+        # --policy full stands for no policy: the other rows show the budget
+        plan = make_plan(args, args.policy, None if args.policy == "full" else args.kv_budget)
+        print(sizes(args.model, {args.policy: plan}, args.max_new_tokens, args.kv_budget))
         return 0
     cli.check_files(args)
     text = cli.read_prompt(args)
@@ -193,6 +194,7 @@ CONFLICTS = (  # a flag, why it excludes others, and which ones
     ("--beams", "leaves in the cache other texts than the answer", "--xray --explain"),
     ("--draft", "is written for one row", "--num-samples"),
     ("--draft-model", "writes for one row", "--num-samples"),
+    ("--plan", "reckons with a full context", "--prompt --prompt-file --question"),
     ("--plan", "answers nothing", "--json --xray --save-cache --load-cache --compare --draft --draft-model --beams"),
 )
 
@@ -306,8 +308,9 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
         def compare() -> None:
             eos = () if args.ignore_eos else llm.tokenizer.eos
             limits = args.max_new_tokens, eos, args.allow_overflow, args.chunk
-            fidelity = against(llm, reference, prompt, question, *limits)
-            log(args, f"compared with {args.compare}, on the text that it writes greedily: {fidelity}")
+            t0, fidelity = time.perf_counter(), against(llm, reference, prompt, question, *limits)
+            took = f"{time.perf_counter() - t0:.1f} s"
+            log(args, f"compared with {args.compare} in {took}, on the text that it writes greedily: {fidelity}")
             record["compare"] = asdict(fidelity)
 
         error = cli.attempt(f"--compare {args.compare}", compare) or error

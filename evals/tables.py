@@ -174,7 +174,7 @@ def sparse() -> str:
 
 def codes_compiled() -> str:
     """Decode speed over rounded caches with compiled blocks, at two lengths."""
-    return _by_length(_read("codes-compiled.json", "epyc")["speed"])
+    return _by_length(_read("codes-compiled.json", "epyc-zen5")["speed"])
 
 
 def _paces(file: str) -> str:
@@ -274,7 +274,7 @@ def pays() -> str:
     """After how many tokens compiled steps have made up for the seconds of compiling."""
     rows = []
     for length in (512, 4096):
-        for r in _read(f"compile-{length}.json", "epyc")["compile"]:
+        for r in _read(f"compile-{length}.json", "epyc-zen5")["compile"]:
             step = [f"{r[k]:.1f}" for k in ("eager_ms", "compiled_ms", "cold_s")]
             tokens = 1e3 * r["cold_s"] / (r["eager_ms"] - r["compiled_ms"])
             rows.append([f"`{r['plan']}`", str(length), *step, f"{tokens:,.0f}"])

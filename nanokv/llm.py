@@ -348,9 +348,10 @@ class LLM:
         if limit < 1:
             raise ValueError(f"max-new-tokens is {limit}; give at least 1")
         if longest + limit > max_len and not overflow and not session.plan.policy.positions_by_chunk:
+            text = f"{longest} tokens of prompt" if prompts else f"a text of {longest - len(then)}, {len(then)} more"
             raise ValueError(
-                f"{longest} tokens of prompt and {limit} new ones are more than the {max_len} of this model's context; "
-                "shorten one of them, or go on regardless with --allow-overflow"
+                f"{text} and {limit} new ones are more than the {max_len} of this model's context; "
+                f"{'shorten one of them' if prompts else 'begin anew'}, or go on regardless with --allow-overflow"
             )
         if session.is_searched:
             raise ValueError("a beam search ended this session; start a new one")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from nanokv.cache.plan import Plan, parse
+from nanokv.cache.plan import Plan, nearest, parse
 from nanokv.engine import Session
 from nanokv.text.sampler import Sampling, draw, finite, probabilities, sample
 
@@ -130,6 +130,8 @@ def draft_plan(draft: str) -> Plan | None:
     try:
         return parse(draft)
     except ValueError as e:
+        if hint := nearest(draft, [LOOKUP]):
+            raise ValueError(f"unknown draft {draft!r}{hint}; give {LOOKUP}, or a plan") from None
         raise ValueError(f"a draft is {LOOKUP}, or written under a plan, and {e}") from None
 
 

@@ -176,6 +176,10 @@ class Plan:
         name = name or self.names[1]
         keys = {f.name for f in fields(STORES[name])}
         for key in given:
+            if key in ("k", "v") and name[-1].isdigit():
+                raise ValueError(
+                    f"{flags[key]} and the store {name} both say how many bits; give the store int, or leave one out"
+                )
             if key not in keys:
                 others = [n for n, part in STORES.items() if key in {f.name for f in fields(part)}]
                 raise ValueError(f"store {name} does not know {flags[key]}; use one of {', '.join(others)}")

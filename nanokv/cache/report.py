@@ -84,7 +84,9 @@ def _range(numbers: Sequence[int]) -> str:
 
 
 def mib(n: int) -> str:
-    return "0 B" if n == 0 else f"{n / 2**20:.1f} MiB" if n < 2**30 else f"{n / 2**30:.2f} GiB"
+    if n < 2**20:
+        return "0 B" if n == 0 else f"{n / 2**10:.1f} KiB"
+    return f"{n / 2**20:.1f} MiB" if n < 2**30 else f"{n / 2**30:.2f} GiB"
 
 
 def storages(tensors: Sequence[Tensor]) -> dict[int, int]:

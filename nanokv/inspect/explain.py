@@ -6,10 +6,12 @@ It reads stores only through `unpack`, and it changes nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
+from nanokv.cache.budget import check_budget
 from nanokv.cache.plan import Plan, parse
 from nanokv.cache.report import mib
 from nanokv.device import free_bytes
@@ -59,9 +61,9 @@ def _shade(kept: int, total: int) -> str:
     return SHADES[-(-kept * (len(SHADES) - 1) // total)]
 
 
-def sizes(model: str, plans: Mapping[str, Plan], room: int) -> str:
-    """A table of what these plans and all policies keep of the longest prompt that leaves `room` new tokens in the
-    context.
+def sizes(model: str, plans: Mapping[str, Plan], room: int, budget: str | None = None) -> str:
+    """A table of what these plans and all policies, under `budget` where they take one, keep of the longest prompt that
+    leaves `room` new tokens in the context.
 
     It shows tokens per KV head, bytes of the cache, the ratio to a dense cache, and whether model, cache and the part of
     the prompt that waits uncompressed fit the free memory. It needs the model's shape only, so nothing is fetched or loaded.
@@ -75,16 +77,21 @@ def sizes(model: str, plans: Mapping[str, Plan], room: int) -> str:
         raise ValueError(
             f"-n {room} leaves no room for a prompt in this model's context of {config.max_position_embeddings}"
         )
-    plans = {**plans, **{name: parse(name) for name in POLICIES if name not in plans}}
+    if budget:
+        check_budget(int(budget) if budget.isdigit() else budget, 1, "a head keeps at least one")
+    given, plans = plans, {**plans, **{name: parse(name) for name in POLICIES if name not in plans}}
     width = max(map(len, plans))
     per_token = config.num_key_value_heads * 2 * config.head_dim * dtype.itemsize
     dense = n_layers * (n + room) * per_token
-    lines = [f"{n} tokens of prompt and {room} new ones; weights {mib(weights)}, {mib(free)} free"]
+    under = f", under {budget} where a policy takes a budget" if budget else ""
+    lines = [f"{n} tokens of prompt and {room} new ones{under}; weights {mib(weights)}, {mib(free)} free"]
     for name, plan in plans.items():
+        takes_budget = name not in given and any(f.name == "budget" for f in fields(plan.policy))
         try:
+            plan = plan.with_budget(budget) if budget and takes_budget else plan
             plan = plan.sketch(n_layers).fit(config, dtype, n, room)
         except ValueError as e:
-            lines.append(f"{name:{width}} {e}")
+            lines.append(f"{name:{width}} {str(e).removeprefix(f'{name}: ')}")
             continue
         size = int(plan.n_owners(n_layers) * plan.device_bytes(config, dtype, n, room))
         kept = n if plan.policy.demotes else plan.policy.max_kept(n)

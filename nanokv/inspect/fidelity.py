@@ -31,7 +31,7 @@ class Fidelity:
     first: int | None  # index of the first token where the most likely tokens differ; None: nowhere
 
     def __str__(self) -> str:
-        change = f"perplexity {self.ppl_reference:.3f} → {self.ppl:.3f}"
+        change = f"perplexity {self.ppl_reference:.3f} there, {self.ppl:.3f} here"
         first = (
             "same greedy choice everywhere"
             if self.first is None

@@ -148,10 +148,14 @@ ARGUMENTS = [
     (["--interactive", "--question", "x"], "leave out --question"),
     (["-p", "x", "--beams", "0"], "--beams is 0; give at least 1"),
     (["-p", "x", "--beams", "2", "--draft", "lookup"], "--beams searches for one text; leave out --draft"),
-    (["-p", "x", "--draft", "lokup"], "a draft is lookup, or written under a plan, and unknown policy 'lokup'"),
+    (["-p", "x", "--draft", "lokup"], "unknown draft 'lokup' (did you mean lookup?); give lookup, or a plan"),
     (["--interactive", "--draft", "lookup", "--policy", "streaming"], "cannot check drafts: it evicts a token"),
     (["-p", "x", "--draft", "lookup", "--policy", "full+int4"], "cannot check drafts: it rounds every token"),
     (["--plan", "--draft", "lookup"], "leave out --draft"),
+    (["--plan", "-p", "x"], "--plan reckons with a full context; leave out --prompt"),
+    (["--plan", "--kv-budget", "300%"], "budget=300% is too small or out of range"),
+    (["-p", "x", "--policy", "int8", "--k-bits", "2"], "--k-bits and the store int8 both say how many bits"),
+    (["-p", "x", "--policy", "int4:group=7"], "no part of group=7 divides"),
     (["-p", "x", "--draft-tokens", "4"], "--draft-tokens is of a draft"),
     (["-p", "x", "--beams", "2", "--explain"], "leave out --explain"),
     (["-p", "x", "--draft", "h2o"], "h2o+dense cannot write drafts: it scores its tokens at every step"),
@@ -430,6 +434,14 @@ def test_the_repl_has_its_commands(model, capsys, monkeypatch):
         "forgotten",
     ):
         assert part in err
+
+
+def test_a_turn_beyond_the_context_is_told_from_the_text_before_it(model, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n" + "x" * 600 + "\nhi\n"))
+    status, out, err = call(capsys, "--model", model, "--interactive", "-n", "5")
+    assert status == 0 and out.count("\n") == 2  # the two short turns are answered
+    assert re.search(r"a text of \d+, 6\d\d more and 5 new ones are more than the 512 of this model's context", err)
+    assert "begin anew, or go on regardless with --allow-overflow" in err
 
 
 @pytest.mark.parametrize(
@@ -721,6 +733,11 @@ def test_a_plan_is_made_before_anything_is_loaded(capsys):
         capsys, "--model", "llama3-8b", "--plan", "--policy", "kvzip", "--kv-budget", "2000", "-n", "192"
     )
     assert status == 0 and [line.split()[3] for line in out.splitlines() if line.startswith("kvzip ")] == ["2000"]
+    out = call(capsys, "--model", "llama3-8b", "--plan", "--kv-budget", "100", "-n", "192")[1]
+    rows = {line.split()[0]: line for line in out.splitlines()}
+    assert all("at most     100 tokens" in rows[name] for name in ("snapkv", "streaming", "h2o"))
+    assert "at most    8000 tokens" in rows["full"] and "give at least 138 tokens" in rows["scissorhands"]
+    assert rows["kvzip"].endswith("its scoring passes need a shorter prompt")
     status, _, err = call(capsys, "--model", "llama3-8b", "--plan", "-n", "9000")
     assert status == 2 and "no room for a prompt in this model's context of 8192" in err
 

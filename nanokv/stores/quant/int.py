@@ -59,8 +59,10 @@ class Int(StoreSpec):
         return math.gcd(self.group, dim)
 
     def incompatible_model(self, config: Any) -> str:
-        if config.head_dim % 4 == 0:
+        if config.head_dim % 4 == 0 and self.v_group(config.head_dim) > 1:
             return ""
+        if config.head_dim % 4 == 0:
+            return f"no part of group={self.group} divides this model's head dimension {config.head_dim}; give a group of 32 or 64"
         return f"four codes share a word, and 4 does not divide this model's head dimension {config.head_dim}; use fp8"
 
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
