@@ -70,10 +70,12 @@ def attend(
 
 def logits(q: Tensor, k: Tensor) -> Tensor:
     """q (B,H,T,D) bf16, k (B,Hkv,S,D) in fp32, with numbers that bf16 can hold → q·k/√D, (B,Hkv,G,T,S) fp32."""
-    q = q.unflatten(1, (k.shape[1], -1)).float()
+    (B, H, T, D), (heads, S) = q.shape, k.shape[1:3]
+    x, queries = q.new_empty(B * heads, H // heads * T, S, dtype=torch.float32), q.float().reshape(B * heads, -1, D)
     with fp32_as_bf16():
-        x = q.flatten(2, 3) @ k.transpose(-1, -2)
-    return x.mul_(q.shape[-1] ** -0.5).unflatten(2, q.shape[2:4])
+        for out, rows, keys in zip(x, queries, k.flatten(0, 1), strict=True):  # a batched product would copy the keys
+            torch.addmm(out, rows, keys.t(), beta=0, alpha=D**-0.5, out=out)
+    return x.view(B, heads, -1, T, S)
 
 
 @contextmanager
