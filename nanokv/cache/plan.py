@@ -176,7 +176,7 @@ class Plan:
         name = name or self.names[1]
         keys = {f.name for f in fields(STORES[name])}
         for key in given:
-            if key in ("k", "v") and name[-1].isdigit():
+            if key in ("k", "v") and name[-1].isdigit():  # as in int8
                 raise ValueError(
                     f"{flags[key]} and the store {name} both say how many bits; give the store int, or leave one out"
                 )

@@ -2,9 +2,8 @@
 reads its keys and values has attended.
 
 The cache knows the prompt's length from the start, so it sees when the prompt is complete. The same code takes a prompt
-whole or in chunks. Of a policy it uses `keep`, `keep_all`, `passes`, `shift` and the declarations in
-`policies/base.py`. After `keep`, the
-dense keys and values of a layer are freed and only its entry in `kept` remains.
+whole or in chunks. Of a policy it uses `keep`, `keep_all`, `passes`, `shift` and the declarations in `policies/base.py`.
+After `keep`, the dense keys and values of a layer are freed and only its entry in `kept` remains.
 """
 
 from __future__ import annotations

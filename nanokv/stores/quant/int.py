@@ -59,11 +59,12 @@ class Int(StoreSpec):
         return math.gcd(self.group, dim)
 
     def incompatible_model(self, config: Any) -> str:
-        if config.head_dim % 4 == 0 and self.v_group(config.head_dim) > 1:
-            return ""
-        if config.head_dim % 4 == 0:
-            return f"no part of group={self.group} divides this model's head dimension {config.head_dim}; give a group of 32 or 64"
-        return f"four codes share a word, and 4 does not divide this model's head dimension {config.head_dim}; use fp8"
+        dim = config.head_dim
+        if dim % 4:
+            return f"four codes share a word, and 4 does not divide this model's head dimension {dim}; use fp8"
+        if self.v_group(dim) == 1:
+            return f"no part of group={self.group} divides this model's head dimension {dim}; give a group of 32 or 64"
+        return ""
 
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
         dim, heads = config.head_dim, config.num_key_value_heads
