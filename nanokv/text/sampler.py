@@ -78,7 +78,7 @@ def sample(logits: Tensor, s: Sampling, generator: torch.Generator | None) -> Te
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """Logits (…,vocab) → the token of the largest one (…); of equal ones the first. On a CPU argmax of 16 bits takes six to
+    """Logits (…,vocab) → the token of the largest one (…); of equal ones the first. On a CPU argmax of 16 bits takes five to
     eight times as long.
     """
     return logits.max(-1).indices
