@@ -220,6 +220,43 @@ def attention_scores_by(
     return _join_group(scores.unflatten(1, (Hkv, -1)), over_group) if sums else scores
 
 
+def scored_by(prefill: Callable, attention_scores: Callable) -> Callable:
+    """Return a `prefill_scored` that calls these two, one after the other. `prefill` returns no lse."""
+
+    def prefill_scored(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: int,
+        sliding_window: int | None,
+        n: int,
+        scored: Sequence[tuple[int, int]] | None,
+        over_group: str,
+        over_queries: str,
+        noise: tuple[int, float, int] | None,
+        near: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend as `prefill` does, and score the first n keys by the same queries, as `attention_scores` does.
+
+        n: the prompt has so many tokens; the keys behind them belong to a scoring pass, as the queries do. scored: runs
+        (first, end) of the prompt's tokens, in their order. Each query's softmax is then over these and the pass's own
+        tokens, as if there were no sliding window, and the other keys' scores are 0. None: over all that it sees.
+        Returns out (B,H,T,D) in q's dtype and scores (B,Hkv,n) fp32, or (B,H,n) with over_group "each".
+        """
+        out, how = prefill(q, k, v, start, sliding_window), (over_group, over_queries, noise, near)
+        if scored is None:
+            return out, attention_scores(q, k, start, sliding_window, *how)[:, :, :n]
+        keys = torch.cat([k[:, :, a:b] for a, b in (*scored, (n, k.shape[2]))], 2)
+        lengths = [b - a for a, b in scored]
+        found = attention_scores(q, keys, start - n + sum(lengths), None, *how)
+        scores = found.new_zeros(*found.shape[:2], n)
+        for (a, b), part in zip(scored, found[:, :, : sum(lengths)].split(lengths, 2), strict=True):
+            scores[:, :, a:b] = part
+        return out, scores
+
+    return prefill_scored
+
+
 def _of_queries(weight: Tensor, scores: Tensor, over_queries: str, visible: Tensor, query: Tensor) -> Tensor:
     """Return the scores (B,Hkv,s) so far, joined with those of t more queries: weight (B,Hkv,t,s)."""
     if over_queries == "max":

@@ -21,6 +21,8 @@ class Ops:
 
     name: str
     prefill: Callable[..., Tensor]  # attention of a prompt or a part of it; returns no lse
+    # attention and scores of a scoring pass; `reference.scored_by` has the signature
+    prefill_scored: Callable[..., tuple[Tensor, Tensor]]
     # `reference.prefill` as it is, with lse, for parts that `merge` joins
     turn: Callable[..., tuple[Tensor, Tensor]]
     decode: Callable[..., tuple[Tensor, Tensor, Tensor | None]]

@@ -1,14 +1,14 @@
 """Attention of several queries on a CPU with bf16 arithmetic, as products of matrices.
 
-torch's flash kernel for CPUs multiplies bf16 as slowly as fp32, unless the CPU has AMX. oneDNN's products of bf16 matrices
-are some four times as fast, so the logits of a block of queries are written to memory. Up to some 8,192 keys a CPU's cache
-holds them.
+torch's flash kernel for CPUs multiplies bf16 as slowly as fp32, unless the CPU has AMX. On AMD's CPUs oneDNN multiplies
+bf16 four times as fast, and fp32 twice, so the logits of a block of queries are written to memory. Up to some 8,192 keys a
+CPU's cache holds them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 
@@ -18,7 +18,7 @@ from torch import Tensor
 ROWS = 512  # queries of one block times the query heads of a group. With 4,096 keys logits and weights take 12 MiB
 SCORED_ROWS = 384  # queries of one block times all query heads, where attention scores are taken
 MIN_LOGITS = 200_000  # of one KV head. With fewer the calls cost more than the flash kernel
-SETTING = threading.Lock()  # for `fp32_as_bf16`, whose setting all threads share
+SETTING = threading.Lock()  # for `fp32_by_onednn`, whose setting all threads share
 
 
 def applies(q: Tensor, k: Tensor) -> bool:
@@ -32,12 +32,20 @@ def applies(q: Tensor, k: Tensor) -> bool:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None, with_lse: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    bias: Tensor | None = None,
+    with_lse: bool = True,
+    also: Callable[[int, int, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """q (B,H,T,D), k and v (B,Hkv,S,D), all bf16 → out (B,H,T,D) bf16, and lse (B,H,T) fp32 if asked for.
 
     causal: the queries are the last T of the S tokens, and each sees the tokens up to its own; else each sees all. bias
-    (B,Hkv,1,S) is added to the logits. A query that sees no key gets NaN. Logits and softmax are fp32.
+    (B,Hkv,1,S) is added to the logits. A query that sees no key gets NaN. Logits and softmax are fp32. also(row, KV head,
+    weights) is called after each block of queries, with the weights (queries,keys) fp32 of the first keys, which it may
+    overwrite.
     """
     (B, H, T, D), (heads, S) = q.shape, k.shape[1:3]
     G, start = H // heads, S - T
@@ -49,40 +57,65 @@ def attend(
     for b, h in product(range(B), range(heads)):
         group = slice(h * G, (h + 1) * G)
         keys, values = k[b, h].float().t(), v[b, h].contiguous()
+        queries, found = q[b, group].transpose(0, 1).float().reshape(T * G, D), out[b, group].transpose(0, 1)
         for i in range(0, T, n):
-            block, m = slice(i, i + n), min(n, T - i)
+            m = min(n, T - i)
             end = start + i + m if causal else S  # keys that any of these queries sees
             x, weight = logits[: G * m * end].view(G * m, end), weights[: G * m * end].view(G * m, end)
-            with fp32_as_bf16():
-                queries = q[b, group, block].float().reshape(G * m, D)
-                torch.addmm(x, queries, keys[:, :end], beta=0, alpha=D**-0.5, out=x)
+            with fp32_by_onednn():
+                torch.addmm(x, queries[i * G : (i + m) * G], keys[:, :end], beta=0, alpha=D**-0.5, out=x)
             if causal:
-                x.view(G, m, end)[..., start + i :].masked_fill_(later[:m, :m], -torch.inf)
+                x.view(m, G, end)[..., start + i :].masked_fill_(later[:m, None, :m], -torch.inf)
             if bias is not None:
                 x += bias[b, h]
             largest = x.amax(-1) if with_lse else None
             torch.softmax(x, -1, out=x)
             if with_lse:  # the largest weight is exp(largest logit − lse)
-                lse[b, group, block] = (largest - x.amax(-1).log()).view(G, m)
-            out[b, group, block] = (weight.copy_(x) @ values[:end]).view(G, m, D)
+                lse[b, group, i : i + m] = (largest - x.amax(-1).log()).view(m, G).t()
+            found[i : i + m] = (weight.copy_(x) @ values[:end]).view(m, G, D)
+            if also is not None:
+                also(b, h, x)
     return out, lse
+
+
+def attend_and_score(
+    q: Tensor, k: Tensor, v: Tensor, n: int, scored: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of a scoring pass, all bf16 → out (B,H,T,D) bf16, scores (B,Hkv,n) fp32.
+
+    The keys from n on are the pass's own. A key's score is the largest share that one query gives it of the weight on
+    the keys of the runs `scored` and on the pass's own. Where other keys outweigh all of these e⁸⁷ times, fp32 cannot tell
+    the share, and it comes out too small.
+    """
+    scores = q.new_zeros(*k.shape[:2], n, dtype=torch.float32)
+
+    def add(b: int, h: int, weight: Tensor) -> None:
+        parts = [weight[:, first:end] for first, end in (*scored, (n, weight.shape[1]))]
+        total = sum(part.sum(-1, keepdim=True) for part in parts).clamp_min_(torch.finfo(torch.float32).tiny)
+        for (first, end), part in zip(scored, parts[:-1], strict=True):
+            if first < end:
+                most = scores[b, h, first:end]
+                torch.maximum(most, part.div_(total).amax(0), out=most)
+
+    return attend(q, k, v, True, with_lse=False, also=add)[0], scores
 
 
 def logits(q: Tensor, k: Tensor) -> Tensor:
     """q (B,H,T,D) bf16, k (B,Hkv,S,D) in fp32, with numbers that bf16 can hold → q·k/√D, (B,Hkv,G,T,S) fp32."""
     (B, H, T, D), (heads, S) = q.shape, k.shape[1:3]
     x, queries = q.new_empty(B * heads, H // heads * T, S, dtype=torch.float32), q.float().reshape(B * heads, -1, D)
-    with fp32_as_bf16():
+    with fp32_by_onednn():
         for out, rows, keys in zip(x, queries, k.flatten(0, 1), strict=True):  # a batched product would copy the keys
             torch.addmm(out, rows, keys.t(), beta=0, alpha=D**-0.5, out=out)
     return x.view(B, heads, -1, T, S)
 
 
 @contextmanager
-def fp32_as_bf16() -> Iterator[None]:
-    """Within this, oneDNN multiplies fp32 matrices as bf16, which changes no number that bf16 can hold, and adds up in
-    fp32. torch has no product on a CPU that takes bf16 and returns fp32. The setting is the whole process's: fp32 products
-    of other threads are rounded meanwhile, too.
+def fp32_by_onednn() -> Iterator[None]:
+    """Within this, oneDNN multiplies fp32 matrices instead of MKL, which takes twice as long on AMD's CPUs. torch has no
+    product on a CPU that takes bf16 and returns fp32. The setting allows oneDNN to round to bf16, which changes no number
+    that bf16 can hold; without AMX it was not seen to round. It is the whole process's: products of other threads go to
+    oneDNN meanwhile, too.
     """
     matmul = torch.backends.mkldnn.matmul
     with SETTING:

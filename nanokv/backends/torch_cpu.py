@@ -4,6 +4,7 @@ CPU has. On a CPU a decode step reads each key once, and the codes of `int` stor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -108,6 +109,29 @@ def attention_scores(
         return reference.attention_scores(q, k, start, sliding_window, *how)
     block = max(reference.SCORED_AT_ONCE, bf16_cpu.SCORED_ROWS // q.shape[1])
     return reference.attention_scores_by(bf16_cpu.logits, q, k.float(), start, sliding_window, *how, block)
+
+
+def prefill_scored(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: int,
+    sliding_window: int | None,
+    n: int,
+    scored: Sequence[tuple[int, int]] | None,
+    over_group: str,
+    over_queries: str,
+    noise: tuple[int, float, int] | None,
+    near: int | None,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.scored_by` describes. Scores that are the most that one query gives are taken from the weights of
+    attention itself, where it is made of products.
+    """
+    sees_all = sliding_window is None or sliding_window >= k.shape[2]
+    if over_group == over_queries == "max" and noise is None and sees_all and bf16_cpu.applies(q, k):
+        return bf16_cpu.attend_and_score(q, k, v, n, [(0, n)] if scored is None else scored)
+    given = q, k, v, start, sliding_window, n, scored, over_group, over_queries, noise, near
+    return reference.scored_by(sdpa_prefill, attention_scores)(*given)
 
 
 def sdpa_decode(
@@ -222,6 +246,7 @@ SDPA = replace(
     EAGER,
     name="sdpa",
     prefill=sdpa_prefill,
+    prefill_scored=prefill_scored,
     turn=sdpa_turn,
     decode=sdpa_decode,
     decode_quant=sdpa_decode_quant,

@@ -68,14 +68,13 @@ class PromptCache:
             self.dense[owner] = DenseLayer(self.length, self.wanted, self.holds_all)
         return self.dense[owner]
 
-    def begin_pass(self, n: int, scored: Sequence[int] | None = None) -> None:
-        """The next n tokens are queries of a scoring pass: they see the whole prompt, score the keys at `scored` (None: all),
-        and their own keys are dropped afterwards.
+    def begin_pass(self, n: int, scored: Sequence[tuple[int, int]] | None = None) -> None:
+        """The next n tokens are queries of a scoring pass: they see the whole prompt, score the keys of the runs `scored`
+        (None: all), and their own keys are dropped afterwards.
         """
         self.passes_left -= 1
-        index = None if scored is None else torch.tensor(scored, device=self.ids.device)
         for layer in self.dense.values():
-            layer.begin_pass(n, index)
+            layer.begin_pass(n, scored)
 
     def run_block(self, block: Callable, x: Tensor, pos: Tensor, angle: Any, layer: PromptLayer) -> Tensor:
         """Run one block of the model on x (1,T,C), the residual stream, which its layer may compare with what comes of
@@ -123,19 +122,37 @@ class PromptLayer:
             dense.extend(k, v)
         keys, values = dense.keys_and_values()
         start = keys.shape[2] - q.shape[2]
+        if dense.pass_length is None:
+            out = self._attend_in_prompt(q, keys, values, start, pos)
+        else:
+            out = self._attend_in_pass(q, keys, values, start)
+        if self.is_last_reader and dense.complete:
+            dense.end_pass()
+            cache.compress(self.owner)
+        return out
+
+    def _attend_in_prompt(self, q: Tensor, keys: Tensor, values: Tensor, start: int, pos: Tensor) -> Tensor:
+        """Attention of the prompt's next tokens. Their queries are added to the statistics."""
+        cache, dense = self.cache, self.cache.dense_layer(self.owner)
         if cache.plan.policy.positions_by_chunk:
             out = attend_by_chunk(q, keys, values, start, cache)
         else:
             out = cache.ops.prefill(q, keys, values, start, cache.config.window(self.index))
         for statistics in dense.statistics.values():
             statistics.add(self.index, q, pos, keys, dense, cache)
-        if cache.n_refit_queries and dense.pass_length is None:
+        if cache.n_refit_queries:
             dense.add_refit_queries(self.index, q, cache.n_refit_queries)
-        if self.residual is not None and dense.pass_length is None:
+        if self.residual is not None:
             self._compare(out)
-        if self.is_last_reader and dense.complete:
-            dense.end_pass()
-            cache.compress(self.owner)
+        return out
+
+    def _attend_in_pass(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+        """Attention of a scoring pass's next tokens. Their queries score the prompt's keys."""
+        cache, dense = self.cache, self.cache.dense_layer(self.owner)
+        given = q, keys, values, start, cache.config.window(self.index), dense.length, dense.scored
+        for statistics in dense.statistics.values():
+            out, scores = cache.ops.prefill_scored(*given, *statistics.joined_by(cache))
+            statistics.add_pass(self.index, scores, q.shape[2])
         return out
 
     def _compare(self, out: Tensor) -> None:
@@ -186,9 +203,9 @@ class DenseLayer:
         self.refit_queries: dict[int, Tensor] = {}
         self.pass_length: int | None = None  # tokens of the scoring pass in progress
         self.pass_kv: tuple[Tensor, Tensor] | None = None  # its keys and values so far
-        self.scored: Tensor | None = None  # positions of the keys that it scores; None: all
+        self.scored: Sequence[tuple[int, int]] | None = None  # the runs of keys that it scores; None: all
 
-    def begin_pass(self, n: int, scored: Tensor | None) -> None:
+    def begin_pass(self, n: int, scored: Sequence[tuple[int, int]] | None) -> None:
         self.pass_length, self.pass_kv, self.scored = n, None, scored
 
     def end_pass(self) -> None:
@@ -286,9 +303,6 @@ class Statistics:
     def add(self, reader: int, q: Tensor, pos: Tensor, keys: Tensor, dense: DenseLayer, cache: PromptCache) -> None:
         """Add a reader's next queries q (1,H,T,D) at pos (1,T). keys (1,Hkv,N,D): all keys so far, the last T of them these tokens' own."""
         wanted = self.wanted
-        if dense.pass_length is not None:
-            self._add_pass(reader, q, keys, dense, cache)
-            return
         if wanted.query_moments is not None:
             self._add_moments(reader, q, pos, keys.shape[2] - q.shape[2], dense.length, cache.ctx.inv_freq)
         if wanted.block is not None:
@@ -315,22 +329,11 @@ class Statistics:
         start = keys.shape[2] - q.shape[2]
         self._join(reader, self._score(reader, q, keys, start, cache, cache.config.window(reader)))
 
-    def _add_pass(self, reader: int, q: Tensor, keys: Tensor, dense: DenseLayer, cache: PromptCache) -> None:
-        """Score the prompt's keys by queries of a scoring pass."""
+    def add_pass(self, reader: int, scores: Tensor, n: int) -> None:
+        """Add the scores (1,Hkv,N) that n queries of a scoring pass gave the prompt's keys."""
         # every reader has the same queries, so only the first reader counts them
-        self.pass_queries += q.shape[2] if reader == min(self.scores, default=reader) else 0
-        self._join(reader, self._score_in_pass(reader, q, keys, dense, cache))
-
-    def _score_in_pass(self, reader: int, q: Tensor, keys: Tensor, dense: DenseLayer, cache: PromptCache) -> Tensor:
-        """The prompt's scores by queries of a scoring pass. If the pass scores only some keys (`dense.scored`), the model's
-        sliding window is ignored and all other keys get 0.
-        """
-        n, start = dense.length, keys.shape[2] - q.shape[2]
-        if dense.scored is None:
-            return self._score(reader, q, keys, start, cache, cache.config.window(reader))[:, :, :n]
-        keys = _cat(keys[:, :, dense.scored], keys[:, :, n:])
-        found = self._score(reader, q, keys, start - n + len(dense.scored), cache, None)[:, :, : len(dense.scored)]
-        return found.new_zeros(*found.shape[:2], n).index_copy_(2, dense.scored, found)
+        self.pass_queries += n if reader == min(self.scores, default=reader) else 0
+        self._join(reader, scores)
 
     def _score(
         self, reader: int, q: Tensor, k: Tensor, start: int, cache: PromptCache, sliding_window: int | None
@@ -338,10 +341,13 @@ class Statistics:
         """(1,Hkv,N): each query's softmax over the keys that it sees, summed over the queries and reduced over the G query
         heads of each KV head. kernels/reference.py, `attention_scores`, has the formula.
         """
+        return cache.ops.attention_scores(q, k, start, sliding_window, *self.joined_by(cache))
+
+    def joined_by(self, cache: PromptCache) -> tuple[str, str, tuple[int, float, int] | None, int | None]:
+        """How `attention_scores` joins attention into scores: its last four arguments."""
         wanted = self.wanted
         over_group = "each" if self.keeps_query_heads(cache) else wanted.over_group
-        how = over_group, wanted.over_queries, wanted.noise(0), wanted.near
-        return cache.ops.attention_scores(q, k, start, sliding_window, *how)
+        return over_group, wanted.over_queries, wanted.noise(0), wanted.near
 
     def keeps_query_heads(self, cache: PromptCache) -> bool:
         """Whether the scores of each query head are kept until the prompt is complete: a maximum over heads of sums over

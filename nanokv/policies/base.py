@@ -117,8 +117,10 @@ class Policy(ABC):
         """
         return tokens
 
-    def scored(self, prompt_len: int, i: int) -> Sequence[int] | None:
-        """The positions of the prompt, ascending, that share the softmax of pass i with the pass itself; None: all."""
+    def scored(self, prompt_len: int, i: int) -> Sequence[tuple[int, int]] | None:
+        """The runs (first, end) of the prompt's tokens, in their order, that share the softmax of pass i with the pass
+        itself; None: all tokens.
+        """
         return None
 
     def shift(self, pos: Tensor, first: int) -> Tensor:

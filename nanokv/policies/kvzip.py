@@ -73,9 +73,9 @@ class KVzip(Scorer):
             instruction = torch.cat((encode(LATER), tokens[max(0, first - OVERLAP) : first], encode("\n")))
         return torch.cat((instruction, tokens[first : first + self.piece]))
 
-    def scored(self, prompt_len: int, i: int) -> Sequence[int]:
+    def scored(self, prompt_len: int, i: int) -> Sequence[tuple[int, int]]:
         first = i * self.piece
-        return [*range(min(self.sink, first)), *range(first, min(first + self.piece, prompt_len))]
+        return [(0, min(self.sink, first)), (first, min(first + self.piece, prompt_len))]
 
     def score(self, p: Prompt) -> Tensor:
         score = p.attention.amax(0, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
@@ -98,16 +99,51 @@ def test_attention_scores_as_products(over_queries, window, monkeypatch):
     torch.testing.assert_close(found.double(), right.double(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("how", [("max", "max"), ("mean", "sum")])
+@pytest.mark.parametrize("scored", [None, [(0, 12)], [(0, 2), (5, 9)], [(0, 0), (3, 12)]])
+def test_a_scoring_pass(scored, how, window, monkeypatch):
+    """A prompt of 12 tokens, and 14 of a pass, whose first three came in an earlier chunk. With products, and without."""
+    n, start, T = 12, 15, 11
+    q = normal(2, T, HKV * G, D, seed=0, dtype=torch.bfloat16).transpose(1, 2) * 4
+    k, v = (normal(2, HKV, start + T, D, seed=i, dtype=torch.bfloat16) for i in (1, 2))
+    right, _ = reference.prefill(q.double(), k.double(), v.double(), start, window)
+    scores = torch.zeros(2, HKV * G, T, n, dtype=torch.float64)
+    among = [j for a, b in scored or [(0, n)] for j in range(a, b)]
+    for b, h, i in itertools.product(range(2), range(HKV * G), range(T)):
+        sees = [j for j in [*among, *range(n, start + i + 1)] if scored or not window or j > start + i - window]
+        logits = torch.tensor([(q[b, h, i].double() @ k[b, h // G, j].double()).item() for j in sees]) * D**-0.5
+        for j, weight in zip(sees, logits.softmax(0), strict=True):
+            if j < n:
+                scores[b, h, i, j] = weight
+    scores = scores.unflatten(1, (HKV, G))
+    scores = scores.amax((2, 3)) if how[0] == "max" else scores.mean(2).sum(2)
+    for as_products in (False, True):
+        monkeypatch.setattr(bf16_cpu, "applies", lambda q, k, said=as_products: said)
+        out, found = torch_cpu.prefill_scored(q, k, v, start, window, n, scored, *how, None, None)
+        torch.testing.assert_close(out.double(), right, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(found.double(), scores, atol=1e-5, rtol=1e-5)
+
+
+def test_scores_of_a_pass_come_from_attention_itself(monkeypatch):
+    q, k = (normal(1, m, T, D, seed=m, dtype=torch.bfloat16) for m, T in ((HKV * G, 4), (HKV, 9)))
+    monkeypatch.setattr(bf16_cpu, "applies", lambda q, k: True)
+    monkeypatch.setattr(torch_cpu, "attention_scores", None)
+    k[:, :, 0], q[:] = 40, 40  # this key, which is not scored, outweighs all others
+    _, scores = torch_cpu.prefill_scored(q, k, k, 5, None, 5, [(1, 5)], "max", "max", None, None)
+    assert not scores.any()
+
+
 def test_two_threads_leave_the_setting_of_onednn_as_it_was():
     matmul, entered = torch.backends.mkldnn.matmul, threading.Event()
     before = matmul.fp32_precision
 
     def other() -> None:
         entered.set()
-        with bf16_cpu.fp32_as_bf16():
+        with bf16_cpu.fp32_by_onednn():
             pass
 
-    with bf16_cpu.fp32_as_bf16():
+    with bf16_cpu.fp32_by_onednn():
         thread = threading.Thread(target=other)
         thread.start()
         entered.wait()
@@ -120,7 +156,7 @@ def test_two_threads_leave_the_setting_of_onednn_as_it_was():
 def test_the_setting_of_onednn_is_put_back():
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    with pytest.raises(ZeroDivisionError), bf16_cpu.fp32_as_bf16():
+    with pytest.raises(ZeroDivisionError), bf16_cpu.fp32_by_onednn():
         assert matmul.fp32_precision == "bf16"
         _ = 1 / 0
     assert matmul.fp32_precision == before
