@@ -179,7 +179,8 @@ def log(args: argparse.Namespace, line: str) -> None:
 # ---- flags and files, checked before a model is loaded ---------------------------------------------------------------
 
 CONFLICTS = (  # a flag, why it excludes others, and which ones
-    ("--load-cache", "continues the saved prompt", "--chat --system --interactive --question --num-samples --xray"),
+    ("--load-cache", "continues the prompt as it was saved, in the chat template or not", "--chat --system"),
+    ("--load-cache", "continues the saved prompt", "--interactive --question --num-samples --xray"),
     ("--load-cache", "keeps the saved plan", "--policy --kv-budget --k-bits --v-bits --kv-group-size --residual"),
     ("--compare", "reads the prompt again under another plan", "--load-cache --interactive --num-samples"),
     ("--save-cache", "saves one prompt", "--interactive --num-samples"),

@@ -7,6 +7,7 @@ It knows no model and no policy, and it does not import torch.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import signal
 import sys
@@ -36,8 +37,8 @@ MODEL_FILES = (
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line. It also accepts underscores in flags (--max_new_tokens), and values
-    that begin with dashes, unless they are flags themselves.
+    """An argument parser whose errors are one line and name the flag that was meant. It also accepts underscores in flags
+    (--max_new_tokens), and values that begin with dashes, unless they are flags themselves.
     """
 
     def parse_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
@@ -52,7 +53,17 @@ class Parser(argparse.ArgumentParser):
             if takes_one and rest and self._with_dashes(rest[0]).partition("=")[0] not in self._option_string_actions:
                 flag += "=" + rest.pop(0)
             given.append(flag)
-        return super().parse_args(given, namespace)
+        found, unknown = self.parse_known_args(given, namespace)
+        if unknown:
+            self.error(self._about_unknown(unknown[0]))
+        return found
+
+    def _about_unknown(self, argument: str) -> str:
+        flag = argument.partition("=")[0]
+        if not flag.startswith("-"):
+            return f"{argument!r} belongs to no option; a text with spaces needs quotes, as in -p 'two words'"
+        close = difflib.get_close_matches(flag, [name for name in self._option_string_actions if name != flag], 1, 0.6)
+        return f"unknown option {flag}; " + (f"did you mean {close[0]}?" if close else "--help lists all options")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> object:
         """argparse drops "--" even where it is a flag's value."""

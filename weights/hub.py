@@ -83,7 +83,7 @@ def _reachable(repo: str, bar: bool) -> Iterator[None]:
     except hub.HfHubHTTPError as e:
         answer = " ".join(str(e).split())
         raise ValueError(
-            f"{repo} could not be fetched, the hub says: {answer}; the partial download is kept, run again to resume"
+            f"{repo} could not be fetched, the hub says: {answer}; what has arrived is kept, run again to go on"
         ) from None
     except json.JSONDecodeError:
         raise ValueError(
@@ -97,7 +97,7 @@ def _reachable(repo: str, bar: bool) -> Iterator[None]:
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ValueError(
             f"{repo} could not be fetched: no network, or {constants.ENDPOINT} does not answer ({reason}); "
-            "the partial download is kept, run again to resume"
+            "what has arrived is kept, run again to go on"
         ) from None
 
 
