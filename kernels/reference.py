@@ -220,7 +220,7 @@ def attention_scores_by(
     return _join_group(scores.unflatten(1, (Hkv, -1)), over_group) if sums else scores
 
 
-def scored_by(prefill: Callable, attention_scores: Callable) -> Callable:
+def prefill_scored_by(prefill: Callable, attention_scores: Callable) -> Callable:
     """Return a `prefill_scored` that calls these two, one after the other. `prefill` returns no lse."""
 
     def prefill_scored(
@@ -239,7 +239,7 @@ def scored_by(prefill: Callable, attention_scores: Callable) -> Callable:
         """Attend as `prefill` does, and score the first n keys by the same queries, as `attention_scores` does.
 
         n: the prompt has so many tokens; the keys behind them belong to a scoring pass, as the queries do. scored: runs
-        (first, end) of the prompt's tokens, in their order. Each query's softmax is then over these and the pass's own
+        (first, end) of the prompt's tokens, ascending, without overlap. Each query's softmax is then over these and the pass's own
         tokens, as if there were no sliding window, and the other keys' scores are 0. None: over all that it sees.
         Returns out (B,H,T,D) in q's dtype and scores (B,Hkv,n) fp32, or (B,H,n) with over_group "each".
         """

@@ -21,7 +21,7 @@ class Ops:
 
     name: str
     prefill: Callable[..., Tensor]  # attention of a prompt or a part of it; returns no lse
-    # attention and scores of a scoring pass; `reference.scored_by` has the signature
+    # attention and scores of a scoring pass; `reference.prefill_scored_by` has the signature
     prefill_scored: Callable[..., tuple[Tensor, Tensor]]
     # `reference.prefill` as it is, with lse, for parts that `merge` joins
     turn: Callable[..., tuple[Tensor, Tensor]]

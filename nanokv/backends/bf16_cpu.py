@@ -1,8 +1,8 @@
 """Attention of several queries on a CPU with bf16 arithmetic, as products of matrices.
 
-torch's flash kernel for CPUs multiplies bf16 as slowly as fp32, unless the CPU has AMX. On AMD's CPUs oneDNN multiplies
-bf16 four times as fast, and fp32 twice, so the logits of a block of queries are written to memory. Up to some 8,192 keys a
-CPU's cache holds them.
+torch's flash kernel for CPUs multiplies bf16 as slowly as fp32, unless the CPU has AMX. oneDNN's products of matrices are
+faster: on a Zen 5 four times as fast in bf16, and twice in fp32. So the logits of a block of queries are written to
+memory. Up to some 8,192 keys a CPU's cache holds them.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def attend(
     causal: bool,
     bias: Tensor | None = None,
     with_lse: bool = True,
-    also: Callable[[int, int, Tensor], None] | None = None,
+    on_weights: Callable[[int, int, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """q (B,H,T,D), k and v (B,Hkv,S,D), all bf16 → out (B,H,T,D) bf16, and lse (B,H,T) fp32 if asked for.
 
     causal: the queries are the last T of the S tokens, and each sees the tokens up to its own; else each sees all. bias
-    (B,Hkv,1,S) is added to the logits. A query that sees no key gets NaN. Logits and softmax are fp32. also(row, KV head,
-    weights) is called after each block of queries, with the weights (queries,keys) fp32 of the first keys, which it may
-    overwrite.
+    (B,Hkv,1,S) is added to the logits. A query that sees no key gets NaN. Logits and softmax are fp32.
+    on_weights(row, KV head, weights) is called after each block of queries. weights (queries · G, keys) fp32: of the keys
+    from the first to the last that any of these queries sees. It may overwrite them.
     """
     (B, H, T, D), (heads, S) = q.shape, k.shape[1:3]
     G, start = H // heads, S - T
@@ -73,8 +73,8 @@ def attend(
             if with_lse:  # the largest weight is exp(largest logit − lse)
                 lse[b, group, i : i + m] = (largest - x.amax(-1).log()).view(m, G).t()
             found[i : i + m] = (weight.copy_(x) @ values[:end]).view(m, G, D)
-            if also is not None:
-                also(b, h, x)
+            if on_weights is not None:
+                on_weights(b, h, x)
     return out, lse
 
 
@@ -83,9 +83,9 @@ def attend_and_score(
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of a scoring pass, all bf16 → out (B,H,T,D) bf16, scores (B,Hkv,n) fp32.
 
-    The keys from n on are the pass's own. A key's score is the largest share that one query gives it of the weight on
-    the keys of the runs `scored` and on the pass's own. Where other keys outweigh all of these e⁸⁷ times, fp32 cannot tell
-    the share, and it comes out too small.
+    The keys from n on are the pass's own. A key's score is the largest share that one query of its group gives it of the
+    weight on the keys of the runs `scored` and on the pass's own. fp32 holds no weight below e⁻⁸⁷ of all that a query
+    gives; the share of such a key comes out too small.
     """
     scores = q.new_zeros(*k.shape[:2], n, dtype=torch.float32)
 
@@ -97,7 +97,7 @@ def attend_and_score(
                 most = scores[b, h, first:end]
                 torch.maximum(most, part.div_(total).amax(0), out=most)
 
-    return attend(q, k, v, True, with_lse=False, also=add)[0], scores
+    return attend(q, k, v, True, with_lse=False, on_weights=add)[0], scores
 
 
 def logits(q: Tensor, k: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def logits(q: Tensor, k: Tensor) -> Tensor:
 
 @contextmanager
 def fp32_by_onednn() -> Iterator[None]:
-    """Within this, oneDNN multiplies fp32 matrices instead of MKL, which takes twice as long on AMD's CPUs. torch has no
+    """Within this, oneDNN multiplies fp32 matrices instead of MKL, which takes twice as long on a Zen 5. torch has no
     product on a CPU that takes bf16 and returns fp32. The setting allows oneDNN to round to bf16, which changes no number
     that bf16 can hold; without AMX it was not seen to round. It is the whole process's: products of other threads go to
     oneDNN meanwhile, too.

@@ -124,14 +124,14 @@ def prefill_scored(
     noise: tuple[int, float, int] | None,
     near: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.scored_by` describes. Scores that are the most that one query gives are taken from the weights of
+    """As `reference.prefill_scored_by` describes. Scores that are the most that one query gives are taken from the weights of
     attention itself, where it is made of products.
     """
     sees_all = sliding_window is None or sliding_window >= k.shape[2]
     if over_group == over_queries == "max" and noise is None and sees_all and bf16_cpu.applies(q, k):
         return bf16_cpu.attend_and_score(q, k, v, n, [(0, n)] if scored is None else scored)
     given = q, k, v, start, sliding_window, n, scored, over_group, over_queries, noise, near
-    return reference.scored_by(sdpa_prefill, attention_scores)(*given)
+    return reference.prefill_scored_by(sdpa_prefill, attention_scores)(*given)
 
 
 def sdpa_decode(

@@ -211,7 +211,7 @@ def decode_quant(
 TORCH_CUDA = replace(
     SDPA,
     prefill=prefill,
-    prefill_scored=reference.scored_by(prefill, attention_scores),
+    prefill_scored=reference.prefill_scored_by(prefill, attention_scores),
     turn=turn,
     decode=decode,
     decode_quant=decode_quant,

@@ -42,7 +42,7 @@ def refetch_all_when_compiling(fetch: Callable[..., None]) -> Callable[..., None
 EAGER = Ops(
     name="eager",
     prefill=eager_prefill,
-    prefill_scored=reference.scored_by(eager_prefill, reference.attention_scores),
+    prefill_scored=reference.prefill_scored_by(eager_prefill, reference.attention_scores),
     turn=reference.prefill,
     decode=reference.decode,
     decode_quant=reference.decode_quant,

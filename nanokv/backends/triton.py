@@ -98,7 +98,7 @@ def triton_ops(device: torch.device) -> Ops:
         "decode_quant": decode_quant,
         "decode_ragged": decode_ragged,
         "attention_scores": attention_scores,
-        "prefill_scored": reference.scored_by(torch_ops.prefill, attention_scores),
+        "prefill_scored": reference.prefill_scored_by(torch_ops.prefill, attention_scores),
         "decodes_fp8": decodes_fp8,
     }
     return replace(

@@ -37,8 +37,11 @@ class PromptCache:
         finished layer is prepacked for its store.
         """
         self.n_passes = self.passes_left = plan.policy.passes(len(ids))
-        if self.n_passes and plan.policy.decide_after:
-            raise ValueError(f"{plan.names[0]} asks for scoring passes and for later tokens; a policy may ask for one")
+        policy = plan.policy
+        if self.n_passes and (policy.decide_after or policy.second_request or policy.positions_by_chunk):
+            raise ValueError(
+                f"{plan.names[0]} asks for scoring passes, so it may have no decide_after, second_request or positions_by_chunk"
+            )
         self.plan, self.config, self.ops, self.ctx = plan, ctx.config, ctx.ops, ctx
         self.ids = ids
         self.length = len(ids) + plan.policy.decide_after  # tokens after the prompt may belong to it
@@ -150,9 +153,9 @@ class PromptLayer:
         """Attention of a scoring pass's next tokens. Their queries score the prompt's keys."""
         cache, dense = self.cache, self.cache.dense_layer(self.owner)
         given = q, keys, values, start, cache.config.window(self.index), dense.length, dense.scored
-        for statistics in dense.statistics.values():
-            out, scores = cache.ops.prefill_scored(*given, *statistics.joined_by(cache))
-            statistics.add_pass(self.index, scores, q.shape[2])
+        (statistics,) = dense.statistics.values()
+        out, scores = cache.ops.prefill_scored(*given, *statistics.how_joined(cache))
+        statistics.add_pass(self.index, scores, q.shape[2])
         return out
 
     def _compare(self, out: Tensor) -> None:
@@ -341,9 +344,9 @@ class Statistics:
         """(1,Hkv,N): each query's softmax over the keys that it sees, summed over the queries and reduced over the G query
         heads of each KV head. kernels/reference.py, `attention_scores`, has the formula.
         """
-        return cache.ops.attention_scores(q, k, start, sliding_window, *self.joined_by(cache))
+        return cache.ops.attention_scores(q, k, start, sliding_window, *self.how_joined(cache))
 
-    def joined_by(self, cache: PromptCache) -> tuple[str, str, tuple[int, float, int] | None, int | None]:
+    def how_joined(self, cache: PromptCache) -> tuple[str, str, tuple[int, float, int] | None, int | None]:
         """How `attention_scores` joins attention into scores: its last four arguments."""
         wanted = self.wanted
         over_group = "each" if self.keeps_query_heads(cache) else wanted.over_group

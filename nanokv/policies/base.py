@@ -118,8 +118,8 @@ class Policy(ABC):
         return tokens
 
     def scored(self, prompt_len: int, i: int) -> Sequence[tuple[int, int]] | None:
-        """The runs (first, end) of the prompt's tokens, in their order, that share the softmax of pass i with the pass
-        itself; None: all tokens.
+        """The runs (first, end) of the prompt's tokens, ascending, without overlap, that share the softmax of pass i with
+        the pass itself; None: all tokens.
         """
         return None
 

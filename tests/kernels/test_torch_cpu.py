@@ -101,9 +101,12 @@ def test_attention_scores_as_products(over_queries, window, monkeypatch):
 
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("how", [("max", "max"), ("mean", "sum")])
-@pytest.mark.parametrize("scored", [None, [(0, 12)], [(0, 2), (5, 9)], [(0, 0), (3, 12)]])
+@pytest.mark.parametrize("scored", [None, [(0, 12)], [(0, 2), (5, 9)], [(0, 2), (2, 9)], [(0, 0), (3, 12)]])
 def test_a_scoring_pass(scored, how, window, monkeypatch):
-    """A prompt of 12 tokens, and 14 of a pass, whose first three came in an earlier chunk. With products, and without."""
+    """A prompt of 12 tokens, and 14 of a pass, whose first three came in an earlier chunk. With products, in blocks of four queries,
+    and without.
+    """
+    monkeypatch.setattr(bf16_cpu, "ROWS", G * 4)
     n, start, T = 12, 15, 11
     q = normal(2, T, HKV * G, D, seed=0, dtype=torch.bfloat16).transpose(1, 2) * 4
     k, v = (normal(2, HKV, start + T, D, seed=i, dtype=torch.bfloat16) for i in (1, 2))
@@ -132,6 +135,14 @@ def test_scores_of_a_pass_come_from_attention_itself(monkeypatch):
     k[:, :, 0], q[:] = 40, 40  # this key, which is not scored, outweighs all others
     _, scores = torch_cpu.prefill_scored(q, k, k, 5, None, 5, [(1, 5)], "max", "max", None, None)
     assert not scores.any()
+
+
+def test_noisy_scores_of_a_pass_are_taken_with_their_noise(monkeypatch):
+    q, k = (normal(1, m, T, D, seed=m, dtype=torch.bfloat16) for m, T in ((HKV * G, 4), (HKV, 9)))
+    given = q, k, k, 5, None, 5, [(0, 5)], "max", "max", (3, 1.0, 0), None
+    monkeypatch.setattr(bf16_cpu, "applies", lambda q, k: True)
+    right = reference.attention_scores(q.double(), k.double(), 5, None, "max", "max", (3, 1.0, 0))[:, :, :5]
+    torch.testing.assert_close(torch_cpu.prefill_scored(*given)[1].double(), right.double(), atol=1e-4, rtol=1e-4)
 
 
 def test_two_threads_leave_the_setting_of_onednn_as_it_was():

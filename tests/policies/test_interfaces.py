@@ -10,7 +10,9 @@ import torch
 from helpers import positions
 from tiny import text
 
-from nanokv import parse
+from kernels import reference
+from nanokv import load, parse
+from nanokv.backends import bf16_cpu, torch_cpu
 from nanokv.cache.kept import Kept
 from nanokv.cache.plan import Plan
 from nanokv.cache.prefill import PromptCache
@@ -24,6 +26,9 @@ from nanokv.summary import as_record, end_block
 
 PROMPT = text(60, seed=5)
 SEEN: list = []  # what the toys were shown
+
+
+ONE_AFTER_THE_OTHER = reference.prefill_scored_by(torch_cpu.sdpa_prefill, torch_cpu.attention_scores)
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +129,7 @@ def test_passes_and_a_late_decision_exclude_each_other(llm_of):
     class Both(Replay):
         decide_after = 1
 
-    with pytest.raises(ValueError, match="may ask for one"):
+    with pytest.raises(ValueError, match="may have no decide_after"):
         start(llm_of("g3"), Both())
 
 
@@ -160,6 +165,31 @@ def test_kvzip_keeps_what_repeating_the_prompt_reads(sink, piece, normed, chunk,
     right = oracle.ada(scores, 20, 0.0, list(range(sink)))
     kept = [positions(x, h) for s in session.cache.stores.values() for x in s.unpack() for h in range(2)]
     assert kept == right and len({len(x) for x in kept}) > 1
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+@pytest.mark.parametrize("share", [{}, {2: 0}])
+def test_kvzip_scores_as_well_by_the_weights_of_attention(share, chunk, tiny, monkeypatch):
+    """On a CPU that multiplies bf16 the scores come from attention itself. Attention as products gives both runs the same
+    queries and keys.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Seen(type(parse("kvzip").policy)):
+        def keep_all(self, prompts):
+            SEEN.extend(p.attention for p in prompts)
+            return super().keep_all(prompts)
+
+    llm = load(str(tiny("g3")[0]), dtype="bfloat16", backend="sdpa")
+    monkeypatch.setattr(bf16_cpu, "applies", lambda q, k: True)
+    found = []
+    for ops in (llm.models.ops, replace(llm.models.ops, prefill_scored=ONE_AFTER_THE_OTHER)):
+        SEEN.clear()
+        llm.models = replace(llm.models, ops=ops)
+        start(llm, Seen(budget=20, sink=2, piece=25), chunk=chunk, share=share)
+        found.append(torch.cat([x.amax(0) for x in SEEN]))
+    assert found[0].shape == (2 * (3 - len(share)), 60) and (found[0] > 0).all()
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [None, 16])
