@@ -392,7 +392,7 @@ def drafts() -> str:
     """Speculative decoding under the full cache."""
     rows = []
     for file in ("drafts.json", "drafts-second.json"):
-        for r in _read(file, "epyc")["drafts"]:
+        for r in _read(file, "epyc-zen5")["drafts"]:
             rates = [f"{r['plain_tok_s']:.1f}", f"{r['tok_s']:.1f}", f"{r['tok_s'] / r['plain_tok_s']:.2f}x"]
             right = percent(r["accepted"] / max(1, r["drafted"]))
             per_pass = f"{1 + r['accepted'] / r['passes']:.2f}"
