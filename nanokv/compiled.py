@@ -110,8 +110,9 @@ class Compiled:
             chosen, options = self.recorder.wrap(chosen, options), {}
         options["guard_filter_fn"] = lambda guards: [_keep_guard(guard) for guard in guards]
         given = {"backend": chosen, "fullgraph": True, "dynamic": how.dynamic}
-        self.block, self.head = (
-            torch.compile(_own_code_object(f), options=dict(options), **given) for f in (Block.forward, Llama.head)
+        self.block, self.last_logits = (
+            torch.compile(_own_code_object(f), options=dict(options), **given)
+            for f in (Block.forward, Llama.last_logits)
         )
 
     def step(self, tokens: Tensor, pos: Tensor, cache: KVCache) -> Tensor:
@@ -141,7 +142,7 @@ class Compiled:
                 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # of torch's own calls
                 for block, layer in zip(self.model.layers, cache.layers, strict=True):
                     x = self.block(block, x, pos, angle, layer)
-                out = self.head(self.model, x)
+                out = self.last_logits(self.model, x)
         except Exception as e:
             if not _is_of_compiling(e):
                 raise

@@ -87,7 +87,7 @@ def restore(llm: LLM, file: Path, room: int) -> Session:
         session = llm.session(room, plan=plan)
         session.restore(plan, row, seen)
         for owner, store in session.cache.stores.items():
-            rounds = plan.store_of(owner, llm.config.num_hidden_layers).state_type is not None
+            rounds = plan.store.at(owner, llm.config.num_hidden_layers).state_type is not None
             # codes may stand for values that are no numbers; what is no code was looked at before
             if rounds and not all(x.isfinite().all() for part in store.unpack()[0].parts for x in (part.k, part.v)):
                 raise ValueError(f"layer {owner} holds values that are no numbers")
@@ -123,14 +123,14 @@ def _plan_and_seen(facts: Mapping[str, Any], llm: LLM) -> tuple[Plan, int]:
 
 def _check(kept: Kept, seen: int, plan: Plan, owner: int, llm: LLM) -> None:
     """ValueError unless the session can have held this row of one layer."""
-    store, ctx = plan.store_of(owner, llm.config.num_hidden_layers), llm.models.new_context().of_layer(owner)
+    store, ctx = plan.store.at(owner, llm.config.num_hidden_layers), llm.models.new_context().of_layer(owner)
     parts = kept.parts
     if len(parts) not in ((2, 3) if store.has_low_precision_tier else (1,)):
         raise ValueError(f"layer {owner} holds {len(parts)} sets of tokens")
     if plan.policy.eviction == "none" and not (kept.limit == -1).all():
         raise ValueError(f"layer {owner} has heads with a limit, and its policy sets none")
-    if plan.policy.decode_request and kept.attention is None:
-        raise ValueError(f"layer {owner} has no attention scores")
+    if plan.policy.decode_request and kept.running_scores is None:
+        raise ValueError(f"layer {owner} has no running scores")
     if not any(part.pos.numel() for part in parts):
         raise ValueError(f"layer {owner} holds no token")
     for part in parts:
@@ -145,8 +145,8 @@ def _check(kept: Kept, seen: int, plan: Plan, owner: int, llm: LLM) -> None:
 def _tensors(part: Kept, lossless_prefix: int | None) -> dict[str, Tensor]:
     """What the file holds of one set of tokens. Of rounded tokens it holds the store's state, not keys and values."""
     found = {field: getattr(part, field) for field in FIELDS}
-    if part.attention is not None:
-        found["attention"] = part.attention
+    if part.running_scores is not None:
+        found["attention"] = part.running_scores
     if part.state is not None:
         found |= {"k": part.k[:, :, :lossless_prefix], "v": part.v[:, :, :lossless_prefix]}
         found |= {STATE + name: x for name, x in part.state.tensors().items()}
@@ -172,7 +172,7 @@ def _rows(tensors: Mapping[str, Tensor], scores: Any, plan: Plan, llm: LLM) -> d
             raise ValueError(f"layer {owner} has the score {quoted(score)}")
         kept = None
         for i in reversed(range(len(sets[owner]))):
-            kept = _kept(sets[owner].get(i, {}), owner, float(score), kept, plan.store_of(owner, n_layers).state_type)
+            kept = _kept(sets[owner].get(i, {}), owner, float(score), kept, plan.store.at(owner, n_layers).state_type)
         if kept is None:
             raise KeyError(f"layer {owner} is missing")
         found[owner] = kept
@@ -196,13 +196,13 @@ def _kept(values: dict[str, Tensor], owner: int, score: float, demoted: Kept | N
         record = state_type.from_tensors(state) if state else None
     except (ArithmeticError, IndexError, RuntimeError, TypeError) as e:  # a tensor of another shape or type
         raise ValueError(f"layer {owner}: {reason(e)}") from None
-    # older files call the attention "votes"
+    # files call the running scores "attention", older ones "votes"
     return Kept(
         k,
         v,
         pos,
         *numbers,
-        attention=values.get("attention", values.get("votes")),
+        running_scores=values.get("attention", values.get("votes")),
         layer_score=score,
         demoted=demoted,
         state=record,

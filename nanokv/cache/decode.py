@@ -66,7 +66,7 @@ class KVCache:
         for owner in sorted(rows[0]):
             kept = [row.pop(owner) for row in rows]
             scores[owner] = [k.layer_score for k in kept]
-            store = plan.store_of(owner, ctx.config.num_hidden_layers)
+            store = plan.store.at(owner, ctx.config.num_hidden_layers)
             given = plan.policy, plan.slots_ahead(room), ctx.of_layer(owner)
             stores[owner] = SharedPrefix(store, kept, shared, *given) if shared else store.pack(kept, *given)
             plan.store.link(list(stores.values()))
@@ -105,7 +105,7 @@ class KVCache:
     def _pack(self, i: int, rows: list[Kept], ahead: int) -> None:
         self.layout = object()
         frozen = self.stores[i].slots.frozen
-        store = self.plan.store_of(i, self.ctx.config.num_hidden_layers)
+        store = self.plan.store.at(i, self.ctx.config.num_hidden_layers)
         self.stores[i] = self.layers[i].store = store.pack(rows, self.plan.policy, ahead, self.ctx.of_layer(i))
         if frozen:
             self.stores[i].freeze()
@@ -266,7 +266,7 @@ class Owner:
             self.score_planes.append(scores)
             if is_last_reader:
                 scores = torch.stack(self.score_planes) if len(self.score_planes) > 1 else self.score_planes[0][None]
-                self.store.slots.set_attention(self.policy.update_scores(self.store.slots, scores, pos))
+                self.store.slots.set_running_scores(self.policy.update_scores(self.store.slots, scores, pos))
                 self.score_planes = []
         return out.to(q.dtype)
 

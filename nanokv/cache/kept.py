@@ -119,7 +119,7 @@ class Kept:
     length: Tensor  # (1,Hkv) int32: how many tokens each head really keeps
     limit: Tensor  # (1,Hkv) int32: the most tokens a head may hold; −1: no limit, it grows
     sink: Tensor  # (1,Hkv) int32: how many first slots a ring never overwrites
-    attention: Tensor | None = None  # (1,Hkv,N) fp32, for policies that update their scores while decoding
+    running_scores: Tensor | None = None  # (1,Hkv,N) fp32, for policies that update their scores while decoding
     layer_score: float = 0.0  # one number for the whole layer, for rules across layers and for `--explain`
     demoted: Kept | None = None  # a second set of tokens, to be held at lower precision
     state: StoreState | None = None  # these tokens in the store's own form, such as codes and scales
@@ -130,10 +130,10 @@ class Kept:
         p: Prompt,
         limit: int | Tensor = -1,
         sink: int = 0,
-        attention: Tensor | None = None,
+        running_scores: Tensor | None = None,
         layer_score: float = 0.0,
     ) -> Kept:
-        """Every token of the prompt, with attention scores (1,Hkv,N) if given."""
+        """Every token of the prompt, with running scores (1,Hkv,N) if given."""
         length = p.valid.sum(-1, dtype=torch.int32)
         ones = torch.ones_like(length)
         return cls(
@@ -143,7 +143,7 @@ class Kept:
             length,
             ones * limit,
             ones * sink,
-            attention,
+            running_scores,
             layer_score,
             state=p.state,
         )
@@ -156,7 +156,7 @@ class Kept:
         n: int | Tensor,
         limit: int | Tensor = -1,
         sink: int | Tensor = 0,
-        attention: Tensor | None = None,
+        running_scores: Tensor | None = None,
     ) -> Kept:
         """The n best tokens of each head in temporal order. Among equal scores the earlier token wins.
 
@@ -171,9 +171,9 @@ class Kept:
         valid, index = index < len(p), index.clamp(max=len(p) - 1)
         k, v, pos = p.ops.compact(p.k, p.v, p.pos, index.masked_fill(~valid, -1))
         ones = torch.ones_like(n)
-        attention = None if attention is None else attention.gather(2, index)
+        scores = None if running_scores is None else running_scores.gather(2, index)
         state = None if p.state is None else p.state.select(index)
-        return cls(k, v, pos, n.clone(), ones * limit, ones * sink, attention, state=state)
+        return cls(k, v, pos, n.clone(), ones * limit, ones * sink, scores, state=state)
 
     def in_window(self, seen: int, sliding_window: int | None) -> Kept:
         """Of the tokens among the first `seen`, drop those that no later token sees; see `seen_later`."""
@@ -205,7 +205,7 @@ class Kept:
             v=self.v.gather(2, row),
             pos=self.pos.gather(2, index).masked_fill(~valid, -1),
             length=b - a,
-            attention=None if self.attention is None else self.attention.gather(2, index),
+            running_scores=None if self.running_scores is None else self.running_scores.gather(2, index),
             state=None if self.state is None else self.state.select(index),
         )
 

@@ -50,10 +50,6 @@ class Plan:
         """The last layer that attends to this owner's keys and values; the owner itself if no other layer shares them."""
         return max([owner, *(i for i, o in self.share.items() if o == owner)])
 
-    def store_of(self, layer: int, n_layers: int) -> StoreSpec:
-        """The store's options for one layer."""
-        return self.store.at(layer, n_layers)
-
     def slots_ahead(self, room: int, since_rescore: int = 0) -> int:
         """Slots for new tokens: for all that may come, or for those until the next rescore."""
         every = self.policy.rescore_every
@@ -99,7 +95,7 @@ class Plan:
         """
         n, policy = config.num_hidden_layers, self.policy
         owners = [i for i in range(n) if self.owner(i) == i]
-        costs = [self.store_of(i, n).cost(config, dtype, policy.protected_sinks) for i in owners]
+        costs = [self.store.at(i, n).cost(config, dtype, policy.protected_sinks) for i in owners]
         token_bytes = sum(token for token, _ in costs) / len(owners)
         fixed = sum(fixed for _, fixed in costs) // len(owners) + math.ceil(
             self.store.constant_bytes(config) / len(owners)

@@ -103,7 +103,7 @@ class PromptCache:
         return self.dense.pop(owner).as_prompt(owner, self, self.plan.policy)
 
     def _keep(self, owner: int, kept: Kept) -> None:
-        store = self.plan.store_of(owner, len(self.layers))
+        store = self.plan.store.at(owner, len(self.layers))
         self.kept[owner] = store.prepack(kept, self.ctx.of_layer(owner))
 
 

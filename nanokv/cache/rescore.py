@@ -60,7 +60,7 @@ def stored_as_prompt(
         k=kept.k,
         v=kept.v,
         pos=kept.pos,
-        attention=kept.attention,
+        attention=kept.running_scores,
         n_queries=0,
         ops=ctx.ops,
         inv_freq=ctx.inv_freq,

@@ -34,11 +34,11 @@ class Slots:
         self.first_index = ends[..., None] - size[..., None]  # (B,Hkv,1) int64: where each head's slots begin
         self.total = int(size.sum())
         self.flat_pos = length.new_full((self.total,), -1)
-        self.flat_attention: Tensor | None = None  # fp32, only under a policy that scores decode steps
-        if rows[0].attention is not None:
-            # one spare entry takes what `set_attention` writes for slots that a head does not have
+        self.flat_scores: Tensor | None = None  # fp32, only under a policy that scores decode steps
+        if rows[0].running_scores is not None:
+            # one spare entry takes what `set_running_scores` writes for slots that a head does not have
             spare = 1 if ragged else 0
-            self.flat_attention = self.flat_pos.new_zeros(self.total + spare, dtype=torch.float32)
+            self.flat_scores = self.flat_pos.new_zeros(self.total + spare, dtype=torch.float32)
         self._fill(rows)
 
     def _lay_out(self) -> int:
@@ -68,14 +68,14 @@ class Slots:
         self.capacity = self.largest_head if self.ragged else self.total // len(cursor)
         for b, r in enumerate(rows):
             heads, n = r.pos.shape[1:]
-            index, pos, attention = self.first_index[b] + self._slots_of(b, n), r.pos[0], r.attention
+            index, pos, scores = self.first_index[b] + self._slots_of(b, n), r.pos[0], r.running_scores
             if min(cursor[b * heads : (b + 1) * heads]) < n:
                 valid = torch.arange(n, device=pos.device) < r.length[0, :, None]
                 index, pos = index[valid], pos[valid]
-                attention = None if attention is None else attention[:, valid]
+                scores = None if scores is None else scores[:, valid]
             self.flat_pos[index] = pos
-            if self.flat_attention is not None:
-                self.flat_attention[index] = attention[0]
+            if self.flat_scores is not None:
+                self.flat_scores[index] = scores[0]
         # this many consecutive tokens never share a slot
         self.distinct_writes = min(a - b for a, b in zip(limit, sink, strict=True))
         self.max_used = max(cursor)  # how many slots a read must cover; once frozen: all
@@ -96,8 +96,8 @@ class Slots:
         if self.ragged:
             self.first_index.copy_(limit.flatten().cumsum(0).view_as(limit)[..., None] - limit[..., None])
         self.flat_pos.fill_(-1)
-        if self.flat_attention is not None:
-            self.flat_attention.zero_()
+        if self.flat_scores is not None:
+            self.flat_scores.zero_()
         self._fill(rows)
         return True
 
@@ -107,11 +107,11 @@ class Slots:
         return self.padded(self.flat_pos, -1)
 
     @property
-    def attention(self) -> Tensor:
-        """(B,Hkv,S) fp32: the score of each slot."""
-        return self.padded(self.flat_attention, 0)
+    def running_scores(self) -> Tensor:
+        """(B,Hkv,S) fp32: the number that the policy's `update_scores` last gave each slot."""
+        return self.padded(self.flat_scores, 0)
 
-    def set_attention(self, new: Tensor) -> None:
+    def set_running_scores(self, new: Tensor) -> None:
         """new (B,Hkv,n): scores of the first n slots.
 
         This is no setter of a property: torch 2.11 calls those behind a compiled graph, and a recorded step calls graphs
@@ -119,10 +119,10 @@ class Slots:
         """
         n = new.shape[2]
         if not self.ragged:
-            self.attention[:, :, :n] = new
+            self.running_scores[:, :, :n] = new
             return
         index, mine = self._head_indices(n)
-        self.flat_attention.index_copy_(0, index.masked_fill(~mine, self.total).flatten(), new.flatten())
+        self.flat_scores.index_copy_(0, index.masked_fill(~mine, self.total).flatten(), new.flatten())
 
     def padded(self, flat: Tensor, empty: float) -> Tensor:
         """A flat tensor with one entry per slot, seen as (B,Hkv,S). It is a view; if `ragged`, a copy with `empty` behind
@@ -168,8 +168,8 @@ class Slots:
         indices (B·Hkv,). `take_slots` is the backend's.
         """
         index = take_slots(self.cursor, self.limit, self.sink, self.first_index, pos, self.flat_pos)
-        if self.flat_attention is not None:
-            self.flat_attention.index_fill_(0, index, 0.0)
+        if self.flat_scores is not None:
+            self.flat_scores.index_fill_(0, index, 0.0)
         self._count_on_host(1)
         return index
 
@@ -180,8 +180,8 @@ class Slots:
         """
         given = self.cursor, self.limit, self.first_index, pos, self.flat_pos, self.sliding_window
         index, left = take_lowest(score, self.pos, *given)
-        if self.flat_attention is not None:
-            self.flat_attention.index_fill_(0, index, 0.0)
+        if self.flat_scores is not None:
+            self.flat_scores.index_fill_(0, index, 0.0)
         self._count_on_host(1)
         return index, left
 
@@ -194,16 +194,16 @@ class Slots:
         B, T = pos.shape
         when = pos[:, None].expand(B, self.cursor.shape[1], T)
         self.flat_pos.index_copy_(0, index, when.flatten().to(torch.int32))
-        if self.flat_attention is not None:
-            self.flat_attention.index_fill_(0, index, 0.0)
+        if self.flat_scores is not None:
+            self.flat_scores.index_fill_(0, index, 0.0)
         self.cursor += T
         self._count_on_host(T)
 
     def record_at(self, slot: int, pos: Tensor) -> None:
         """`record` for one token that takes the same slot in every head."""
         self.pos[:, :, slot] = pos
-        if self.flat_attention is not None:
-            self.attention[:, :, slot] = 0
+        if self.flat_scores is not None:
+            self.running_scores[:, :, slot] = 0
         self.cursor += 1
         self._count_on_host(1)
 
@@ -228,7 +228,7 @@ class Slots:
         index (Hkv,N) of each token's slot.
         """
         found, sources = [], []
-        pos, attention = self.pos, None if self.flat_attention is None else self.attention
+        pos, scores = self.pos, None if self.flat_scores is None else self.running_scores
         for b, n in enumerate(self.length):
             valid = torch.arange(int(n.max()), device=n.device) < n[:, None]  # (Hkv,N)
             order = pos[b].masked_fill(pos[b] < 0, torch.iinfo(torch.int32).max).argsort(-1)[:, : valid.shape[1]]
@@ -241,7 +241,7 @@ class Slots:
                     n[None].clone(),
                     self.asked_limit[b : b + 1].clone(),
                     self.sink[b : b + 1].clone(),
-                    attention=None if attention is None else attention[b].gather(1, order)[None],
+                    running_scores=None if scores is None else scores[b].gather(1, order)[None],
                 )
             )
             sources.append(index)
@@ -255,4 +255,4 @@ class Slots:
 
     def tensors(self) -> list[Tensor]:
         kept = [self.cursor, self.limit, self.asked_limit, self.sink, self.first_index, self.flat_pos]
-        return kept if self.flat_attention is None else [*kept, self.flat_attention]
+        return kept if self.flat_scores is None else [*kept, self.flat_scores]

@@ -14,22 +14,22 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of key
 def check_row(row: Kept, config: Any, seen: int, sinks: int) -> None:
     """ValueError unless a text of `seen` tokens can have left this row, in which heads have at most so many sinks."""
     heads, n = config.num_key_value_heads, row.pos.shape[-1]
-    rows = {"k": (1, heads, n, config.head_dim), "v": (1, heads, n, config.head_dim), "attention": (1, heads, n)}
+    rows = {"k": (1, heads, n, config.head_dim), "v": (1, heads, n, config.head_dim), "running_scores": (1, heads, n)}
     numbers = {"pos": (1, heads, n), **dict.fromkeys(("length", "limit", "sink"), (1, heads))}
     for name, shape in (rows | numbers).items():
         x = getattr(row, name)
         if x is None:
-            continue  # attention
-        kinds = (torch.int32,) if name in numbers else (torch.float32,) if name == "attention" else FLOATS
+            continue  # running_scores: only some policies have them
+        kinds = (torch.int32,) if name in numbers else (torch.float32,) if name == "running_scores" else FLOATS
         if x.shape != shape or x.dtype not in kinds:
             raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}")
         if name in rows and not x.isfinite().all():
             raise ValueError(f"{name} holds values that are no numbers")
     valid = torch.arange(n, device=row.pos.device) < row.length[..., None]
     later = (row.pos.diff(dim=-1) > 0) | ~valid[..., 1:]
-    attention = row.attention if row.attention is not None else torch.zeros(1)
+    running = row.running_scores if row.running_scores is not None else torch.zeros(1)
     right = {
-        "attention": attention >= 0,
+        "running_scores": running >= 0,
         "length": (row.length >= 0) & (row.length <= n),
         "limit": (row.limit == -1) | ((row.limit >= row.length) & (row.limit > row.sink)),
         "sink": (row.sink >= 0) & (row.sink <= sinks),

@@ -60,7 +60,7 @@ class Llama(nn.Module):
         """(…,C) → (…,vocab)."""
         return self.linear(hidden, self.lm_head.weight, None)
 
-    def head(self, x: Tensor) -> Tensor:
+    def last_logits(self, x: Tensor) -> Tensor:
         """x (B,T,C) after the last block → logits of the last token (B,vocab)."""
         return self.logits(self.norm(x[:, -1], self.lm_head.weight.dtype))
 

@@ -133,7 +133,7 @@ class Policy(ABC):
         """(B,Hkv,S): the slot of the lowest score goes to the token at pos (B,1), once no slot is free; +inf for slots
         that must stay. Only asked if `eviction` is "score"; by default what `update_scores` has returned.
         """
-        return s.attention
+        return s.running_scores
 
     def step_request(self, n_tokens: int) -> ScoreRequest | None:
         """`decode_request` for a single new token. None for several, because a turn is not scored."""
@@ -141,7 +141,7 @@ class Policy(ABC):
 
     def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
         """attention (readers,B,Hkv,n): scores of the first n slots by the queries at pos (B,1) → the new
-        `s.attention` of these slots.
+        `s.running_scores` of these slots.
 
         In each decode step every owning layer calls this when its last reader has attended, if `decode_request` is
         given.

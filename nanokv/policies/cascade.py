@@ -76,7 +76,7 @@ class CascadingKV(Policy):
         stays = p.sinks(self.sink)
         stays[..., [t - first for t in held]] = True
         sink = max(0, self.sink - first)
-        return Kept.top(p, stays.float(), stays.sum(-1), sink + size * self.rings, sink, attention=mean)
+        return Kept.top(p, stays.float(), stays.sum(-1), sink + size * self.rings, sink, running_scores=mean)
 
     def rivals(self, t: int, size: int) -> tuple[int, int]:
         """Which two held tokens, counted from the newest, compete when token t comes to full rings.
@@ -94,8 +94,10 @@ class CascadingKV(Policy):
             ring = torch.where(n % 2**i != 0, i, ring)
         offered, rival = ring * size - 1, torch.minimum(ring * size, self.rings * size - 1)  # see `rivals`
         age = s.pos.argsort(dim=-1, descending=True).argsort(dim=-1)  # per slot, how many tokens are younger
-        return s.attention.masked_fill((age != offered) & (age != rival), torch.inf)
+        return s.running_scores.masked_fill((age != offered) & (age != rival), torch.inf)
 
     def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
         keeps = (-math.log(100) * self.rings / (s.asked_limit - s.sink)).exp()[..., None]
-        return keeps * s.attention[:, :, : attention.shape[3]] + (1 - keeps) * attention.sum(0).mean(1, keepdim=True)
+        return keeps * s.running_scores[:, :, : attention.shape[3]] + (1 - keeps) * attention.sum(0).mean(
+            1, keepdim=True
+        )

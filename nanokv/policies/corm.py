@@ -50,8 +50,8 @@ class CORM(Policy):
     def keep(self, p: Prompt) -> Kept:
         hit = p.attention.amax(0, keepdim=True)  # 1 + the position of the last hit; 0: never hit
         stays = p.valid & ((hit > max(0, p.seen - self.window)) | p.recent(self.recent))
-        return Kept.top(p, stays.float(), stays.sum(-1), attention=hit)
+        return Kept.top(p, stays.float(), stays.sum(-1), running_scores=hit)
 
     def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
         hit = attention.amax(0) >= 1 / s.length[..., None]
-        return torch.where(hit, pos[:, None] + 1.0, s.attention[:, :, : attention.shape[3]])
+        return torch.where(hit, pos[:, None] + 1.0, s.running_scores[:, :, : attention.shape[3]])

@@ -41,7 +41,7 @@ class H2O(EvictingScorer):
 
     def slot_scores(self, s: Slots, pos: Tensor) -> Tensor:
         recent = (s.asked_limit.double() * self.recent).int()[..., None]  # float64, to round as Python does in `score`
-        return s.attention.masked_fill(s.pos > pos[:, None] - recent, torch.inf)
+        return s.running_scores.masked_fill(s.pos > pos[:, None] - recent, torch.inf)
 
     def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
-        return s.attention[:, :, : attention.shape[3]] + attention.sum(0)
+        return s.running_scores[:, :, : attention.shape[3]] + attention.sum(0)

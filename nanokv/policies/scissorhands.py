@@ -58,10 +58,10 @@ class Scissorhands(Scorer):
         return f"{self.recent} recent tokens stay while {self.every} are evicted at a time"
 
     def keep(self, p: Prompt) -> Kept:
-        return self.best(p, self.layer_budget(p) - self.every, attention=p.attention.sum(0, keepdim=True))
+        return self.best(p, self.layer_budget(p) - self.every, running_scores=p.attention.sum(0, keepdim=True))
 
     def score(self, p: Prompt) -> Tensor:
         return (-p.attention.sum(0, keepdim=True)).masked_fill(p.recent(self.recent), torch.inf)
 
     def update_scores(self, s: Slots, attention: Tensor, pos: Tensor) -> Tensor:
-        return s.attention[:, :, : attention.shape[3]] + (attention < 1 / s.length[..., None]).sum(0)
+        return s.running_scores[:, :, : attention.shape[3]] + (attention < 1 / s.length[..., None]).sum(0)

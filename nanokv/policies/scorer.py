@@ -203,17 +203,19 @@ class Scorer(Policy):
         budgets = self._head_budgets(joined, self.budget).split([x.shape[1] for x in scores], 1)
         return [self._select(p, score, n) for p, score, n in zip(prompts, scores, budgets, strict=True)]
 
-    def best(self, p: Prompt, n: int, capped: bool = False, attention: Tensor | None = None) -> Kept:
+    def best(self, p: Prompt, n: int, capped: bool = False, running_scores: Tensor | None = None) -> Kept:
         """The best tokens, n per head (with heads=ada: n on average).
 
-        capped: while decoding, each head stays at its number, and a new token takes the slot of an old one. attention
-        (1,Hkv,N): scores that go with the tokens.
+        capped: while decoding, each head stays at its number, and a new token takes the slot of an old one.
+        running_scores (1,Hkv,N): numbers that go with the tokens.
         """
         if len(p) <= n:
-            kept = Kept.all(p, n if capped else -1, attention=attention)
+            kept = Kept.all(p, n if capped else -1, running_scores=running_scores)
             return kept.demote_others(p) if self.demote else kept
         score = self._ranking(p)
-        return self._select(p, score, self._head_budgets(score, n) if self.heads == "ada" else n, capped, attention)
+        return self._select(
+            p, score, self._head_budgets(score, n) if self.heads == "ada" else n, capped, running_scores
+        )
 
     def _ranking(self, p: Prompt) -> Tensor:
         """(1,Hkv,N): rounded scores, under select=chunk each chunk's mean; −inf for padding."""
@@ -221,10 +223,10 @@ class Scorer(Policy):
         return self._chunk_means(score) if self.select == "chunk" else score
 
     def _select(
-        self, p: Prompt, score: Tensor, n: int | Tensor, capped: bool = False, attention: Tensor | None = None
+        self, p: Prompt, score: Tensor, n: int | Tensor, capped: bool = False, running_scores: Tensor | None = None
     ) -> Kept:
         """The n tokens (a number, or (1,Hkv)) of each head that rank highest."""
-        kept = Kept.top(p, self.refine(p, score, n), n, n if capped else -1, attention=attention)
+        kept = Kept.top(p, self.refine(p, score, n), n, n if capped else -1, running_scores=running_scores)
         if self.merge == "nearest":
             kept = merged(p, kept)
         if self.refit == "lsq":
@@ -295,7 +297,7 @@ class EvictingScorer(Scorer):
             )
 
     def keep(self, p: Prompt) -> Kept:
-        return self.best(p, self.layer_budget(p), capped=True, attention=self.initial_scores(p))
+        return self.best(p, self.layer_budget(p), capped=True, running_scores=self.initial_scores(p))
 
     def initial_scores(self, p: Prompt) -> Tensor:
         """(1,Hkv,N): the scores to which decode steps add."""

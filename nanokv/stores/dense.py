@@ -338,7 +338,7 @@ class SlotStore:
         exact = pinned * self.ctx.config.head_dim * self.ctx.dtype.itemsize
         tables = [0 if codec.table is None else codec.table.nbytes for codec in self.codecs]
         k, v = (int(held * codec.token_bytes) + exact + n for codec, n in zip(self.codecs, tables, strict=True))
-        per_slot = 4 if s.flat_attention is None else 8
+        per_slot = 4 if s.flat_scores is None else 8
         return k, v, sum(t.nbytes for t in s.tensors()) - (s.total - held) * per_slot
 
 

@@ -246,13 +246,13 @@ class ToyHeavy(Policy):
     def keep(self, p: Prompt) -> Kept:
         votes = p.attention.sum(0, keepdim=True)
         kept = Kept.top(p, votes.masked_fill(p.recent(self.recent), torch.inf), self.budget, limit=self.budget)
-        return replace(kept, attention=votes.gather(2, kept.pos.clamp(min=0).long()))
+        return replace(kept, running_scores=votes.gather(2, kept.pos.clamp(min=0).long()))
 
     def slot_scores(self, s: Slots, pos):
-        return s.attention.masked_fill(s.pos > pos[:, None] - self.recent, torch.inf)
+        return s.running_scores.masked_fill(s.pos > pos[:, None] - self.recent, torch.inf)
 
     def update_scores(self, s: Slots, votes, pos):
-        return s.attention[:, :, : votes.shape[3]] + votes.sum(0)
+        return s.running_scores[:, :, : votes.shape[3]] + votes.sum(0)
 
 
 def test_a_policy_chooses_across_layers_or_rescores(llm_of):
@@ -271,7 +271,7 @@ def test_a_watching_policy_sees_every_steps_votes(share, llm_of):
     plan = Plan(ToyHeavy(budget=12), parse("full").store, share)
     session = llm.session(30, None, plan)
     session.start([prompt])
-    before = [s.slots.attention.clone() for s in session.cache.stores.values()]
+    before = [s.slots.running_scores.clone() for s in session.cache.stores.values()]
     for t in range(30):
         session.feed(torch.tensor([[t]]))
         for layer, (store, old) in enumerate(zip(session.cache.stores.values(), before, strict=True)):
@@ -281,10 +281,10 @@ def test_a_watching_policy_sees_every_steps_votes(share, llm_of):
             )
             readers = 2 if share and layer == 0 else 1
             stayed = (
-                old.sum(-1) + readers - s.attention.sum(-1)
+                old.sum(-1) + readers - s.running_scores.sum(-1)
             )  # mass gained is one per reader, lost only with the evicted
             assert (stayed >= -1e-4).all() and (stayed <= old.amax(-1) + 1e-4).all()
-        before = [s.slots.attention.clone() for s in session.cache.stores.values()]
+        before = [s.slots.running_scores.clone() for s in session.cache.stores.values()]
 
 
 def test_nothing_of_a_session_outlives_it(llm_of):

@@ -183,7 +183,7 @@ def test_from_the_third_step_on_recorded_graphs_are_called_without_torch_compile
         session.start([text(30, seed=5)])
         logits = [session.feed(torch.tensor([[t]])) for t in (3, 4)]
         if models.runner is runner:
-            runner.block = runner.head = None  # a call would fail
+            runner.block = runner.last_logits = None  # a call would fail
         found.append(torch.cat(logits + [session.feed(torch.tensor([[t]])) for t in (5, 6, 7)]))
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
@@ -226,7 +226,7 @@ def test_an_error_in_a_step_that_is_recorded_ends_the_recording(llm_of):
     session = Session(replace(llm.models, runner=runner), parse("full"), 8)
     session.start([text(30, seed=5)])
     session.feed(torch.tensor([[3]]))
-    runner.head = None
+    runner.last_logits = None
     with pytest.raises(TypeError):
         session.feed(torch.tensor([[4]]))
     assert runner.recorder.calls is None and runner.recording is None

@@ -114,7 +114,7 @@ class MixedStore:
         self.slots = self.recent.slots  # the policy decides on these
 
     def _tier(self, rows: list[Kept], spec: StoreSpec, room: int) -> SlotStore:
-        rows = [replace(r, demoted=None, attention=None, limit=torch.full_like(r.limit, -1)) for r in rows]
+        rows = [replace(r, demoted=None, running_scores=None, limit=torch.full_like(r.limit, -1)) for r in rows]
         # no ring of the model's window: tokens come in no order of time, so the oldest slot may still be inside it
         store = spec.pack(rows, AppendOnly(), room, replace(self.ctx, sliding_window=None))
         store.slots.sliding_window = self.ctx.sliding_window
@@ -212,8 +212,8 @@ class MixedStore:
 def _without_tokens(r: Kept) -> Kept:
     """This row with no token."""
     empty, zero = slice(0, 0), torch.zeros_like(r.length)
-    attention = None if r.attention is None else r.attention[:, :, empty]
-    return Kept(r.k[:, :, empty], r.v[:, :, empty], r.pos[:, :, empty], zero, zero - 1, zero, attention, r.layer_score)
+    scores = None if r.running_scores is None else r.running_scores[:, :, empty]
+    return Kept(r.k[:, :, empty], r.v[:, :, empty], r.pos[:, :, empty], zero, zero - 1, zero, scores, r.layer_score)
 
 
 def _padded(x: Tensor, n: int) -> Tensor:
