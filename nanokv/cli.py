@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         flag = argument.partition("=")[0]
         if not flag.startswith("-"):
             return f"{argument!r} belongs to no option; a text with spaces needs quotes, as in -p 'two words'"
-        close = difflib.get_close_matches(flag, [name for name in self._option_string_actions if name != flag], 1, 0.6)
+        close = difflib.get_close_matches(flag, self._option_string_actions, 1)
         return f"unknown option {flag}; " + (f"did you mean {close[0]}?" if close else "--help lists all options")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> object:

@@ -144,7 +144,7 @@ def compress(plan: Plan | str, config: ModelConfig, T: int, seed: int = 0, chunk
     weights = torch.randn(L, 24, H * 16, generator=torch.Generator().manual_seed(seed + 1))
     cache = PromptCache(plan, torch.arange(T), replace(context_of(config), output_weights=weights))
     for i, layer in enumerate(cache.layers):  # there is no residual stream
-        layer.similarity, layer.compared = float(i), 1
+        layer.similarity_sum, layer.compared = float(i), 1
     q, k, v = (torch.randn(L, 1, n, T + plan.policy.decide_after, 16, generator=dice) * 1.5 for n in (H, Hkv, Hkv))
     for a in range(0, T, chunk or T):
         b = min(a + (chunk or T), T)

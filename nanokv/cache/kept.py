@@ -40,9 +40,9 @@ class StoreState(ABC):
         """ValueError unless this can be the state of that row in a store of these options. A file may say anything."""
 
 
-def seen_later(sliding_window: int) -> int:
+def n_still_visible(sliding_window: int) -> int:
     """How many of a text's last tokens the next one sees under this window, itself left out. At least one, although a
-    window of one token shows none: a store is never packed empty.
+    window of one token shows none: a policy always has a token to keep.
     """
     return max(1, sliding_window - 1)
 
@@ -176,10 +176,10 @@ class Kept:
         return cls(k, v, pos, n.clone(), ones * limit, ones * sink, scores, state=state)
 
     def in_window(self, seen: int, sliding_window: int | None) -> Kept:
-        """Of the tokens among the first `seen`, drop those that no later token sees; see `seen_later`."""
+        """Of the tokens among the first `seen`, drop those that no later token sees; see `n_still_visible`."""
         if sliding_window is None:
             return self
-        first = seen - seen_later(sliding_window)
+        first = seen - n_still_visible(sliding_window)
         return self.since(first)
 
     def before(self, pos: int) -> Kept:

@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity, linear
 
 from nanokv.backends.base import merge
 from nanokv.cache.context import Context
-from nanokv.cache.kept import Kept, Prompt, seen_later
+from nanokv.cache.kept import Kept, Prompt, n_still_visible
 from nanokv.cache.plan import Plan
 from nanokv.cache.report import ScoringPasses
 from nanokv.cache.scores import QuerySums, ScoreRequest, block_scores, moments, query_sums
@@ -46,7 +46,7 @@ class PromptCache:
         self.ids = ids
         self.length = len(ids) + plan.policy.decide_after  # tokens after the prompt may belong to it
         self.wanted = wanted_by([plan.policy])
-        self.wants_similarity = plan.policy.similarity
+        self.wants_similarity = plan.policy.wants_similarity
         self.n_refit_queries = plan.policy.refit_queries
         self.kept: dict[int, Kept] = {}
         self.dense: dict[int, DenseLayer] = {}  # layers whose keys and values are still whole
@@ -116,7 +116,7 @@ class PromptLayer:
         self.owns = self.owner == index
         self.is_last_reader = cache.plan.last_reader(self.owner) == index
         self.residual: Tensor | None = None  # (1,T,C) the residual stream before this layer's attention
-        self.similarity: Tensor | float = 0.0  # summed over tokens
+        self.similarity_sum: Tensor | float = 0.0  # over tokens
         self.compared = 0  # how many tokens
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, pos: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class PromptLayer:
         """Add the similarities that the attention's output (1,H,T,D) gives the tokens of the residual stream."""
         w_o, x = self.cache.ctx.output_weights[self.index], self.residual
         after = x + linear(out.transpose(1, 2).flatten(2).to(w_o.dtype), w_o)
-        self.similarity += cosine_similarity(x.float(), after.float(), dim=-1).sum()
+        self.similarity_sum += cosine_similarity(x.float(), after.float(), dim=-1).sum()
         self.compared += x.shape[1]
         self.residual = None
 
@@ -248,7 +248,7 @@ class DenseLayer:
         """This layer as the policy sees it, without the tokens that the model's sliding window will never show again."""
         wanted = policy.request
         sliding_window, plan, found = cache.config.window(layer), cache.plan, self.statistics[wanted]
-        first = 0 if sliding_window is None else max(0, self.length - seen_later(sliding_window))
+        first = 0 if sliding_window is None else max(0, self.length - n_still_visible(sliding_window))
         pos = torch.arange(first, self.length, dtype=torch.int32, device=self.k.device).expand(1, self.k.shape[1], -1)
         scores = [x[:, :, first:] for x in found.scores.values()]  # in the order of the layers
         if found.keeps_query_heads(cache):
@@ -256,7 +256,7 @@ class DenseLayer:
         n_queries = self.length if wanted.last_queries is None else min(wanted.last_queries, self.length)
         mean, cov, lengths = moments(list(found.sums.values())) if found.sums else (None, None, None)
         mine, kinds, second = cache.layers[layer], None, None
-        if policy.token_kinds and cache.ctx.token_kinds:
+        if policy.wants_token_kinds and cache.ctx.token_kinds:
             kinds = cache.ctx.token_kinds()[cache.ids]
         if policy.second_request:
             second = torch.cat([x[:, :, first:] for x in self.statistics[policy.second_request].scores.values()])
@@ -277,7 +277,7 @@ class DenseLayer:
             q_abs=lengths,
             inv_freq=cache.ctx.inv_freq,
             w_o=cache.ctx.output_weights[layer] if wanted.output_weights else None,
-            similarity=float(mine.similarity) / mine.compared if mine.compared else None,
+            similarity=float(mine.similarity_sum) / mine.compared if mine.compared else None,
             tokens=cache.ids,
             token_kinds=kinds,
             second_attention=second,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanokv.cache.context import Context
-from nanokv.cache.kept import Kept, Prompt, seen_later
+from nanokv.cache.kept import Kept, Prompt, n_still_visible
 from nanokv.cache.plan import Plan
 from nanokv.cache.scores import ScoreRequest, moments, query_sums
 from nanokv.model.rope import unrotated
@@ -56,7 +56,7 @@ def stored_as_prompt(
         rank=plan.rank(layer),
         owners=plan.n_owners(config.num_hidden_layers),
         seen=n,
-        n_visible=min(n, seen_later(window)) if window else n,
+        n_visible=min(n, n_still_visible(window)) if window else n,
         k=kept.k,
         v=kept.v,
         pos=kept.pos,

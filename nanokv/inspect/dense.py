@@ -26,7 +26,7 @@ class DenseRun(PromptCache):
         super().__init__(plans[0], ids, ctx)
         self.plans = plans
         self.wanted = wanted_by([plan.policy for plan in plans])
-        self.wants_similarity = any(plan.policy.similarity for plan in plans)
+        self.wants_similarity = any(plan.policy.wants_similarity for plan in plans)
         self.n_refit_queries = max(plan.policy.refit_queries for plan in plans)
         self.rows: list[dict[int, Kept]] = [{} for _ in plans]
         self.prompts: list[list[Prompt]] = [[] for _ in plans]  # for policies that choose across layers

@@ -39,8 +39,8 @@ class Policy(ABC):
     cross_layer           whether `keep_all` is called once for all layers, instead of `keep` for each. Until then the
                           keys and values of the whole prompt stay in memory.
     refit_queries         how many of the prompt's last queries come as `Prompt.queries`.
-    similarity            whether `Prompt.similarity` is wanted.
-    token_kinds           whether `Prompt.token_kinds` is wanted.
+    wants_similarity      whether `Prompt.similarity` is wanted.
+    wants_token_kinds     whether `Prompt.token_kinds` is wanted.
     protected_sinks       how many of the text's first tokens are never evicted.
     positions_in_cache    whether positions count places in the cache (StreamingLLM) instead of places in the text.
     positions_by_chunk    whether a query reads the keys of each chunk of `chunk_size` tokens after a rotation of its own,
@@ -61,7 +61,7 @@ class Policy(ABC):
     decide_after = 0
     cross_layer = False
     refit_queries = 0
-    similarity = token_kinds = False
+    wants_similarity = wants_token_kinds = False
     protected_sinks = 0
     positions_in_cache = False
     positions_by_chunk = False

@@ -37,7 +37,7 @@ class FastGen(Policy):
     sink: int = 4
     request = ScoreRequest(last_queries=None)
     default_store = "ragged"
-    token_kinds = True
+    wants_token_kinds = True
 
     def __post_init__(self):
         if not 0 <= self.recovery <= 1 or self.sink < 0:

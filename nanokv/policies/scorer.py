@@ -139,7 +139,7 @@ class Scorer(Policy):
         return self.layers in ("squeeze", "compete")
 
     @property
-    def similarity(self) -> bool:
+    def wants_similarity(self) -> bool:
         return self.layers == "squeeze"
 
     def fit(self, work: Workload) -> Scorer:

@@ -116,7 +116,10 @@ class SlotStore:
         self.lossless_prefix = self.n_pinned if self.rounds else None
         n, heads, dim = len(rows), ctx.config.num_key_value_heads, ctx.config.head_dim
         self.planes = [
-            [self._allocate(name, n, heads, self.slots.capacity, width, dtype=dtype) for width, dtype in codec.planes]
+            [
+                self._allocate(name, n, heads, self.slots.capacity, width, dtype=dtype)
+                for width, dtype in codec.plane_types
+            ]
             for name, codec in zip("kv", codecs, strict=True)
         ]
         self.pinned = [ctx.empty(n, heads, self.n_pinned + 1, dim) for _ in range(2 if self.n_pinned else 0)]
@@ -243,7 +246,7 @@ class SlotStore:
         n = self.slots.max_used
         sinks = 0 if q_sink is None else min(self.slots.n_sink, n)
         pinned = max(sinks, min(self.n_pinned, n))
-        block = self.ctx.ops.unpack_block if self.codecs[0].unpacks else None
+        block = self.ctx.ops.unpack_block if self.codecs[0].makes_tensors else None
         others = [(q, pinned, n)]
         if block:  # only then: a compiled step would hold a loop to this length
             others = [(q, a, min(a + block, n)) for a in range(pinned, n, block)]

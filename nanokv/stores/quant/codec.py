@@ -18,18 +18,18 @@ HALF_MAX = torch.finfo(torch.float16).max  # scales are fp16, and infinity times
 
 
 class Codec:
-    """Exact: one plane, the vector itself. A codec that rounds overrides `planes`, `encode` and `decode`.
+    """Exact: one plane, the vector itself. A codec that rounds sets other `plane_types`, and overrides `encode` and `decode`.
 
     A plane is one of the tensors (B,Hkv,T,width) that together hold the vectors (B,Hkv,T,D).
     """
 
     rounds = False
-    unpacks = False  # True if `decode` makes new tensors, so that a store reads in blocks
+    makes_tensors = False  # True if `decode` makes new tensors, so that a store reads in blocks
     scale: Tensor | None = None  # (B,Hkv,1,1), of a codec that measures each head once
     table: Tensor | None = None  # (B,Hkv,W), of a codec that fits W numbers to each head's prompt
 
     def __init__(self, dim: int, dtype: torch.dtype):
-        self.planes = [(dim, dtype)]
+        self.plane_types = [(dim, dtype)]  # width and type of each plane
 
     def of_row(self, b: int) -> Codec:
         """The codec of one row of the batch."""
@@ -40,8 +40,10 @@ class Codec:
         return (x,)
 
     def decode(self, planes: Sequence[Tensor], pos: Tensor, dtype: torch.dtype) -> Tensor:
-        """Planes → (B,Hkv,T,D) in `dtype`, which `restore` makes the model's vectors: a codec may leave rotations and scales
-        out here, and apply them once to the query and to the result of attention instead of to every key and value.
+        """Planes → (B,Hkv,T,D) in `dtype`; fp8 may return 8-bit numbers, for a kernel that reads them.
+
+        A codec may leave out a rotation or a scale here, because it is cheaper to apply it once to the query
+        (`query_for_codes`) and once to the output (`restore`) than to every key and value.
         """
         return planes[0]
 
@@ -64,16 +66,16 @@ class Codec:
     @property
     def token_bytes(self) -> float:
         """Bytes per token and KV head."""
-        return sum(n * dtype.itemsize for n, dtype in self.planes)
+        return sum(n * dtype.itemsize for n, dtype in self.plane_types)
 
 
 class HadamardCodec(Codec):
     """A codec that rounds after a rotation by `h`, as `hadamard` makes it."""
 
-    rounds = unpacks = True
+    rounds = makes_tensors = True
 
-    def __init__(self, h: Tensor, planes: list[tuple[int, torch.dtype]]):
-        self.h, self.planes = h, planes
+    def __init__(self, h: Tensor, plane_types: list[tuple[int, torch.dtype]]):
+        self.h, self.plane_types = h, plane_types
 
     def query_for_codes(self, q: Tensor) -> Tensor:
         return hadamard_rotate(q, self.h)

@@ -59,13 +59,13 @@ class Coupled(Fitted):
 class CoupledCodec(Codec):
     """rotates: the vectors are keys, which are rounded as they were before their rotation."""
 
-    rounds = unpacks = True
+    rounds = makes_tensors = True
 
     def __init__(self, channels: int, ctx: Context, rotates: bool, table: Tensor):
         self.ctx, self.rotates, self.table = ctx, rotates, table
         self.groups = ctx.config.head_dim // channels
         self.centroids = table.view(*table.shape[:2], self.groups, CENTROIDS, channels)
-        self.planes = [(self.groups, torch.uint8)]
+        self.plane_types = [(self.groups, torch.uint8)]
 
     def of_row(self, b: int) -> Codec:
         return CoupledCodec(self.centroids.shape[-1], self.ctx, self.rotates, self.table[b : b + 1])

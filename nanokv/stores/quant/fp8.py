@@ -78,11 +78,11 @@ class Fp8Codec(Codec):
     rounds = True
 
     def __init__(self, scale: Tensor, kind: torch.dtype, numbers: Tensor, dim: int, fused: bool):
-        self.scale, self.kind, self.numbers, self.fused, self.unpacks = scale, kind, numbers, fused, not fused
-        self.planes = [(dim, torch.uint8)]
+        self.scale, self.kind, self.numbers, self.fused, self.makes_tensors = scale, kind, numbers, fused, not fused
+        self.plane_types = [(dim, torch.uint8)]
 
     def of_row(self, b: int) -> Fp8Codec:
-        return Fp8Codec(self.scale[b : b + 1], self.kind, self.numbers, self.planes[0][0], self.fused)
+        return Fp8Codec(self.scale[b : b + 1], self.kind, self.numbers, self.plane_types[0][0], self.fused)
 
     def encode(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
         largest = torch.finfo(self.kind).max

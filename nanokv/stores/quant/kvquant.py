@@ -81,14 +81,14 @@ class KVQuant(Fitted):
 class NonUniformCodec(Codec, ABC):
     """Levels (B,Hkv,2^bits), and of each token some numbers that are exact."""
 
-    rounds = unpacks = True
+    rounds = makes_tensors = True
 
     def __init__(self, bits: int, outliers: int, ctx: Context, table: Tensor):
         dim = ctx.config.head_dim
         self.bits, self.outliers, self.ctx, self.table = bits, outliers, ctx, table
         self.levels = table[..., -(2**bits) :]
         words = (dim // 4, torch.int16) if bits == 4 else (dim * bits // 8, torch.uint8)
-        self.planes = [words, (outliers, torch.float16), (outliers, torch.uint8)]
+        self.plane_types = [words, (outliers, torch.float16), (outliers, torch.uint8)]
 
     def of_row(self, b: int) -> Codec:
         return type(self)(self.bits, self.outliers, self.ctx, self.table[b : b + 1])
@@ -148,7 +148,7 @@ class ValueCodec(NonUniformCodec):
 
     def __init__(self, bits: int, outliers: int, ctx: Context, table: Tensor):
         super().__init__(bits, outliers, ctx, table)
-        self.planes[1] = (2 + outliers, torch.float16)
+        self.plane_types[1] = (2 + outliers, torch.float16)
 
     def encode_some(self, x: Tensor, pos: Tensor) -> tuple[Tensor, ...]:
         x = x.float()

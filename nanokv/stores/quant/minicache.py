@@ -74,11 +74,11 @@ class PairCodec(Codec):
     vectors and ones. The number −1 − r names the vector r of the table, which is retained.
     """
 
-    rounds = unpacks = True
+    rounds = makes_tensors = True
 
     def __init__(self, ctx: Context, table: Tensor | None = None):
         self.dim, self.table = ctx.config.head_dim, table
-        self.planes = [(self.dim, ctx.dtype), (1, torch.float32)]
+        self.plane_types = [(self.dim, ctx.dtype), (1, torch.float32)]
 
     def of_row(self, b: int) -> PairCodec:
         return self  # encoding a row needs no table

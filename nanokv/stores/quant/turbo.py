@@ -68,12 +68,12 @@ class Turbo(PerToken):
 
 
 class TurboCodec(Codec):
-    rounds = unpacks = True
+    rounds = makes_tensors = True
 
     def __init__(self, bits: int, ctx: Context):
         dim, constant = ctx.config.head_dim, ctx.shared_constant
         words = (dim // 4, torch.int16) if bits == 4 else (dim * bits // 8, torch.uint8)
-        self.bits, self.planes = bits, [words, (1, torch.float16)]
+        self.bits, self.plane_types = bits, [words, (1, torch.float16)]
         half = torch.tensor(LEVELS[bits])
         self.levels = constant(f"levels{bits}", lambda: torch.cat((-half.flip(0), half)) / dim**0.5)
         self.boundaries = constant(f"between{bits}", lambda: (self.levels[1:] + self.levels[:-1]) / 2)
