@@ -248,7 +248,9 @@ class Owner:
         return self.read(q, pos, self.is_last_reader, self.queries)
 
     def read(self, q: Tensor, pos: Tensor, is_last_reader: bool, queries: QueryBuffer | None) -> Tensor:
-        """One reader's attention. The model for prompts runs a turn too, so q may have another dtype than the cache."""
+        """One reader's attention; after that of the last reader, what is due then. The model for prompts runs a turn too, so q
+        may have another dtype than the cache.
+        """
         own_q = q.to(self.dtype)
         if queries is not None:
             queries.push(own_q, pos)
@@ -260,15 +262,21 @@ class Owner:
         if self.unstored is not None:
             before = self.unstored[0].shape[2] - q.shape[2]
             out, _ = merge([(out, lse), self.ops.turn(own_q, *self.unstored, before, self.sliding_window)])
-            if is_last_reader and not self.defers:
-                self.store_unstored(q.shape[2], pos)
         elif scores is not None:
             self.score_planes.append(scores)
-            if is_last_reader:
-                scores = torch.stack(self.score_planes) if len(self.score_planes) > 1 else self.score_planes[0][None]
-                self.store.slots.set_running_scores(self.policy.update_scores(self.store.slots, scores, pos))
-                self.score_planes = []
+        if is_last_reader:
+            self._all_have_attended(q.shape[2], pos)
         return out.to(q.dtype)
+
+    def _all_have_attended(self, n: int, pos: Tensor) -> None:
+        """Store the n tokens at pos (B,n) that wait for their last reader, or give the policy the scores of this step."""
+        if self.unstored is not None:
+            if not self.defers:
+                self.store_unstored(n, pos)
+        elif self.score_planes:
+            scores = torch.stack(self.score_planes) if len(self.score_planes) > 1 else self.score_planes[0][None]
+            self.store.slots.set_running_scores(self.policy.update_scores(self.store.slots, scores, pos))
+            self.score_planes = []
 
     def store_unstored(self, n: int, pos: Tensor) -> None:
         """Store the first n of the tokens that are not stored yet, at pos (B,n)."""

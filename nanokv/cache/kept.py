@@ -63,7 +63,7 @@ class Prompt:
     pos: Tensor  # (1,Hkv,N) int32 absolute positions, ascending; −1 pads a head that holds fewer tokens
     # (readers,Hkv,N) fp32: a plane per layer that reads these keys; one at a rescore under `decode_request`
     attention: Tensor | None
-    n_queries: int  # how many queries scored the keys
+    n_queries: int  # how many queries scored the keys; 0 where only blocks of the prompt or decode steps did
     ops: Any  # the backend; `Kept.top` moves tokens with it
     q_mean: Tensor | None = None  # (readers,H,D) fp32, of queries before rotation; only if asked for
     q_cov: Tensor | None = None  # (readers,H,D,D)
@@ -121,7 +121,8 @@ class Kept:
     sink: Tensor  # (1,Hkv) int32: how many first slots a ring never overwrites
     running_scores: Tensor | None = None  # (1,Hkv,N) fp32, for policies that update their scores while decoding
     layer_score: float = 0.0  # one number for the whole layer, for rules across layers and for `--explain`
-    demoted: Kept | None = None  # a second set of tokens, to be held at lower precision
+    # the next set of tokens, to be held at lower precision; `mixed` unpacks up to three sets
+    demoted: Kept | None = None
     state: StoreState | None = None  # these tokens in the store's own form, such as codes and scales
 
     @classmethod
@@ -232,7 +233,7 @@ class Kept:
 
     @property
     def parts(self) -> list[Kept]:
-        """This set of tokens and the demoted ones."""
+        """This set of tokens and those behind it."""
         return [self] if self.demoted is None else [self, *self.demoted.parts]
 
     def edges(self, sink: int, recent: int, ring: bool, layer_score: float = 0.0) -> Kept:

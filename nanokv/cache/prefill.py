@@ -1,5 +1,5 @@
 """The cache during prefill. It holds one prompt uncompressed, and compresses each layer as soon as the last layer that
-reads its keys and values has attended.
+reads its keys and values has attended. Only scoring passes, a choice across layers, and `decide_after` make it wait longer.
 
 The cache knows the prompt's length from the start, so it sees when the prompt is complete. The same code takes a prompt
 whole or in chunks. Of a policy it uses `keep`, `keep_all`, `passes`, `shift` and the declarations in `policies/base.py`.
@@ -333,7 +333,7 @@ class Statistics:
         self._join(reader, self._score(reader, q, keys, start, cache, cache.config.window(reader)))
 
     def add_pass(self, reader: int, scores: Tensor, n: int) -> None:
-        """Add the scores (1,Hkv,N) that n queries of a scoring pass gave the prompt's keys."""
+        """Add the scores that n queries of a scoring pass gave the prompt's keys; shapes as in `_score`."""
         # every reader has the same queries, so only the first reader counts them
         self.pass_queries += n if reader == min(self.scores, default=reader) else 0
         self._join(reader, scores)
@@ -341,8 +341,8 @@ class Statistics:
     def _score(
         self, reader: int, q: Tensor, k: Tensor, start: int, cache: PromptCache, sliding_window: int | None
     ) -> Tensor:
-        """(1,Hkv,N): each query's softmax over the keys that it sees, summed over the queries and reduced over the G query
-        heads of each KV head. kernels/reference.py, `attention_scores`, has the formula.
+        """Scores of the keys by these queries, joined as `wanted` says: (1,Hkv,N), or (1,H,N) if `keeps_query_heads`.
+        kernels/reference.py, `attention_scores`, has the formula.
         """
         return cache.ops.attention_scores(q, k, start, sliding_window, *self.how_joined(cache))
 

@@ -26,8 +26,8 @@ class Layer(Protocol):
     owns: bool  # False: the layer reads another one's keys and values; the model then computes no k and v
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, pos: Tensor) -> Tensor:
-        """Add the new tokens' k and v (B,Hkv,T,D) to the cache and let q (B,H,T,D) attend to all that it holds → (B,H,T,D).
-        q and k are rotated to pos (B,T). k and v are None if `owns` is False."""
+        """Add tokens with k and v (B,Hkv,T,D), None if `owns` is False → attention (B,H,T,D). Each of their q (B,H,T,D) sees
+        what is held up to its own token, within a sliding window. q and k are rotated to pos (B,T)."""
 
 
 class Cache(Protocol):
@@ -40,7 +40,7 @@ class Store(Protocol):
     slots: Slots
     length: Tensor  # (B,Hkv) int32: tokens held
     needs_host_sync: bool  # a step over this store waits for the host, so it cannot be compiled or captured
-    lossless_prefix: int | None  # so many first tokens come back from unpack() bit for bit; None: all
+    lossless_prefix: int | None  # of how many first tokens a file must hold K and V beside the codes; None: of all
     refill_ends_capture: bool  # a step that was captured or recorded before a `refill` cannot be replayed after it
     until_maintenance: int | None  # so many more tokens may come at once before `maintain`; None: any number
 
@@ -66,7 +66,7 @@ class Store(Protocol):
         """Make slots for `room` more tokens and keep what is held. False if the store must be packed again instead."""
 
     def refill(self, rows: list[Kept], room: int) -> bool:
-        """Hold these rows instead, in the same memory. False if they do not fit; `room` as for `pack`."""
+        """Hold what a rescore left of the tokens that the policy saw; `room` as for `pack`. False if these do not fit."""
 
     def tensors(self) -> list[Tensor]:
         """Every tensor on the device, for the receipt."""

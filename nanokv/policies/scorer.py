@@ -46,7 +46,7 @@ class Scorer(Policy):
             2025, arXiv:2502.00299, §3). All heads keep the same chunks unless they compete. Deviation: the last chunk
             is cut where the budget ends.
     every   after so many new tokens, what is held is scored again; 0: never. A head then never holds more than
-            budget + every (where heads compete, this bounds their mean)
+            its layer's budget + every (where heads compete, this bounds their mean)
     beta    of layers=pyramid: how steep the line is
     squeeze  of layers=squeeze: what share of the budget the layers that change least get
     floor   of heads=ada: the guaranteed share

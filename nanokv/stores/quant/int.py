@@ -24,8 +24,8 @@ class Int(StoreSpec):
     tokens stay exact: whenever their window holds residual + group tokens, the oldest `group` of them are rounded.
 
     kivi4 and kivi2 are the paper's groups of 32 with 32 exact tokens; int8, int4 and int2 take groups
-    of 64 (of V: the largest part of 64 that divides a head). Deviations from the authors' code: at least `residual`
-    tokens are exact at all times and at most residual + group − 1, where their K drops to none after each flush and
+    of 64 (of V: the largest part of 64 that divides a head). Deviations from the authors' code: between
+    steps the last `residual` to residual + group − 1 tokens are exact, where their K drops to none after each flush and
     their V slides by single tokens; a group without a range divides nothing by zero; KV heads are rounded before they
     are repeated for their query heads.
 

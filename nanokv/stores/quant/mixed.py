@@ -26,7 +26,7 @@ HIGH = {16: Dense(), 8: Fp8(), 4: Turbo(), 3: Turbo(k=3, v=3)}
 @dataclass(frozen=True, kw_only=True)
 class Mixed(StoreSpec):
     """MiKV's two precisions (Yang et al. 2024, arXiv:2402.18096, §3): `high` bits for tokens that the policy keeps,
-    `low` bits for those that it demotes. The two tiers are read apart and merged by their logsumexp.
+    `low` bits for those that it demotes. The tiers are read apart and merged by their logsumexp.
 
     Each token is rounded once. With high=16 a token is exact until the policy demotes it, and is then rounded to
     `low` bits. With fewer bits a token is scored only once: it stays exact until the policy scores it, and then goes
@@ -63,6 +63,7 @@ class Mixed(StoreSpec):
         return Turbo().incompatible_model(config)
 
     def constant_bytes(self, config: Any) -> int:
+        # one rotation, and a table of levels for the bits of each tier; with high=16 or 8 one table more than there is
         return Turbo(k=self.low, v=min(self.high, 4)).constant_bytes(config)
 
     def cost(self, config: Any, dtype: torch.dtype, sink: int) -> tuple[float, int]:
@@ -92,8 +93,8 @@ class AppendOnly(Policy):
 
 
 class MixedStore:
-    """Two or three sets of slots. `recent` is exact, and the policy decides on its tokens; `low` holds the demoted
-    ones. `high` exists only if tokens are scored once: it holds those that were kept.
+    """Two or three sets of slots, each of them a tier. `undecided` holds exact tokens that the policy may still demote,
+    `low` the demoted ones. `high` exists only if tokens are scored once: it holds those that were kept.
     """
 
     needs_host_sync, refill_ends_capture = False, True
@@ -107,11 +108,11 @@ class MixedStore:
         # tokens that were scored once for all get a tier of their own. A policy hands over two sets, `unpack` three
         if (spec.high < 16 or policy.scores_once) and len(sets[0]) == 2:
             sets = [[_without_tokens(r), *parts] for r, parts in zip(rows, sets, strict=True)]
-        recent, *high, low = ([parts[i] for parts in sets] for i in range(len(sets[0])))
-        self.recent = SlotStore([replace(r, demoted=None) for r in recent], policy, room, ctx, plain_codecs(ctx))
+        undecided, *high, low = ([parts[i] for parts in sets] for i in range(len(sets[0])))
+        self.undecided = SlotStore([replace(r, demoted=None) for r in undecided], policy, room, ctx, plain_codecs(ctx))
         self.high = self._tier(high[0], HIGH[spec.high], 0) if high else None
         self.low = self._tier(low, self.spec.low_tier, room if self.demotes_while_decoding else 0)
-        self.slots = self.recent.slots  # the policy decides on these
+        self.slots = self.undecided.slots  # the policy decides on these
 
     def _tier(self, rows: list[Kept], spec: StoreSpec, room: int) -> SlotStore:
         rows = [replace(r, demoted=None, running_scores=None, limit=torch.full_like(r.limit, -1)) for r in rows]
@@ -119,29 +120,29 @@ class MixedStore:
         store = spec.pack(rows, AppendOnly(), room, replace(self.ctx, sliding_window=None))
         store.slots.sliding_window = self.ctx.sliding_window
         store.slots.uniform = False  # heads fill up at different paces
-        if self.recent.slots.frozen:
+        if self.undecided.slots.frozen:
             store.freeze()
         return store
 
     @property
     def tiers(self) -> list[SlotStore]:
-        return [self.recent, self.low] if self.high is None else [self.recent, self.high, self.low]
+        return [self.undecided, self.low] if self.high is None else [self.undecided, self.high, self.low]
 
     def append(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         s = self.slots
         if not self.demotes_while_decoding:
-            self.recent.append(k, v, pos)
+            self.undecided.append(k, v, pos)
             return
         full = (s.cursor >= s.limit)[..., None]
         row, left = s.take_lowest(self.policy.slot_scores(s, pos), pos, self.ctx.ops.take_lowest)
-        planes = (planes[0] for planes in self.recent.planes)
+        planes = (planes[0] for planes in self.undecided.planes)
         evicted = [x.view(-1, x.shape[3])[row].view_as(new) for x, new in zip(planes, (k, v), strict=True)]
         self.low.append_masked(*evicted, left.view_as(full), full)
-        self.recent.write_at(row, k, v, pos[:, None])
+        self.undecided.write_at(row, k, v, pos[:, None])
 
     def extend(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         # a policy that demotes while decoding scores every step, so its tokens come one by one
-        self.recent.extend(k, v, pos)
+        self.undecided.extend(k, v, pos)
 
     def read(self, q: Tensor, pos: Tensor, q_sink: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         wanted = self.policy.step_request(q.shape[2])
@@ -166,7 +167,7 @@ class MixedStore:
         return False
 
     def refill(self, rows: list[Kept], room: int) -> bool:
-        """The policy has scored the recent tokens: those it demotes join the low tier, and the others stay or join
+        """The policy has scored the undecided tokens: those that it demotes join the low tier, and the others stay or join
         the high tier.
         """
         kept, demoted = rows, [r.demoted for r in rows]
@@ -175,18 +176,16 @@ class MixedStore:
             kept = [_without_tokens(r) for r in rows]
         self.low = self._extended(self.low, self.spec.low_tier, demoted)
         kept = [replace(r, demoted=None) for r in kept]
-        if not self.recent.refill(kept, room):
-            frozen, codecs = self.slots.frozen, self.recent.codecs
-            self.recent = SlotStore(kept, self.policy, room, self.ctx, codecs)
-            self.slots = self.recent.slots
+        if not self.undecided.refill(kept, room):
+            frozen, codecs = self.slots.frozen, self.undecided.codecs
+            self.undecided = SlotStore(kept, self.policy, room, self.ctx, codecs)
+            self.slots = self.undecided.slots
             if frozen:
-                self.recent.freeze()
+                self.undecided.freeze()
         return True
 
     def _extended(self, store: SlotStore, spec: StoreSpec, rows: Sequence[Kept]) -> SlotStore:
-        """A new tier that holds what `store` holds and these tokens. It has no free slots; it is made again at each
-        rescore.
-        """
+        """A new tier that holds what `store` holds and these tokens. It is made again at each rescore."""
         n = max(r.pos.shape[2] for r in rows)
         if n == 0:
             return store
