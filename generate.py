@@ -31,7 +31,9 @@ def parser() -> cli.Parser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28),
         allow_abbrev=False,
     )
-    a = p.add_argument_group("prompt", 'as in --prompt-file book.txt --question "Who is the narrator?"').add_argument
+    a = p.add_argument_group(
+        "prompt", 'as in --chat --prompt-file book.txt --question "Who is the narrator?"'
+    ).add_argument
     a("-p", "--prompt", metavar="TEXT", help="the prompt; - reads standard input")
     a("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
     a("--question", metavar="TEXT", help="follows the prompt, which is compressed without having seen it")
@@ -157,7 +159,12 @@ def run(args: argparse.Namespace, stdout_is_open: bool = True) -> int:
     if args.draft or args.draft_model:
         writer = load(args.draft_model, **given) if args.draft_model else llm
         options["speculation"] = llm.speculation(args.draft or "full", args.draft_tokens or 4, writer)
-    if (args.chat or args.system is not None or args.interactive) and not args.ignore_eos:
+    place = None  # where the text of a saved cache ends in the chat template
+    if args.load_cache:
+        from nanokv.save import place_of
+
+        place = place_of(Path(args.load_cache))
+    if (args.chat or args.system is not None or args.interactive or place) and not args.ignore_eos:
         from nanokv.text.chat import stops
 
         options["stop"] = stops(llm, args.stop)
@@ -165,7 +172,9 @@ def run(args: argparse.Namespace, stdout_is_open: bool = True) -> int:
         log(args, note)
     if args.interactive:
         log(args, first_line(llm, str(plan)))
-    status = converse(args, llm, text, options) if args.interactive else answer(args, llm, text, options, reference)
+    status = (
+        converse(args, llm, text, options) if args.interactive else answer(args, llm, text, options, reference, place)
+    )
     if args.explain_backends:
         print(llm.calls.table(llm.models.runner.name), file=sys.stderr)
     return status
@@ -179,7 +188,7 @@ def log(args: argparse.Namespace, line: str) -> None:
 # ---- flags and files, checked before a model is loaded ---------------------------------------------------------------
 
 CONFLICTS = (  # a flag, why it excludes others, and which ones
-    ("--load-cache", "continues the prompt as it was saved, in the chat template or not", "--chat --system"),
+    ("--load-cache", "continues in the chat template if the prompt was saved in it", "--chat --system"),
     ("--load-cache", "continues the saved prompt", "--interactive --question --num-samples --xray"),
     ("--load-cache", "keeps the saved plan", "--policy --kv-budget --k-bits --v-bits --kv-group-size --residual"),
     ("--compare", "reads the prompt again under another plan", "--load-cache --interactive --num-samples"),
@@ -262,8 +271,10 @@ def make_plan(args: argparse.Namespace, text: str, budget: str | None):
 # ---- what a run does -------------------------------------------------------------------------------------------------
 
 
-def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -> int:
-    """Answer one prompt, print the answer and then what the flags ask for."""
+def answer(args: argparse.Namespace, llm, text: str, options: dict, reference, place: str | None) -> int:
+    """Answer one prompt, print the answer and then what the flags ask for. place: where the text of --load-cache ends in the
+    chat template; None: it is plain text.
+    """
     from tqdm import tqdm
 
     from nanokv.inspect.explain import explain
@@ -271,11 +282,11 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
     from nanokv.inspect.xray import xray
     from nanokv.save import restore, save
     from nanokv.summary import as_record, end_block, first_line
-    from nanokv.text.chat import encode_prompt
+    from nanokv.text.chat import encode_later, encode_prompt
 
     tried = None
     if args.load_cache:
-        prompt, question = [], llm.tokenizer.encode_more(text)
+        prompt, question = [], encode_later(llm, text, place)
         session = restore(llm, Path(args.load_cache), len(question) + args.max_new_tokens)
     else:
         prompt, question = encode_prompt(llm, text, args.question, args.chat, args.system)
@@ -284,7 +295,9 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
         session = llm.session(len(question) + args.max_new_tokens, args.chunk)
     log(args, first_line(llm, str(session.fitted_plan(len(prompt), max(args.num_samples, args.beams)))))
     if args.save_cache and not args.load_cache:
-        options = {**options, "on_compressed": lambda: save(llm, session, Path(args.save_cache))}
+        in_chat = args.chat or args.system is not None
+        ends = ("answer" if args.question is None else "question") if in_chat else None
+        options = {**options, "on_compressed": lambda: save(llm, session, Path(args.save_cache), ends)}
     hidden = not cli.shows_progress(args.quiet)
     to_feed = len(prompt) + sum(session.pass_lengths(prompt, max(args.num_samples, args.beams)) if prompt else [])
     with tqdm(total=to_feed, desc="prefill", unit="tok", leave=False, disable=hidden) as bar:
@@ -301,7 +314,7 @@ def answer(args: argparse.Namespace, llm, text: str, options: dict, reference) -
 
         def save_all() -> None:
             result.feed_rest()
-            save(llm, session, Path(args.save_cache))
+            save(llm, session, Path(args.save_cache), "answer" if place else None)
 
         error = cli.attempt(f"--save-cache {args.save_cache}", save_all) or error
     if reference and not result.interrupted:

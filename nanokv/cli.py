@@ -49,6 +49,8 @@ class Parser(argparse.ArgumentParser):
         while rest:
             flag = self._with_dashes(rest.pop(0))
             action = self._option_string_actions.get(flag)
+            if flag.startswith("--") and flag.partition("=")[0] not in (*self._option_string_actions, "--"):
+                self.error(self._about_unknown(flag))  # before argparse takes its value for something else
             takes_one = action is not None and action.nargs is None
             if takes_one and rest and self._with_dashes(rest[0]).partition("=")[0] not in self._option_string_actions:
                 flag += "=" + rest.pop(0)
@@ -62,8 +64,10 @@ class Parser(argparse.ArgumentParser):
         flag = argument.partition("=")[0]
         if not flag.startswith("-"):
             return f"{argument!r} belongs to no option; a text with spaces needs quotes, as in -p 'two words'"
-        close = difflib.get_close_matches(flag, self._option_string_actions, 1)
-        return f"unknown option {flag}; " + (f"did you mean {close[0]}?" if close else "--help lists all options")
+        close = difflib.get_close_matches(flag, self._option_string_actions, 2)
+        return f"unknown option {flag}; " + (
+            f"did you mean {' or '.join(close)}?" if close else "--help lists all options"
+        )
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> object:
         """argparse drops "--" even where it is a flag's value."""

@@ -30,11 +30,12 @@ from nanokv.sharing.search import checked_map
 
 FIELDS = ("k", "v", "pos", "length", "limit", "sink")
 STATE = "codes."  # prefix of the tensors of a store's state
+PLACES = ("question", "answer")  # where a saved text may end in the chat template
 
 
-def save(llm: LLM, session: Session, file: Path) -> None:
-    """Write row 0 of a session, first beside the file and then renamed. ValueError if there is nothing to save yet or
-    it cannot be written.
+def save(llm: LLM, session: Session, file: Path, place: str | None = None) -> None:
+    """Write row 0 of a session, first beside the file and then renamed. place: one of PLACES, if the text is in the chat
+    template. ValueError if there is nothing to save yet or it cannot be written.
     """
     name = session.plan.names[0]
     if session.cache is None:
@@ -50,6 +51,7 @@ def save(llm: LLM, session: Session, file: Path) -> None:
             found = _tensors(part, store.lossless_prefix)
             tensors |= {f"{owner}.{i}.{field}": x.contiguous() for field, x in found.items()}
     facts = {"plan": str(session.plans[0]), "seen": session.seen[0], "model": llm.fingerprint(), "scores": layer_scores}
+    facts |= {"name": llm.name, "place": place}
     facts["share"] = {str(i): owner for i, owner in session.plans[0].share.items()}
     facts["checksum"] = checksum(tensors, json.loads(json.dumps(facts)))
     try:
@@ -59,12 +61,25 @@ def save(llm: LLM, session: Session, file: Path) -> None:
         raise ValueError(f"{file} cannot be written ({reason(e)})") from None
 
 
+def place_of(file: Path) -> str | None:
+    """Where the text of a saved cache ends in the chat template, one of PLACES; None: it is plain text, or the file is none
+    of ours, which `restore` tells.
+    """
+    try:
+        is_there(file)  # a pipe would wait
+        with safe_open(file, framework="pt") as f:
+            place = json.loads((f.metadata() or {})["nanokv"])["place"]
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
+        return None
+    return place if place in PLACES else None
+
+
 def restore(llm: LLM, file: Path, room: int) -> Session:
     """A session that goes on where the saved one stood, under its plan. ValueError if the file is not one of ours, not
     complete, or holds what no session can have saved.
     """
     try:
-        is_there(file)  # a pipe would wait
+        is_there(file)
         with safe_open(file, framework="pt") as f:
             facts = json.loads((f.metadata() or {})["nanokv"])
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 the library's handle is no dict
@@ -75,7 +90,9 @@ def restore(llm: LLM, file: Path, room: int) -> Session:
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as e:
         raise ValueError(f"{file} is no complete saved cache ({reason(e)})") from None
     if facts.get("model") != llm.fingerprint():
-        raise ValueError(f"{file} was saved with another model; give the --model that it was made with")
+        name = facts.get("name")
+        other = f"the model {quoted(name)}" if isinstance(name, str) else "another model"
+        raise ValueError(f"{file} was saved with {other}; give that one as --model")
     saved: set[str] = set()
     try:
         plan, seen = _plan_and_seen(facts, llm)

@@ -33,6 +33,23 @@ def encode_prompt(
     return split_at_question(llm, messages, question)
 
 
+def encode_later(llm: LLM, text: str, place: str | None) -> list[int]:
+    """The token ids of a text that follows a saved prompt. place: where that ends in the chat template, `question` (in the
+    user's message) or `answer`; None: it is plain text.
+    """
+    if place is None:
+        return llm.tokenizer.encode_more(text)
+    if place == "question":
+        messages = [{"role": "user", "content": MARK + text}]
+    else:
+        answered = [{"role": "user", "content": "…"}, {"role": "assistant", "content": MARK}]
+        messages = [*answered, {"role": "user", "content": text}]
+    _, mark, then = llm.tokenizer.chat(messages).partition(MARK)
+    if not mark:
+        raise ValueError("this model's chat template alters the message, so the question's place is lost")
+    return llm.tokenizer.encode_more(then)
+
+
 def stops(llm: LLM, given: Sequence[str]) -> list[str]:
     """The stop texts of a chat: `given`, and the token that ends a turn in the chat template, if the model's files do not
     name it as an end of text. A line of `llm.notes` says so.

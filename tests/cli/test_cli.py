@@ -144,7 +144,7 @@ ARGUMENTS = [
     (["-p", "x", "--dtype", "int3"], "unknown dtype 'int3'"),
     (["-p", "x", "--backend", "cudnn"], "invalid choice: 'cudnn'"),
     (["-p", "x", "--frobnicate"], "unknown option --frobnicate; --help lists all options"),
-    (["-p", "x", "--kv_budgt=5"], "unknown option --kv_budgt; did you mean --kv-budget?"),
+    (["-p", "x", "--kv_budgt=5"], "unknown option --kv_budgt; did you mean --kv-budget"),
     (["-p", "two", "words"], "'words' belongs to no option; a text with spaces needs quotes"),
     (["--random-weights", "-p", "x"], "no known shape"),
     (["--interactive", "--question", "x"], "leave out --question"),
@@ -685,10 +685,29 @@ def test_a_saved_cache_goes_on_like_the_prompt_it_was(model, capsys):
         assert call(capsys, *base, "--load-cache", model / "c", "-p", "and y?") == asked
 
 
+def test_a_saved_chat_goes_on_in_the_chat_template(model, capsys):
+    from nanokv import load
+    from nanokv.save import place_of
+    from nanokv.text.chat import encode_later
+
+    base = ["--model", model, "-n", "6", "--dtype", "float32", "--quiet"]
+    chat = ["--policy", "snapkv:window=4,budget=20", "-p", "x" * 60, "--chat"]
+    asked = call(capsys, *base, *chat, "--question", "and y?")
+    assert call(capsys, *base, *chat, "--question", "and z?", "--save-cache", model / "c")[0] == 0
+    assert call(capsys, *base, "--load-cache", model / "c", "-p", "and y?", "--save-cache", model / "d") == asked
+    assert call(capsys, *base, *chat, "--save-cache", model / "e")[0] == 0
+    assert [place_of(model / name) for name in "cde"] == ["question", "answer", "answer"]
+    llm = load(str(model), dtype="float32")
+    new = {place: llm.tokenizer.decode(encode_later(llm, "Why?", place)) for place in ("question", "answer", None)}
+    ends = "Why?</user>\n<assistant>"
+    assert new["question"] == ends and new["answer"].endswith(f"<user>{ends}") and new[None] == "Why?"
+    assert new["answer"].removesuffix(f"<user>{ends}").startswith("</assistant>")
+
+
 def test_a_saved_cache_that_does_not_fit_is_refused(model, tiny, capsys):
     call(capsys, "--model", model, "-p", "x" * 60, "-n", "1", "--save-cache", model / "c", "--quiet")
     other = ["--model", tiny("llama31")[0], "--load-cache", model / "c", "-p", "x", "--quiet"]
-    assert call(capsys, *other)[2].count("another model") == 1
+    assert f"was saved with the model {str(model)!r}; give that one as --model" in call(capsys, *other)[2]
     data = (model / "c").read_bytes()
     for bad in (data[:-9], data[:50], b"", (model / "model.safetensors").read_bytes()):
         (model / "c").write_bytes(bad)
