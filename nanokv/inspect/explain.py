@@ -102,6 +102,7 @@ def sizes(model: str, plans: Mapping[str, Plan], room: int, budget: str | None =
         lines.append(
             f"{name:{width}} at most {kept:>7} tokens per head on average  {mib(size):>10}  {dense / size:5.1f}x  {fits}"
         )
+    lines.append("not counted: slots that pad shorter heads where the heads of a layer compete; ragged has none")
     return "\n".join(lines)
 
 
