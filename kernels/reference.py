@@ -239,9 +239,9 @@ def prefill_scored_by(prefill: Callable, attention_scores: Callable) -> Callable
         """Attend as `prefill` does, and score the first n keys by the same queries, as `attention_scores` does.
 
         n: the prompt has so many tokens; the keys behind them belong to a scoring pass, as the queries do. scored: runs
-        (first, end) of the prompt's tokens, ascending, without overlap. Each query's softmax is then over these and the pass's own
-        tokens, as if there were no sliding window, and the other keys' scores are 0. None: over all that it sees.
-        Returns out (B,H,T,D) in q's dtype and scores (B,Hkv,n) fp32, or (B,H,n) with over_group "each".
+        (first, end) of the prompt's tokens, ascending, without overlap. Each query's softmax is then over these and the
+        pass's own tokens, as if there were no sliding window, and the other keys' scores are 0. None: over all that it
+        sees. Returns out (B,H,T,D) in q's dtype and scores (B,Hkv,n) fp32, or (B,H,n) with over_group "each".
         """
         out, how = prefill(q, k, v, start, sliding_window), (over_group, over_queries, noise, near)
         if scored is None:

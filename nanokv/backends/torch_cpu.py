@@ -124,8 +124,8 @@ def prefill_scored(
     noise: tuple[int, float, int] | None,
     near: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.prefill_scored_by` describes. Scores that are the most that one query gives are taken from the weights of
-    attention itself, where it is made of products.
+    """As `reference.prefill_scored_by` describes. Where attention is made of products, scores that are the most that one
+    query gives are taken from its weights.
     """
     sees_all = sliding_window is None or sliding_window >= k.shape[2]
     if over_group == over_queries == "max" and noise is None and sees_all and bf16_cpu.applies(q, k):

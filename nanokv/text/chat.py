@@ -44,9 +44,14 @@ def encode_later(llm: LLM, text: str, place: str | None) -> list[int]:
     else:
         answered = [{"role": "user", "content": "…"}, {"role": "assistant", "content": MARK}]
         messages = [*answered, {"role": "user", "content": text}]
+    return behind_mark(llm, messages)
+
+
+def behind_mark(llm: LLM, messages: list[dict[str, str]]) -> list[int]:
+    """The token ids of what the chat template puts behind MARK, which stands in one of the messages."""
     _, mark, then = llm.tokenizer.chat(messages).partition(MARK)
     if not mark:
-        raise ValueError("this model's chat template alters the message, so the question's place is lost")
+        raise ValueError("this model's chat template alters messages, so the place where the text goes on is lost")
     return llm.tokenizer.encode_more(then)
 
 
@@ -141,9 +146,8 @@ class Conversation:
         """The tokens that are not cached yet: the last token of the answer, if it was never fed, and then what the
         template puts between that answer and the next one."""
         marked = [*self.messages[:-1], {"role": "assistant", "content": MARK}, {"role": "user", "content": text}]
-        _, _, rest = self.llm.tokenizer.chat(marked).partition(MARK)
         unfed = [] if self.latest.unfed is None else [self.latest.unfed]
-        return [*unfed, *self.llm.tokenizer.encode_more(rest)]
+        return [*unfed, *behind_mark(self.llm, marked)]
 
 
 def repl(
